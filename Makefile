@@ -1,0 +1,67 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each installs what it needs first.
+#
+#   PYTHON   the interpreter that makes the environment (default: python3; 3.11 or newer). For test-gpu and bench-gpu
+#            a given PYTHON is used as it is, with the packages it has: no environment is made on a GPU machine.
+#   VENV     where the environment lives (default: .venv)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.refreshkv-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint format bench bench-gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install the pinned set
+
+# torch goes first and alone, at its exact pin: where a CPU build was put on the index or a find-links path, this takes
+# that one, and nothing installed later replaces it with a build of several gigabytes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "refreshkv needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## the bundled model on long prompts, four methods side by side
+	$(BIN)/refreshkv demo
+
+test: $(STAMP)  ## the tests (GPU tests skip where there is none)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the tests left out of `make test`
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the files as the linter wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## decode timing on a small shape
+	$(BIN)/refreshkv bench decode --shape demo --context 4096 --batch 1 --budget 512 --stride 5 --device cpu --steps 40
+
+# `origin` is `file` only when neither the command line nor the environment gave PYTHON.
+ifeq ($(origin PYTHON),file)
+test-gpu bench-gpu: $(STAMP)
+GPU_PYTHON := $(BIN)/python
+else
+GPU_PYTHON := PYTHONPATH=src $(PYTHON)
+endif
+
+test-gpu:  ## the tests that need a GPU
+	$(GPU_PYTHON) -m pytest -m gpu
+
+bench-gpu:  ## decode timing on a GPU
+	$(GPU_PYTHON) -m refreshkv.cli bench decode --device cuda
+
+clean:  ## remove caches and build output (the environment stays)
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
