@@ -1,0 +1,145 @@
+"""The cache of one attention layer: full store, partial cache, and the state of the method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from refreshkv.config import RefreshConfig
+from refreshkv.kernels import Backend, backend_for
+from refreshkv.partial import PartialCache
+from refreshkv.schedule import trigger_for
+from refreshkv.selection import Selection
+from refreshkv.stats import Stats
+from refreshkv.store import DenseStore, is_identity
+
+
+class LayerCache:
+    """Everything RefreshKV keeps for one layer. `step.py` drives it; this class only keeps it consistent.
+
+    Two things can stand in for a missing partial cache. After a prompt, `pending` is the last prompt query, from which
+    the first decode step selects: chunked prefill and scoring passes pay nothing. After a crop there is neither, and
+    the next decode step is full.
+
+    Args:
+        config: the settings.
+        index: which layer this is, for the statistics and error messages.
+        stats: where decode steps are counted.
+        reserve: tokens to allocate at once where the final length is known.
+
+    Attributes:
+        store: the full cache.
+        partial: the partial cache, or `None` when there is no valid one.
+        pending: `[B, Hq, D]`, the last prompt query, not yet selected from.
+        reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
+        budget: `[B]` int64, K of each row; a share is resolved once per prompt.
+        hidden: `[B]` int64, padding tokens of each row.
+    """
+
+    def __init__(
+        self, config: RefreshConfig, *, index: int = 0, stats: Stats | None = None, reserve: int = 0
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.stats = Stats() if stats is None else stats
+        self.trigger = trigger_for(config)
+        self.store = DenseStore(reserve)
+        self.partial: PartialCache | None = None
+        self.pending: Tensor | None = None
+        self.reference: Tensor | None = None
+        self.budget: Tensor | None = None
+        self.hidden: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the full store, padding included."""
+        return self.store.length
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.store.keys.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.store.keys.shape[1]
+
+    @property
+    def backend(self) -> Backend:
+        """The kernels for the device that the store lives on."""
+        return backend_for(self.store.keys.device)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """New tokens `[B, Hkv, n, D]` enter the full store; a partial step pushes the newest into the ring itself.
+
+        Raises:
+            ValueError: another number of rows or heads, another dtype or another device than before.
+        """
+        if self.store.is_allocated:
+            held = self.store.keys
+            for name, new, old in (
+                ("rows", keys.shape[0], held.shape[0]),
+                ("KV heads", keys.shape[1], held.shape[1]),
+                ("dtype", keys.dtype, held.dtype),
+                ("device", keys.device, held.device),
+            ):
+                if new != old:
+                    raise ValueError(
+                        f"layer {self.index}: the cache holds {name} {old}, the new keys have {new}; use a new cache"
+                    )
+        self.store.append(keys, values)
+
+    def await_selection(self, query: Tensor) -> None:
+        """A prompt ended with `query` `[B, Hq, D]`: the next decode step will select from it."""
+        self.pending = query.detach().clone()  # a view would keep the queries of the whole prompt alive
+        self.partial = None
+
+    def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
+        """Rebuild the partial cache of `heads` (`[B, Hkv]` bool; `None` is all)."""
+        if self.partial is None:
+            if heads is not None and not bool(heads.all()):
+                raise RuntimeError(f"layer {self.index}: the first refresh must serve every head")
+            if self.budget is None:
+                raise RuntimeError(f"layer {self.index}: resolve_budget before the first refresh")
+            self.partial = PartialCache(self.store, self.budget, self.backend)
+            heads = None
+        self.partial.refresh(selection, heads)
+
+    def resolve_budget(self, visible: Tensor | None, tokens: int) -> None:
+        """Turn the budget into tokens for a context of `tokens` tokens of which `visible` `[B, tokens]` count."""
+        device = self.store.keys.device
+        if visible is None:
+            self.hidden = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        else:
+            self.hidden = (~visible).sum(-1)
+        shares = [self.config.resolve_budget(tokens - hidden) for hidden in self.hidden.tolist()]
+        self.budget = torch.tensor(shares, dtype=torch.int64, device=device)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on. The partial cache may hold some of them, so the next step is full."""
+        if length >= self.length:
+            return
+        self.store.crop(length)
+        self._forget_selection()
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the old row `rows[i]`: beams, several return sequences, finished rows. `[B']` int64."""
+        if not self.store.is_allocated or is_identity(rows, self.rows):
+            return
+        self.store.take_rows(rows)
+        if self.partial is not None:
+            self.partial.take_rows(rows)
+        for name in ("pending", "reference", "budget", "hidden"):
+            state = getattr(self, name)
+            if state is not None:
+                setattr(self, name, state.index_select(0, rows))
+
+    def reset(self) -> None:
+        """Back to empty; the statistics stay."""
+        self.store.reset()
+        self._forget_selection()
+        self.budget = self.hidden = None
+
+    def _forget_selection(self) -> None:
+        self.partial = self.pending = self.reference = None

@@ -1,0 +1,123 @@
+"""`RefreshConfig`: every choice of the method in one frozen, strict record, and the named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+Mode = Literal["refresh", "full"]
+Decide = Literal["layer", "head"]
+Reduction = Literal["max", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshConfig:
+    """How RefreshKV selects and when it refreshes. Frozen; a wrong value raises `ValueError` in one line.
+
+    Attributes:
+        budget: K, the size of the partial cache per KV head. A float in (0, 1] is a share of the prompt, an int
+            >= 1 is tokens. A share becomes tokens once per prompt, at its first decode step. Paper: 1/8.
+        stride: S, at most every S-th step may be full. `None` never refreshes (SnapKV with window 1).
+        threshold: a due step is full only where the query's cosine to that of the last full step is at most this.
+            `None` makes every due step full (fixed stride). Paper: 0.85 Llama, 0.95 Qwen.
+        decide: who compares queries. "layer" (paper) averages all query heads and decides for the whole layer,
+            "head" averages within a GQA group and decides per KV head (ours).
+        group_reduction: how the query heads of a GQA group agree on one score per token (paper: max).
+        pool_kernel: odd width of the max-pooling over neighbouring tokens (paper: 7). 1 turns it off.
+        mode: "refresh" is the method; "full" is ordinary attention through the same code.
+    """
+
+    budget: int | float = 0.125
+    stride: int | None = 5
+    threshold: float | None = 0.85
+    decide: Decide = "layer"
+    group_reduction: Reduction = "max"
+    pool_kernel: int = 7
+    mode: Mode = "refresh"
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        if self.stride is not None and (not _is_int(self.stride) or self.stride < 1):
+            raise ValueError(f"stride must be an integer >= 1, or None to never refresh; got {self.stride!r}")
+        if self.threshold is not None:
+            if not _is_number(self.threshold) or not -1.0 <= self.threshold <= 1.0:
+                raise ValueError(
+                    f"threshold is a cosine in [-1, 1], or None for a fixed stride; got {self.threshold!r}"
+                )
+        if not _is_int(self.pool_kernel) or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
+            raise ValueError(f"pool_kernel must be an odd integer >= 1; got {self.pool_kernel!r}")
+        for name, allowed in (("decide", Decide), ("group_reduction", Reduction), ("mode", Mode)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} must be {_either(get_args(allowed))}; got {value!r}")
+
+    def resolve_budget(self, prompt_tokens: int) -> int:
+        """K in tokens for a prompt of `prompt_tokens` visible tokens. A share is rounded up."""
+        if isinstance(self.budget, float):
+            # The inner rounding undoes float noise such as 0.1 * 30 = 3.0000000000000004.
+            return max(1, math.ceil(round(self.budget * prompt_tokens, 9)))
+        return self.budget
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper-llama": MappingProxyType({"stride": 5, "threshold": 0.85}),
+        "paper-qwen": MappingProxyType({"stride": 5, "threshold": 0.95}),
+        # Will become the lossless mode once that exists.
+        "default": MappingProxyType({"stride": 5, "threshold": 0.85}),
+    }
+)
+
+
+def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
+    """A preset (`None` is "default") with some settings replaced.
+
+    Raises:
+        ValueError: an unknown preset or setting, named with its nearest neighbour, or a value out of range.
+    """
+    name = "default" if preset is None else preset
+    if name not in PRESETS:
+        raise ValueError(unknown("preset", name, PRESETS))
+    fields = [field.name for field in dataclasses.fields(RefreshConfig)]
+    for key in overrides:
+        if key not in fields:
+            raise ValueError(unknown("setting", key, fields))
+    return RefreshConfig(**{**PRESETS[name], **overrides})
+
+
+def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
+    """One line for an unknown name: `unknown preset 'paper-lama'; did you mean 'paper-llama'? (...)`."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {kind} {name!r}{hint} (one of: {', '.join(valid)})"
+
+
+def _check_budget(budget: object) -> None:
+    if _is_int(budget):
+        if budget < 1:  # type: ignore[operator]
+            raise ValueError(f"budget must be at least 1 token, or a share in (0, 1]; got {budget!r}")
+    elif isinstance(budget, float):
+        if not 0.0 < budget <= 1.0:  # NaN fails too
+            raise ValueError(
+                f"a float budget is a share of the prompt in (0, 1]; got {budget!r}; for tokens pass an integer"
+            )
+    else:
+        raise ValueError(f"budget must be an int (tokens) or a float (share of the prompt); got {budget!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(repr(name) for name in names)

@@ -1,0 +1,44 @@
+"""Tensors in, tensors out. `backend_for(device)` picks the kernels once; `reference` defines what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from refreshkv import selection
+from refreshkv.kernels import cpu, reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of each operation; signatures as in `reference` and `selection.select`."""
+
+    name: str
+    attend: Callable[..., reference.Attended]
+    attend_and_score: Callable[..., tuple[reference.Attended, reference.Scored]]
+    score: Callable[..., reference.Scored]
+    select: Callable[..., selection.Selection]
+    gather: Callable[..., None]
+
+
+REFERENCE = Backend(
+    "reference", reference.attend, reference.attend_and_score, reference.score, selection.select, reference.gather
+)
+CPU = Backend("cpu", cpu.attend, cpu.attend_and_score, cpu.score, cpu.select, cpu.gather)
+
+_BY_DEVICE = {"cpu": CPU}
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The fastest kernels for a device; plain torch where there is nothing better."""
+    return _BY_DEVICE.get(device.type, REFERENCE)
+
+
+def available() -> dict[str, str]:
+    """The backends that work on this machine and what they serve."""
+    found = {"cpu": "packed GQA on contiguous heads, for CPU tensors", "reference": "plain torch, any device"}
+    if torch.cuda.is_available():
+        found["reference"] += f" (serves {torch.cuda.get_device_name()}; never timed there)"
+    return found

@@ -1,0 +1,180 @@
+"""The CPU path: one KV head at a time, so that every key and value is read once and never copied.
+
+Two facts about CPU torch shape it. A batched matmul over a buffer with spare capacity clones the whole operand, while
+the `[L, D]` block of one head is contiguous; and the scores of a full step are there for free when the two matmuls are
+written out. In 16-bit dtypes the logits of a scored full step are rounded to that dtype, as in eager attention.
+
+Same signatures as `reference.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refreshkv.config import Reduction
+from refreshkv.kernels import reference
+from refreshkv.kernels.reference import Attended, Scored
+from refreshkv.selection import FREE, Selection, fill_counts, pool, rank_keys
+
+# Attention with its log-sum-exp; `scaled_dot_product_attention` runs this very kernel but keeps the log-sum-exp.
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Attended:
+    """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
+    if _flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+        if keys.shape[2] < 4096:
+            return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
+        return attend_and_score(query, keys, values, **options)[0]  # type: ignore[arg-type]
+    packed = query.unflatten(1, (keys.shape[1], -1))
+    mask = None
+    if visible is not None:
+        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+        mask = mask[:, :, None].expand(*packed.shape[:3], -1)
+    output, lse = _flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+    output, lse = output.flatten(1, 2), lse.flatten(1, 2)
+    if sinks is not None:  # a sink only adds to the denominator
+        output = output * torch.sigmoid(lse - sinks.float())[..., None].to(output.dtype)
+    return Attended(output, lse)
+
+
+def attend_and_score(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+    heads: Tensor | None = None,
+) -> tuple[Attended, Scored]:
+    """See `reference.attend_and_score`."""
+    output = values.new_zeros(*query.shape[:2], values.shape[-1])
+    scored = _score(query, keys, values, output, scale, softcap, sinks, visible, reduction, heads)
+    return Attended(output, scored.lse), scored
+
+
+def score(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+) -> Scored:
+    """See `reference.score`."""
+    return _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, None)
+
+
+def select(
+    scores: Tensor,
+    budget: Tensor,
+    *,
+    pool_kernel: int = 7,
+    visible: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> Selection:
+    """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
+    rows, kv_heads, length = scores.shape
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None], 0.0)
+        tokens = visible.sum(-1)
+    else:
+        tokens = torch.full((rows,), length)
+    filled = fill_counts(budget, tokens, kv_heads)
+    keys = rank_keys(pool(scores, pool_kernel), visible).numpy()
+    positions = np.full((rows, kv_heads, min(int(budget.max()), length)), FREE, dtype=np.int64)
+    for row, head in _pairs(scores, heads):
+        count = int(filled[row, head])
+        row_keys = keys[row, head]
+        best = np.partition(row_keys, length - count)[length - count :] if count < length else row_keys.copy()
+        best.sort()
+        positions[row, head, :count] = best & 0xFFFFFFFF
+    return Selection(torch.from_numpy(positions), filled)
+
+
+def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
+    """See `reference.gather`. Filled slots come first in every row, so a head is one contiguous `index_select`."""
+    counts = (positions >= 0).sum(-1).tolist()
+    for row, head in _pairs(positions, heads):
+        count = counts[row][head]
+        torch.index_select(source[row, head], 0, positions[row, head, :count], out=out[row, head, :count])
+
+
+def _score(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    output: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    visible: Tensor | None,
+    reduction: Reduction,
+    heads: Tensor | None,
+) -> Scored:
+    """Scores, log-sum-exp and, where `values` are given, the output of each wanted head (written into `output`)."""
+    rows, kv_heads, length, _ = keys.shape
+    group = query.shape[1] // kv_heads
+    scores = torch.zeros(rows, kv_heads, length)
+    lses = torch.zeros(rows, kv_heads, group)
+    spans = _spans(visible, rows, length)
+    for row, head in _pairs(keys, heads):
+        members = slice(head * group, (head + 1) * group)
+        first, hidden = spans[row]
+        # keys @ query^T, not query @ keys^T: the long operand first runs twice as fast on [L, D] x [D, G].
+        logits = (keys[row, head, first:] @ query[row, members].T).T.float().mul_(scale)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        if hidden is not None:
+            logits.masked_fill_(hidden, float("-inf"))
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        lse = mass.log() + top
+        lses[row, head] = lse[:, 0]
+        if sinks is not None:
+            mass = mass + (sinks[members, None].float() - top).exp()
+        weights.div_(mass)
+        torch.amax(weights, 0, out=scores[row, head, first:]) if reduction == "max" else torch.mean(
+            weights, 0, out=scores[row, head, first:]
+        )
+        if values is not None and output is not None:
+            output[row, members] = weights.to(values.dtype) @ values[row, head, first:]
+    return Scored(scores, lses.flatten(1, 2))
+
+
+def _spans(visible: Tensor | None, rows: int, length: int) -> list[tuple[int, Tensor | None]]:
+    """Per row: the first visible token, and what is hidden after it (`None` where nothing is, the usual case).
+
+    Left padding is cut off rather than masked: it costs nothing, and a row computes exactly what it would alone.
+    """
+    if visible is None:
+        return [(0, None)] * rows
+    visible = visible.expand(rows, -1, -1)[:, 0]
+    first = visible.int().argmax(-1).tolist()
+    whole = (visible.sum(-1) == length - torch.tensor(first)).tolist()
+    return [(first[r], None if whole[r] else ~visible[r, first[r] :]) for r in range(rows)]
+
+
+def _pairs(like: Tensor, heads: Tensor | None) -> list[list[int]]:
+    """The (row, KV head) pairs to work on."""
+    if heads is not None:
+        return heads.nonzero().tolist()
+    return [[row, head] for row in range(like.shape[0]) for head in range(like.shape[1])]

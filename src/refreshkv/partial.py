@@ -1,0 +1,108 @@
+"""The partial cache of one layer: a ring of K slots per (row, KV head), sorted lowest score first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from refreshkv.kernels import Backend
+from refreshkv.selection import FREE, Selection
+from refreshkv.store import DenseStore
+
+_SPARE = 64  # slots of head room when the ring grows towards its budget
+
+
+class PartialCache:
+    """Copies of the K selected entries, contiguous so that a partial step reads nothing else.
+
+    A refresh fills slots 0 .. n-1 with the n = min(K, tokens) best, lowest score first. The j-th new token goes to slot
+    (n + j) mod K: the free slots first, then over the lowest-scored entry, the next lowest, and so on. So after j partial
+    steps of a full ring it holds the K-j best of the last refresh and the j newest tokens. Attention does not care about
+    the order of slots, because RoPE is already applied.
+
+    Attributes:
+        keys, values: `[B, Hkv, C, D]`; C <= K grows with what is stored, so that a generous budget costs no memory.
+        positions: `[B, Hkv, C]` int64, the place of each entry in the full store, `FREE` where there is none.
+        budget: `[B]` int64, K of each row.
+        filled: `[B, Hkv]` int64, n at the last refresh.
+        pushed: `[B, Hkv]` int64, tokens pushed since then.
+    """
+
+    def __init__(self, store: DenseStore, budget: Tensor, backend: Backend) -> None:
+        self._store = store
+        self._backend = backend
+        self.budget = budget
+        rows, heads = store.keys.shape[:2]
+        self.keys = store.keys.new_empty(rows, heads, 0, store.keys.shape[-1])
+        self.values = store.values.new_empty(rows, heads, 0, store.values.shape[-1])
+        self.positions = torch.empty(rows, heads, 0, dtype=torch.int64, device=budget.device)
+        self.filled = torch.zeros(rows, heads, dtype=torch.int64, device=budget.device)
+        self.pushed = torch.zeros_like(self.filled)
+        self._largest = int(budget.max())
+        self._most = 0  # no head uses more slots than this; known without asking the device
+        self._uniform = False  # every head uses exactly `_most`
+
+    @property
+    def used(self) -> Tensor:
+        """`[B, Hkv]` int64, how many slots hold a token."""
+        return torch.minimum(self.filled + self.pushed, self.budget[:, None])
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values `[B, Hkv, n, D]` and which of them count, `[B, Hkv, n]` bool or `None` for all."""
+        keys, values = self.keys[:, :, : self._most], self.values[:, :, : self._most]
+        if self._uniform:
+            return keys, values, None
+        return keys, values, torch.arange(self._most, device=keys.device) < self.used[..., None]
+
+    def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
+        """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store."""
+        slots = selection.positions.shape[-1]
+        self._reserve(slots)
+        if heads is None:
+            self.filled = selection.filled.clone()
+            self.pushed = torch.zeros_like(self.filled)
+            self.positions.fill_(FREE)
+            self.positions[:, :, :slots] = selection.positions
+        else:
+            self.filled = torch.where(heads, selection.filled, self.filled)
+            self.pushed = self.pushed.masked_fill(heads, 0)
+            new = torch.full_like(self.positions, FREE)
+            new[:, :, :slots] = selection.positions
+            self.positions = torch.where(heads[..., None], new, self.positions)
+        self._backend.gather(self._store.keys, selection.positions, self.keys, heads)
+        self._backend.gather(self._store.values, selection.positions, self.values, heads)
+        self._measure()
+
+    def push(self) -> None:
+        """The newest token of the store enters every ring, over the lowest-scored entry where there is no free slot."""
+        self._most = min(self._most + 1, self._largest)
+        self._reserve(self._most)
+        slot = (self.filled + self.pushed) % self.budget[:, None]
+        rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        heads = torch.arange(slot.shape[1], device=slot.device)
+        self.keys[rows, heads, slot] = self._store.keys[:, :, -1]
+        self.values[rows, heads, slot] = self._store.values[:, :, -1]
+        self.positions[rows, heads, slot] = self._store.length - 1
+        self.pushed += 1
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the old row `rows[i]`. `[B']` int64."""
+        for name in ("keys", "values", "positions", "budget", "filled", "pushed"):
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+        self._measure()
+
+    def _measure(self) -> None:
+        used = self.used
+        self._largest = int(self.budget.max())
+        self._most = int(used.max())
+        self._uniform = bool((used == self._most).all()) and bool((self.budget == self.budget[0]).all())
+
+    def _reserve(self, slots: int) -> None:
+        """Make room for `slots` slots, at most the largest budget."""
+        capacity = self.keys.shape[2]
+        if slots <= capacity:
+            return
+        extra = max(slots, min(self._largest, slots + max(_SPARE, slots // 4))) - capacity
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+        self.positions = torch.nn.functional.pad(self.positions, (0, extra), value=FREE)

@@ -1,0 +1,90 @@
+"""When a layer refreshes: partial or full, decided per (row, KV head) and per step.
+
+A trigger sees plain tensors only. It may decide *before* the partial step (a stride, a comparison of queries) or
+*after* it, from the log-sum-exp that the partial step computed; a head that fires does its full step within the same
+decode step. What a trigger wants to remember of the last full step is its own: `reference` makes it, the cache keeps it
+beside the partial cache and hands it back.
+
+Letters: B batch, Hq query heads, Hkv KV heads, D head dim, S stride. Source: RefreshKV, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refreshkv.config import Decide, RefreshConfig
+
+
+class Trigger:
+    """Never refresh: SnapKV with observation window 1. Base of every other trigger."""
+
+    def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+        """What to remember of a full step, `[B, Hkv, R]` with any R.
+
+        Args:
+            query: `[B, Hq, D]`, as attention uses it (after RoPE and QK-norm).
+            lse: `[B, Hq]`, log-sum-exp of the full attention's logits.
+            kv_heads: Hkv.
+        """
+        return query.new_empty((query.shape[0], kv_heads, 0))
+
+    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+        """`[B, Hkv]` bool: full at once. `step` `[B, Hkv]` counts 1, 2, ... since the last full step."""
+        return torch.zeros_like(step, dtype=torch.bool)
+
+    def after(self, step: Tensor, lse: Tensor, reference: Tensor) -> Tensor | None:
+        """`[B, Hkv]` bool: this partial step was not enough; `lse` `[B, Hq]` is that of the partial attention.
+
+        `None` (the default) means that the trigger never looks.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class FixedStride(Trigger):
+    """Every S-th step is full."""
+
+    stride: int
+
+    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+        return step % self.stride == 0
+
+
+@dataclass(frozen=True)
+class QueryComparison(Trigger):
+    """The paper: every S-th step is full where the query has drifted, cos(query, reference) <= threshold."""
+
+    stride: int
+    threshold: float
+    decide: Decide = "layer"
+
+    def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+        return self._summary(query, kv_heads)
+
+    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+        due = step % self.stride == 0
+        if not bool(due.any()):  # most steps: no comparison is due anywhere
+            return due
+        cosine = F.cosine_similarity(self._summary(query, due.shape[1]), reference, dim=-1)
+        # Rounding can lift the cosine of a vector with itself above 1; threshold 1 must mean "always".
+        return due & (cosine.clamp(max=1.0) <= self.threshold)
+
+    def _summary(self, query: Tensor, kv_heads: int) -> Tensor:
+        """`[B, Hq, D]` -> `[B, Hkv, D]`: the mean query of the layer, the same for all heads, or of each GQA group."""
+        query = query.float()
+        if self.decide == "layer":
+            return query.mean(1, keepdim=True).expand(-1, kv_heads, -1)
+        return query.unflatten(1, (kv_heads, -1)).mean(2)
+
+
+def trigger_for(config: RefreshConfig) -> Trigger:
+    """The trigger that a configuration asks for."""
+    if config.stride is None:
+        return Trigger()
+    if config.threshold is None:
+        return FixedStride(config.stride)
+    return QueryComparison(config.stride, config.threshold, config.decide)

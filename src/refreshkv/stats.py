@@ -1,0 +1,124 @@
+"""What happened: full and partial steps per layer, KV entries read, effective stride."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Count = int | Tensor  # a tensor stays on its device until somebody asks, so that counting never waits for a GPU
+
+
+@dataclass
+class LayerCounts:
+    """Sums over decode steps, rows and KV heads of one layer. One *entry* is the K and V of one token and KV head."""
+
+    kv_heads: int = 1
+    entry_bytes: int = 0
+    full: Count = 0  # head-steps with full attention
+    steps: Count = 0  # head-steps
+    read: Count = 0  # entries read, partial and full reads both where a step did both
+    available: Count = 0  # entries that full attention would have read
+
+
+@dataclass
+class Stats:
+    """Counts of the layers that RefreshKV serves, over all decode steps since creation or `reset`.
+
+    A decode step is a pass over one token with a non-empty cache. Passes over several tokens (prefill, verification of
+    a draft) are ordinary full attention and are not counted; nor is the first selection, which belongs to prefill.
+    Sliding-window layers are not served and not counted.
+    """
+
+    layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
+
+    def record(
+        self, layer: int, *, kv_heads: int, entry_bytes: int, full: Count, steps: Count, read: Count, available: Count
+    ) -> None:
+        """Add one decode step of one layer; the counts are sums over rows and KV heads."""
+        counts = self.layers[layer]
+        counts.kv_heads = kv_heads
+        counts.entry_bytes = entry_bytes
+        counts.full += full
+        counts.steps += steps
+        counts.read += read
+        counts.available += available
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers.clear()
+
+    @property
+    def full_steps(self) -> float:
+        """Full steps, summed over layers and rows; a step in which h of Hkv heads were full counts h / Hkv."""
+        return sum(int(c.full) / c.kv_heads for c in self.layers.values())
+
+    @property
+    def partial_steps(self) -> float:
+        """Steps that stayed partial, summed over layers and rows."""
+        return sum((int(c.steps) - int(c.full)) / c.kv_heads for c in self.layers.values())
+
+    @property
+    def full_share(self) -> float | None:
+        """Full steps / all steps; `None` before the first decode step."""
+        return _ratio(self.full_steps, self.full_steps + self.partial_steps)
+
+    @property
+    def kv_bytes_read(self) -> int:
+        """KV bytes that the decode steps read."""
+        return sum(int(c.read) * c.entry_bytes for c in self.layers.values())
+
+    @property
+    def kv_bytes_full(self) -> int:
+        """KV bytes that full attention would have read in the same steps."""
+        return sum(int(c.available) * c.entry_bytes for c in self.layers.values())
+
+    @property
+    def kv_read_share(self) -> float | None:
+        """`kv_bytes_read / kv_bytes_full`."""
+        return _ratio(self.kv_bytes_read, self.kv_bytes_full)
+
+    @property
+    def effective_stride(self) -> float | None:
+        """Steps per full step over all layers; `None` when no step was full."""
+        return _ratio(self.full_steps + self.partial_steps, self.full_steps)
+
+    def effective_strides(self) -> dict[int, float | None]:
+        """Steps per full step of each layer."""
+        return {layer: _ratio(int(c.steps), int(c.full)) for layer, c in sorted(self.layers.items())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything above as plain numbers, ready for JSON. Whole counts are ints."""
+        return {
+            "full_steps": _whole(self.full_steps),
+            "partial_steps": _whole(self.partial_steps),
+            "full_share": self.full_share,
+            "kv_read_share": self.kv_read_share,
+            "effective_stride": self.effective_stride,
+            "kv_bytes_read": self.kv_bytes_read,
+            "kv_bytes_full": self.kv_bytes_full,
+            "layers": {
+                str(layer): {"full_steps": _whole(int(c.full) / c.kv_heads), "steps": _whole(int(c.steps) / c.kv_heads)}
+                for layer, c in sorted(self.layers.items())
+            },
+        }
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no decode step yet"
+        stride = self.effective_stride
+        return (
+            f"full steps {self.full_share:.1%} of {_whole(self.full_steps + self.partial_steps)} layer steps"
+            f" (effective stride {'-' if stride is None else f'{stride:.1f}'}),"
+            f" KV read {self.kv_read_share:.1%} of full attention"
+        )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,159 @@
+"""One step of one layer: partial or full, attend, refresh. The algorithm of the paper, in the order of its section 3.
+
+Framework-free: a caller appends the new token's K and V to the `LayerCache`, then calls `decode_step` with the query.
+After a prompt it calls `LayerCache.await_selection` instead. Letters: B batch, Hq query heads, Hkv KV heads, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreshkv.cache import LayerCache
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a model adds to plain attention; meanings as in `kernels.reference.attend`."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def options(self, visible: Tensor | None) -> dict[str, Any]:
+        """Keyword arguments for a kernel; `visible` broadcasts to `[B, Hkv, L]`."""
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks, "visible": visible}
+
+
+def decode_step(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None = None) -> Tensor:
+    """Attention of one new token under RefreshKV.
+
+    Args:
+        cache: the layer; the token's own K and V are already appended.
+        query: `[B, Hq, D]`, after RoPE and QK-norm.
+        attention: scale, softcap, sinks.
+        visible: `[B, L]` bool, False for padding; `None` when there is none.
+
+    Returns:
+        `[B, Hq, D]`.
+    """
+    if cache.config.mode == "full":
+        return _ordinary_step(cache, query, attention, visible)
+    if cache.pending is not None:
+        _first_selection(cache, cache.pending, attention, visible)
+    if cache.partial is None:  # after a crop
+        output = _full_step(cache, query, attention, visible)
+        _count(cache, full=None, partial_read=None)
+        return output
+
+    partial, step = cache.partial, cache.partial.pushed + 1
+    full = cache.trigger.before(step, query, _reference(cache))
+    if bool(full.all()):
+        output = _full_step(cache, query, attention, visible)
+        _count(cache, full=None, partial_read=None)
+        return output
+
+    # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
+    partial.push()
+    keys, values, used = partial.entries()
+    output, lse = cache.backend.attend(query, keys, values, **attention.options(used))
+    partial_read = partial.used.masked_fill(full, 0).sum()
+    fired = cache.trigger.after(step, lse, _reference(cache))
+    if fired is not None:
+        full = full | fired
+    if bool(full.any()):
+        everything = _full_step(cache, query, attention, visible, heads=full)
+        per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
+        output = torch.where(per_query_head[..., None], everything, output)
+    _count(cache, full=full, partial_read=partial_read)
+    return output
+
+
+def _first_selection(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None) -> None:
+    """Select from the last prompt query, over the prompt: all tokens but the one being decoded."""
+    prompt = cache.length - 1
+    visible = None if visible is None else visible[:, :prompt]
+    cache.resolve_budget(visible, prompt)
+    scores, lse = cache.backend.score(
+        query,
+        cache.store.keys[:, :, :prompt],
+        **attention.options(_over_heads(visible)),
+        reduction=cache.config.group_reduction,
+    )
+    _rebuild(cache, query, scores, lse, visible, heads=None)
+    cache.pending = None
+
+
+def _full_step(
+    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None, heads: Tensor | None = None
+) -> Tensor:
+    """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores."""
+    if cache.budget is None:  # cropped before anything was decoded
+        cache.resolve_budget(visible, cache.length)
+    (output, _), (scores, lse) = cache.backend.attend_and_score(
+        query,
+        cache.store.keys,
+        cache.store.values,
+        **attention.options(_over_heads(visible)),
+        reduction=cache.config.group_reduction,
+        heads=heads,
+    )
+    _rebuild(cache, query, scores, lse, visible, heads)
+    return output
+
+
+def _rebuild(
+    cache: LayerCache, query: Tensor, scores: Tensor, lse: Tensor, visible: Tensor | None, heads: Tensor | None
+) -> None:
+    assert cache.budget is not None
+    selection = cache.backend.select(
+        scores, cache.budget, pool_kernel=cache.config.pool_kernel, visible=visible, heads=heads
+    )
+    cache.refresh(selection, heads)
+    reference = cache.trigger.reference(query, lse, cache.kv_heads)
+    if heads is None or cache.reference is None:
+        cache.reference = reference
+    else:
+        cache.reference = torch.where(heads[..., None], reference, cache.reference)
+
+
+def _ordinary_step(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None) -> Tensor:
+    """`mode="full"`: attention over the full cache and nothing else."""
+    if cache.pending is not None or cache.hidden is None:
+        cache.resolve_budget(visible, cache.length)
+    cache.pending = None
+    output = cache.backend.attend(
+        query, cache.store.keys, cache.store.values, **attention.options(_over_heads(visible))
+    ).output
+    _count(cache, full=None, partial_read=None)
+    return output
+
+
+def _reference(cache: LayerCache) -> Tensor:
+    assert cache.reference is not None  # set with every partial cache
+    return cache.reference
+
+
+def _over_heads(visible: Tensor | None) -> Tensor | None:
+    return None if visible is None else visible[:, None]
+
+
+def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | None) -> None:
+    """Record one decode step. `full` `[B, Hkv]` (`None`: all heads); `partial_read`: entries of the partial caches."""
+    assert cache.hidden is not None
+    heads = cache.rows * cache.kv_heads
+    tokens = cache.length - cache.hidden  # [B]
+    available = tokens.sum() * cache.kv_heads
+    read = available if full is None else (full * tokens[:, None]).sum()
+    cache.stats.record(
+        cache.index,
+        kv_heads=cache.kv_heads,
+        entry_bytes=cache.store.entry_bytes,
+        full=heads if full is None else full.sum(),
+        steps=heads,
+        read=read if partial_read is None else read + partial_read,
+        available=available,
+    )

@@ -1,0 +1,95 @@
+"""The full KV cache of one layer: every token, kept in buffers that grow in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
+_GROWTH = 1.25
+
+
+class DenseStore:
+    """K and V of all tokens, `[B, Hkv, length, D]` views into buffers with spare capacity.
+
+    An append writes in place. When the capacity is used up both buffers are re-allocated a quarter larger, so that the
+    copies add up to a constant per token; `reserve` (tokens) avoids them where the final length is known.
+    """
+
+    def __init__(self, reserve: int = 0) -> None:
+        self.reserve = reserve
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether anything was ever appended since the last `reset`."""
+        return self._keys is not None
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, Hkv, length, D]` view, after RoPE."""
+        return self._buffer(self._keys)[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """`[B, Hkv, length, D]` view."""
+        return self._buffer(self._values)[:, :, : self.length]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the K and V of one token and one KV head."""
+        keys, values = self._buffer(self._keys), self._buffer(self._values)
+        return keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, `[B, Hkv, n, D]`, at the end."""
+        end = self.length + keys.shape[2]
+        self._keys = self._with_room(self._keys, keys, end)
+        self._values = self._with_room(self._values, values, end)
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on; their room is used again."""
+        self.length = min(self.length, length)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the old row `rows[i]`; repeats and omissions are allowed. `[B']` int64."""
+        self._keys = self._take(self._buffer(self._keys), rows)
+        self._values = self._take(self._buffer(self._values), rows)
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.length = 0
+        self._keys = self._values = None
+
+    def _with_room(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
+        if buffer is not None and buffer.shape[2] >= needed:
+            return buffer
+        grown = 0 if buffer is None else int(buffer.shape[2] * _GROWTH)
+        capacity = max(needed + _SPARE, grown, self.reserve)
+        rows, heads, _, dim = like.shape
+        new = like.new_empty(rows, heads, capacity, dim)
+        if buffer is not None:
+            new[:, :, : self.length] = buffer[:, :, : self.length]
+        return new
+
+    def _take(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        new = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
+        for target, source in enumerate(rows.tolist()):  # row by row: only the used part is copied, once
+            new[target, :, : self.length] = buffer[source, :, : self.length]
+        return new
+
+    @staticmethod
+    def _buffer(buffer: Tensor | None) -> Tensor:
+        if buffer is None:
+            raise RuntimeError("the store is empty: append before reading")
+        return buffer
+
+
+def is_identity(rows: Tensor, count: int) -> bool:
+    """Whether taking `rows` of `count` rows changes nothing."""
+    return rows.shape[0] == count and bool((rows == torch.arange(count, device=rows.device)).all())
