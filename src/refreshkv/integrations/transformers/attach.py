@@ -1,0 +1,153 @@
+"""`attach`: one model runs under RefreshKV until `detach`, and is then exactly as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationConfig
+
+from refreshkv.config import RefreshConfig, make_config
+from refreshkv.integrations.transformers.attention import register
+from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, RefreshCache
+from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
+from refreshkv.stats import Stats
+
+_ABSENT = object()
+
+
+def attach(
+    model: PreTrainedModel, config: RefreshConfig | None = None, *, preset: str | None = None, **overrides: Any
+) -> Session:
+    """Run `model.generate` under RefreshKV.
+
+        with refreshkv.attach(model, budget=0.125) as session:
+            out = model.generate(**inputs, max_new_tokens=2048)
+        print(session.stats)
+
+    Args:
+        model: a decoder-only transformers model.
+        config: complete settings; or give `preset` and single settings (fields of `RefreshConfig`).
+        preset: see `refreshkv.PRESETS`; `None` is "default".
+
+    Raises:
+        UnsupportedModelError: an architecture that cannot be served, with the reason.
+        ValueError: an unknown preset or setting, or a value out of range.
+    """
+    if config is not None and (preset is not None or overrides):
+        raise ValueError("give either a RefreshConfig or a preset with single settings, not both")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}")
+    support = supported(model)
+    if not support.ok:
+        raise UnsupportedModelError(support.reason)
+    if support.reason:
+        warnings.warn(support.reason, stacklevel=2)
+    return Session(model, make_config(preset, **overrides) if config is None else config)
+
+
+class Session:
+    """An attachment. A context manager; or call `detach` yourself. Nested sessions end in reverse order.
+
+    Attributes:
+        config: the settings.
+        stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: RefreshConfig) -> None:
+        self.model = model
+        self.config = config
+        self.stats = Stats()
+        self._decoder = model.config.get_text_config(decoder=True)
+        self._implementation = self._decoder._attn_implementation_internal
+        self._replaced: dict[str, tuple[Any, Callable[..., Any]]] = {}  # name -> (what the instance had, ours)
+        outer = getattr(vars(model).get("_prefill"), "__self__", None)
+        self._outer: Session | None = outer if isinstance(outer, Session) else None
+        # The implementation below every session: nesting must not stack our own functions.
+        self._below: str = self._outer._below if self._outer else (self._implementation or "eager")
+        if self._below.startswith(IMPLEMENTATION_PREFIX):
+            raise RuntimeError("this model shares its config with an attached model: give it a copy of its own")
+        self._attached = True
+        self._decoder._attn_implementation_internal = register(self._below)
+        self._replace("_prepare_cache_for_generation", self._prepare_cache)
+        self._replace("_prefill", self._prefill)
+
+    def new_cache(self, reserve: int = 0) -> RefreshCache:
+        """A cache to pass as `past_key_values` yourself: several turns on one cache, a decode loop of your own."""
+        return RefreshCache(self.model.config, self.config, stats=self.stats, reserve=reserve)
+
+    def detach(self) -> None:
+        """Restore the model. Does nothing the second time.
+
+        Raises:
+            RuntimeError: a session attached to the same model later is still active.
+        """
+        if not self._attached:
+            return
+        for name, (_, ours) in self._replaced.items():
+            if vars(self.model).get(name) is not ours:
+                raise RuntimeError("detach the sessions attached to this model later first")
+        for name, (before, _) in self._replaced.items():
+            if before is _ABSENT:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, before)
+        self._decoder._attn_implementation_internal = self._implementation
+        self._attached = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _replace(self, name: str, ours: Callable[..., Any]) -> None:
+        self._replaced[name] = (vars(self.model).get(name, _ABSENT), ours)
+        setattr(self.model, name, ours)
+
+    def _original(self, name: str) -> Callable[..., Any]:
+        """The model's own method, below every session."""
+        if self._outer is not None:
+            return self._outer._original(name)
+        before = self._replaced[name][0]
+        return getattr(type(self.model), name).__get__(self.model) if before is _ABSENT else before
+
+    def _prepare_cache(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Where `generate` makes its default cache: ours instead, or a clear error where it would be ignored."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, RefreshCache):
+            raise ValueError(
+                f"this model is attached, but past_key_values is a {type(given).__name__}: pass session.new_cache()"
+            )
+        if generation_config.use_cache is False:
+            raise ValueError("RefreshKV needs the KV cache: drop use_cache=False, or detach the model")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} would replace RefreshKV's cache: drop it"
+            )
+        result = self._original("_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache:
+            final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
+            model_kwargs["past_key_values"] = self.new_cache(reserve=final_length)
+            if generation_config.is_assistant:  # a draft model rolls back
+                model_kwargs["past_key_values"].activate_past_recording()
+        return result
+
+    def _prefill(
+        self, input_ids: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """The prompt: a last chunk of one token must not be taken for a decode step."""
+        original = self._original("_prefill")
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, RefreshCache):
+            return original(input_ids, generation_config, model_kwargs, **kwargs)
+        with cache.prompt():
+            return original(input_ids, generation_config, model_kwargs, **kwargs)

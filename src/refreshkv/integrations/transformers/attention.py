@@ -1,0 +1,112 @@
+"""The attention and mask functions that transformers calls while a model is attached.
+
+One pair is registered for each implementation that was active before (`refreshkv_sdpa`, `refreshkv_eager`, ...):
+prefill, sliding layers and everything else that is not a decode step of ours goes to that implementation unchanged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, Pass, layer_of
+from refreshkv.step import Attention, decode_step
+
+
+def register(inner: str) -> str:
+    """Make sure our functions around the implementation `inner` are registered; returns their name."""
+    name = IMPLEMENTATION_PREFIX + inner.replace("/", "_").replace("|", "_")
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(refresh_attention, inner=inner))
+        if inner in ALL_MASK_ATTENTION_FUNCTIONS:  # without a mask function, left padding would silently be ignored
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
+
+
+def refresh_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    inner: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers asks for it: a decode step of ours, or `inner`.
+
+    Args:
+        module: the attention layer.
+        query: `[B, Hq, T, D]`, after RoPE and QK-norm.
+        key, value: `[B, Hkv, L, D]`, what the cache's `update` returned.
+        attention_mask: the mask of `inner`'s own mask function, or `None`.
+        inner: the implementation that was active before `attach`.
+
+    Returns:
+        `[B, T, Hq, D]` and the attention weights (`None` in a decode step of ours).
+    """
+    layer = layer_of(key)
+    if layer is not None:
+        current = layer.current
+        current.awaiting = None
+        # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
+        own = getattr(module, "layer_idx", layer.inner.index) == layer.inner.index
+        if own and query.shape[2] == 1 and layer.inner.length > 1 and not current.prompt:
+            attention = Attention(
+                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                # sdpa knows no softcap: older transformers drop it silently (and newer ones choose eager), and a decode
+                # step must not disagree with the prefill of the same model.
+                softcap=None if inner == "sdpa" else kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
+            visible = _visible(current, attention_mask, layer.inner.rows, layer.inner.length)
+            return decode_step(layer.inner, query[:, :, 0], attention, visible)[:, None], None
+        if own:
+            layer.inner.await_selection(query[:, :, -1])
+    run = _implementation(inner, module)
+    return run(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function called `inner`; "eager" is each modeling file's own."""
+    if inner in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[inner]
+    for cls in type(module).__mro__:
+        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise RuntimeError(f"{type(module).__name__} has no attention function {inner!r}; choose attn_implementation='sdpa'")
+
+
+def _visible(current: Pass, mask: Tensor | None, rows: int, length: int) -> Tensor | None:
+    """`[B, L]` bool from the mask of one decode step, `None` when everything is visible; once per mask."""
+    if mask is None:
+        return None
+    if mask is not current.mask:
+        current.mask, current.visible = mask, _read_mask(mask, rows, length)
+    return current.visible
+
+
+def _read_mask(mask: Tensor, rows: int, length: int) -> Tensor | None:
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise RuntimeError("RefreshKV cannot read this attention mask; load the model with attn_implementation='sdpa'")
+    row = mask if mask.dim() == 2 else mask[:, 0, -1]  # flash: [B, L]; sdpa, eager: [B, 1, 1, L]
+    if row.shape[-1] != length:
+        raise RuntimeError(f"the attention mask covers {row.shape[-1]} tokens, the cache holds {length}")
+    if row.dtype == torch.bool:
+        visible = row
+    elif mask.dim() == 2:
+        visible = row != 0
+    else:  # additive
+        visible = row > torch.finfo(row.dtype).min / 2
+    return None if bool(visible.all()) else visible.expand(rows, -1)

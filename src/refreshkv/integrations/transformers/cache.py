@@ -1,0 +1,184 @@
+"""`RefreshCache`: a `DynamicCache` whose full-attention layers keep a partial cache beside the full one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from refreshkv.cache import LayerCache
+from refreshkv.config import RefreshConfig, make_config
+from refreshkv.stats import Stats
+
+IMPLEMENTATION_PREFIX = "refreshkv_"
+_TAG = "_refreshkv"
+
+
+@dataclass
+class Pass:
+    """State of the forward pass that is under way, shared by the layers of one cache.
+
+    Attributes:
+        prompt: the pass belongs to a prompt, however few tokens it holds.
+        awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
+        mask, visible: the last mask of the host and what it says about the visible tokens, computed once for all layers.
+    """
+
+    prompt: bool = False
+    awaiting: RefreshLayer | None = None
+    mask: Tensor | None = None
+    visible: Tensor | None = None
+
+
+class RefreshLayer(DynamicLayer):
+    """transformers' view of one `LayerCache`. Reports the full length; knows nothing of partial steps."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, inner: LayerCache, current: Pass) -> None:
+        # The parent's constructor only assigns `keys`, `values` and `is_initialized`, which are properties here.
+        self.inner = inner
+        self.current = current
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """`[B, Hkv, L, D]`, or `None` before the first update."""
+        return self.inner.store.keys if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """`[B, Hkv, L, D]`, or `None` before the first update."""
+        return self.inner.store.values if self.is_initialized else None
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether the layer holds tokens."""
+        return self.inner.store.is_allocated
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store allocates itself at the first append."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, and return the full keys and values; the keys carry a tag that leads the attention function here."""
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise RuntimeError("RefreshCache is for inference and keeps no gradients: run under torch.no_grad()")
+        self.inner.append(key_states, value_states)
+        keys, values = self.inner.store.keys, self.inner.store.values
+        setattr(keys, _TAG, self)
+        self.current.awaiting = self
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens in the full store."""
+        return self.inner.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Negative: remove that many tokens. Positive: keep that many (transformers up to 5.17). 0 does nothing."""
+        if tokens_to_remove != 0 and self.is_initialized:
+            keep = tokens_to_remove if tokens_to_remove > 0 else self.inner.length + tokens_to_remove
+            self.inner.crop(max(keep, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues the old row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row: beams and several return sequences."""
+        if self.is_initialized:
+            rows = torch.arange(self.inner.rows, device=self.inner.store.keys.device)
+            self.inner.take_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (a bool mask over the rows works too)."""
+        if self.is_initialized:
+            indices = torch.as_tensor(indices, device=self.inner.store.keys.device)
+            self.inner.take_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def reset(self) -> None:
+        """Back to empty; the statistics stay."""
+        self.inner.reset()
+        self.current.awaiting = None
+
+    def offload(self) -> None:
+        """Raises: moving whole layers every step is the wrong granularity for a cache that reads a part of them."""
+        raise NotImplementedError("RefreshCache cannot be offloaded by transformers; drop offloading=True")
+
+    prefetch = offload
+
+
+class RefreshCache(DynamicCache):
+    """The KV cache of a model under RefreshKV, for `generate(..., past_key_values=cache)`.
+
+    Sliding-window, linear and other special layers stay transformers' own. The model must be attached
+    (`refreshkv.attach`): used on any other, the cache raises instead of silently being ordinary attention.
+
+    Args:
+        config: `model.config` of the attached model, the very object.
+        refresh: the settings; `None` is the default preset.
+        stats: where decode steps are counted; several caches may share one.
+        reserve: tokens to allocate at once, if the final length is known.
+
+    Raises:
+        RuntimeError: at the first forward pass, when the model is not attached.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        refresh: RefreshConfig | None = None,
+        *,
+        stats: Stats | None = None,
+        reserve: int = 0,
+    ) -> None:
+        super().__init__(config=config)
+        self.refresh = make_config() if refresh is None else refresh
+        self.stats = Stats() if stats is None else stats
+        self._decoder = config.get_text_config(decoder=True)
+        self._current = Pass()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
+                self.layers[index] = RefreshLayer(inner, self._current)
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Passes inside belong to a prompt even when they hold one token (the last chunk of a chunked prefill)."""
+        self._current.prompt = True
+        try:
+            yield
+        finally:
+            self._current.prompt = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cache.update`.
+
+        Raises:
+            RuntimeError: the model is not attached, or a layer hides the keys we returned from attention.
+        """
+        implementation = self._decoder._attn_implementation
+        if not str(implementation).startswith(IMPLEMENTATION_PREFIX):
+            raise RuntimeError(
+                "RefreshCache needs an attached model (here it would silently be ordinary attention):"
+                " use it inside `with refreshkv.attach(model):`, made from that model's own config"
+            )
+        lost = self._current.awaiting
+        if lost is not None:
+            raise RuntimeError(
+                f"the keys of layer {lost.inner.index} never reached RefreshKV's attention function:"
+                " this architecture changes them after the cache; it is not supported"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def layer_of(keys: Tensor) -> RefreshLayer | None:
+    """The layer whose `update` returned this very tensor, if it was one of ours."""
+    return getattr(keys, _TAG, None)

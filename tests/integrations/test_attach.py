@@ -1,0 +1,226 @@
+"""`attach` and `RefreshCache` as objects: restoration, nesting, independence, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel
+
+import refreshkv
+from refreshkv import RefreshCache, RefreshConfig
+from refreshkv.integrations.transformers.cache import RefreshLayer
+
+from ..conftest import build
+from .prompts import greedy, left_padded, refreshed, tokens
+
+
+def appearance(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything an attachment could leave behind."""
+    return {
+        "attributes": {name: id(value) for name, value in vars(model).items()},
+        "class": {name: id(value) for name, value in vars(type(model)).items()},
+        "config": copy.deepcopy(model.config.to_dict()),
+        "implementation": model.config._attn_implementation,
+        "methods": (model.generate.__func__, model.forward.__func__, model._prefill.__func__),
+        "modules": [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()],
+        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+    }
+
+
+def test_leaving_restores_the_model(model: PreTrainedModel) -> None:
+    before = appearance(model)
+    with refreshkv.attach(model, budget=8):
+        assert appearance(model) != before
+        greedy(model, tokens(1, 20), new=3)
+    assert appearance(model) == before
+
+
+def test_leaving_by_an_exception_restores_the_model(llama: PreTrainedModel) -> None:
+    before = appearance(llama)
+    with pytest.raises(KeyError), refreshkv.attach(llama):
+        raise KeyError
+    assert appearance(llama) == before
+
+
+def test_nested_sessions(llama: PreTrainedModel) -> None:
+    ids, before = tokens(1, 40), appearance(llama)
+    outer, inner = RefreshConfig(budget=6, stride=None), RefreshConfig(budget=9, stride=4, threshold=None)
+    expected = refreshed(llama, ids, outer), refreshed(llama, ids, inner)
+    with refreshkv.attach(llama, outer) as first:
+        between = appearance(llama)
+        with refreshkv.attach(llama, inner) as second:
+            assert torch.equal(greedy(llama, ids), expected[1])
+            with pytest.raises(RuntimeError, match="later first"):
+                first.detach()
+        assert appearance(llama) == between
+        assert first.stats.full_share is None and second.stats.full_share > 0
+        assert torch.equal(greedy(llama, ids), expected[0])
+    assert appearance(llama) == before
+
+
+def test_a_method_patched_by_somebody_else_survives(llama: PreTrainedModel) -> None:
+    calls: list[int] = []
+    original = llama._prefill
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    llama._prefill = counted
+    try:
+        with refreshkv.attach(llama):
+            greedy(llama, tokens(1, 20), new=2)
+        assert calls == [1] and vars(llama)["_prefill"] is counted
+    finally:
+        del llama._prefill
+
+
+def test_detach_without_a_with_block_and_twice(llama: PreTrainedModel) -> None:
+    before = appearance(llama)
+    session = refreshkv.attach(llama)
+    session.detach()
+    session.detach()
+    assert appearance(llama) == before
+
+
+def test_two_models_at_once(llama: PreTrainedModel) -> None:
+    other, ids = build("qwen3", seed=3), tokens(1, 40)
+    one, two = RefreshConfig(budget=6, stride=None), RefreshConfig(budget=9, stride=2, threshold=None)
+    expected = refreshed(llama, ids, one), refreshed(other, ids, two)
+    with refreshkv.attach(llama, one) as first, refreshkv.attach(other, two) as second:
+        assert torch.equal(greedy(other, ids), expected[1])
+        assert torch.equal(greedy(llama, ids), expected[0])
+    assert first.stats.full_share == 0 and second.stats.full_share > 0.4
+
+
+def test_the_explicit_cache(llama: PreTrainedModel) -> None:
+    ids, config = tokens(1, 40), RefreshConfig(budget=6, stride=3, threshold=None)
+    expected = refreshed(llama, ids, config)
+    with refreshkv.attach(llama):  # the cache's own settings count
+        cache = RefreshCache(llama.config, config)
+        assert torch.equal(greedy(llama, ids, past_key_values=cache), expected)
+    assert cache.stats.full_steps == 3 * (19 // 3)
+
+
+def test_a_forward_pass_without_our_cache_is_ordinary(model: PreTrainedModel) -> None:
+    inputs = left_padded([30, 18])
+    with torch.no_grad():
+        vanilla = model(**inputs).logits
+        with refreshkv.attach(model, budget=4):
+            assert torch.equal(model(**inputs).logits, vanilla)
+
+
+def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel) -> None:
+    import gc
+    import weakref
+
+    with refreshkv.attach(llama, budget=6) as session:
+        out = llama.generate(tokens(1, 20), max_new_tokens=3, return_dict_in_generate=True)
+        cache = weakref.ref(out.past_key_values.layers[0].inner.store)
+        gc.disable()
+        try:
+            del out
+            assert cache() is None, "freed by reference counting alone, not at the next garbage collection"
+        finally:
+            gc.enable()
+        assert session.stats.partial_steps > 0
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "a foreign cache": ({"past_key_values": DynamicCache}, "session.new_cache"),
+    "no cache": ({"use_cache": False}, "use_cache"),
+    "a static cache": ({"cache_implementation": "static"}, "cache_implementation"),
+    "offloading": ({"cache_implementation": "offloaded"}, "cache_implementation"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_would_silently_be_ordinary_attention_is_refused(
+    llama: PreTrainedModel, options: dict[str, Any], message: str
+) -> None:
+    options = {key: value() if isinstance(value, type) else value for key, value in options.items()}
+    with refreshkv.attach(llama), pytest.raises(ValueError, match=message):
+        greedy(llama, tokens(1, 10), **options)
+
+
+def test_a_cache_on_a_model_that_is_not_attached_raises(llama: PreTrainedModel) -> None:
+    with pytest.raises(RuntimeError, match=r"refreshkv\.attach"):
+        greedy(llama, tokens(1, 10), past_key_values=RefreshCache(llama.config))
+    with refreshkv.attach(llama) as session:
+        cache = session.new_cache()
+        greedy(llama, tokens(1, 10), past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"refreshkv\.attach"):
+        greedy(llama, tokens(1, 40), past_key_values=cache)
+
+
+def test_keys_changed_after_the_cache_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture that re-assigns its keys between cache and attention must not run as ordinary attention."""
+    model = build("llama")
+    update = RefreshLayer.update
+    monkeypatch.setattr(RefreshLayer, "update", lambda self, *a, **k: tuple(t.clone() for t in update(self, *a, **k)))
+    with refreshkv.attach(model), pytest.raises(RuntimeError, match="layer 0 never reached"):
+        greedy(model, tokens(1, 10))
+
+
+def test_gradients_are_refused(llama: PreTrainedModel) -> None:
+    with refreshkv.attach(llama) as session, pytest.raises(RuntimeError, match="no_grad"):
+        llama(tokens(1, 10), past_key_values=session.new_cache())
+
+
+def test_models_that_share_one_config_are_refused(llama: PreTrainedModel) -> None:
+    twin = type(llama)(llama.config)
+    with refreshkv.attach(llama), pytest.raises(RuntimeError, match="shares its config"):
+        refreshkv.attach(twin)
+
+
+def test_settings_and_config_together_are_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        refreshkv.attach(llama, RefreshConfig(), budget=3)
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        refreshkv.attach(llama, budgte=3)
+    with pytest.raises(ValueError, match="did you mean 'paper-llama'"):
+        refreshkv.attach(llama, preset="paper-lama")
+
+
+def test_a_batch_of_another_size_on_the_same_cache_is_refused(llama: PreTrainedModel) -> None:
+    with torch.no_grad(), refreshkv.attach(llama) as session:
+        cache = session.new_cache()
+        llama(tokens(2, 10), past_key_values=cache)
+        with pytest.raises(ValueError, match="holds rows 2, the new keys have 3"):
+            llama(tokens(3, 1), past_key_values=cache)
+
+
+UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "MLA": ("DeepseekV3Config", {"kv_lora_rank": 16}, "MLA"),
+    "encoder-decoder": ("T5Config", {}, "encoder-decoder"),
+    "no interface": ("BloomConfig", {}, "attention interface"),
+    "no attention": ("MambaConfig", {}, ""),
+    "no language model": ("CLIPVisionConfig", {}, "no causal language model"),
+}
+
+
+@pytest.mark.parametrize("config, options, reason", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_unsupported_architectures_say_why(config: str, options: dict[str, Any], reason: str) -> None:
+    support = refreshkv.supported(getattr(transformers, config)(**options))
+    assert not support and not support.ok and reason in support.reason and "\n" not in support.reason
+
+
+def test_attach_raises_the_reason() -> None:
+    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
+    with pytest.raises(refreshkv.UnsupportedModelError, match="encoder-decoder"):
+        refreshkv.attach(transformers.T5ForConditionalGeneration(config))
+    with pytest.raises(refreshkv.UnsupportedModelError, match="PreTrainedModel"):
+        refreshkv.attach(torch.nn.Linear(1, 1))
+
+
+def test_supported_architectures(model: PreTrainedModel) -> None:
+    assert refreshkv.supported(model) and refreshkv.supported(model.config)
+
+
+def test_attaching_a_model_without_a_head_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(refreshkv.UnsupportedModelError, match="cannot generate"):
+        refreshkv.attach(llama.model)

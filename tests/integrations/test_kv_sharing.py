@@ -1,0 +1,76 @@
+"""Models whose last layers read the keys of an earlier layer: the earlier layer is served, the readers stay full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import refreshkv
+from refreshkv import RefreshConfig
+
+from .prompts import greedy, left_padded, refreshed
+
+SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6},
+    ),
+    "gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM", {"global_head_dim": 16}),
+}
+
+
+@pytest.fixture(params=SHARED)
+def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Six layers, sliding and full in turn; the last two own no keys."""
+    config_name, model_name, differs = SHARED[request.param]
+    if not hasattr(transformers, config_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
+    config = getattr(transformers, config_name)(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        head_dim=16,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        **differs,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(config).eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [RefreshConfig(budget=1000, stride=4, threshold=None), RefreshConfig(budget=5, stride=1, threshold=1.0)],
+    ids=["large budget", "S=1"],
+)
+def test_full_attention_tokens(sharing: PreTrainedModel, config: RefreshConfig) -> None:
+    inputs = left_padded([50, 30])
+    assert torch.equal(refreshed(sharing, inputs, config), greedy(sharing, inputs))
+
+
+def test_the_owners_are_served(sharing: PreTrainedModel) -> None:
+    inputs = left_padded([50, 30])
+    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4, "do_sample": False}
+    vanilla = torch.stack(sharing.generate(**inputs, **options).logits)
+    with refreshkv.attach(sharing, budget=5, stride=None) as session:
+        ours = torch.stack(sharing.generate(**inputs, **options).logits)
+    assert set(session.stats.layers) == {1, 3}
+    assert (ours[1:] - vanilla[1:]).abs().max() > 1e-3
