@@ -1,0 +1,1 @@
+"""Timings. Each benchmark checks its results first, states hardware and versions, and times every variant in one run."""

@@ -1,0 +1,303 @@
+"""Milliseconds per decode step of a whole model: partial and full steps of ours against transformers' caches.
+
+All variants take turns step by step in one run, so that a drift of the machine's speed hits them alike; medians are
+reported. The caches hold the same random keys and values: a prefill of 64K tokens would take longer than the benchmark.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
+
+import refreshkv
+from refreshkv.bench.shapes import build
+from refreshkv.config import RefreshConfig
+from refreshkv.integrations.transformers import RefreshCache
+
+# Logits of one step against StaticCache, relative RMS. Measured: 1e-6 in float32, 0.011 in bfloat16, where full steps
+# round the attention logits to bfloat16 in every layer.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.04}
+_SPARE = 8  # tokens beyond context and timed steps that the preallocated caches have room for
+
+# What the columns mean, in the order of the table.
+VARIANTS = {
+    "empty": "partial step, empty cache: weights and Python alone",
+    "partial": "partial step",
+    "full": "full step with re-selection",
+    "own_dense": "our full attention without selection",
+    "static": "transformers StaticCache",
+    "default": "transformers DynamicCache, the default of generate",
+}
+
+
+class WrongResultError(RuntimeError):
+    """A variant does not compute what it should; nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to time, resolved."""
+
+    shape: str
+    context: int
+    batch: int
+    budget: int
+    stride: int | None
+    device: torch.device
+    dtype: torch.dtype
+    steps: int
+
+
+def run(
+    *,
+    shape: str = "llama-3.2-1b",
+    context: int = 8192,
+    batch: int = 1,
+    budget: int | float = 0.125,
+    stride: int | None = 10,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    steps: int = 20,
+    threads: int | None = None,
+    skip: tuple[str, ...] = (),
+    results: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Check, then time; returns the record and appends it to `results` (CSV).
+
+    Args:
+        shape: a name in `shapes.SHAPES`.
+        context: tokens in the cache. `batch`: rows.
+        budget, stride: as in `RefreshConfig`; `stride=None` gives a mix of partial steps only.
+        steps: timed steps of each variant, after two for warming up.
+        threads: CPU threads; `None` leaves torch's choice.
+        skip: variants to leave out ("default" needs minutes at long contexts).
+
+    Raises:
+        ValueError: an unknown shape or variant. WrongResultError: our logits are not those of full attention.
+    """
+    unknown_variants = set(skip) - set(VARIANTS)
+    if unknown_variants:
+        raise ValueError(f"unknown variant {sorted(unknown_variants)[0]!r} (one of: {', '.join(VARIANTS)})")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tokens = RefreshConfig(budget=budget).resolve_budget(context)
+    job = Job(shape, context, batch, tokens, stride, torch.device(device), getattr(torch, dtype), steps)
+    model = build(shape, job.device, job.dtype)
+    with torch.inference_mode(), refreshkv.attach(model) as session:
+        below = session.implementation_below
+        caches = _caches(model, job, skip)
+        error = _check(model, below, caches, job)
+        times = _time(model, below, caches, job, progress)
+    record = _record(job, times, error, model)
+    if results is not None:
+        _append(results, record)
+    return record
+
+
+def _caches(model: LlamaForCausalLM, job: Job, skip: tuple[str, ...]) -> dict[str, Cache]:
+    """One cache a variant, all with the same content. Ours share the full store: they differ in policy alone."""
+    room = job.context + (len(VARIANTS) + 1) * (job.steps + _SPARE)
+    settings = {
+        "empty": RefreshConfig(budget=job.budget, stride=None),
+        "partial": RefreshConfig(budget=job.budget, stride=None),
+        "full": RefreshConfig(budget=job.budget, stride=1, threshold=None),
+        "own_dense": RefreshConfig(mode="full"),
+    }
+    caches: dict[str, Cache] = {name: RefreshCache(model.config, c, reserve=room) for name, c in settings.items()}
+    caches["static"] = StaticCache(config=model.config, max_cache_len=room)
+    caches["default"] = DynamicCache(config=model.config)
+    caches = {name: cache for name, cache in caches.items() if name not in skip}
+    config = model.config
+    generator = torch.Generator(device=job.device).manual_seed(1)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
+
+    for index in range(config.num_hidden_layers):
+        keys = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
+        values = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
+        query = noise(job.batch, config.num_attention_heads, config.head_dim)
+        shared = None
+        for name, cache in caches.items():
+            if name in ("static", "default"):
+                cache.update(keys, values, index)
+                continue
+            inner = cache.layers[index].inner
+            if name == "empty":
+                inner.append(keys[:, :, :1], values[:, :, :1])
+            elif shared is None:
+                inner.append(keys, values)
+                shared = inner.store
+            else:
+                inner.store = shared
+            inner.await_selection(query)
+    return caches
+
+
+def _step(model: LlamaForCausalLM, below: str, cache: Cache, batch: int) -> Tensor:
+    """One decode step; `[B, V]` logits. transformers' own caches run on the implementation below ours."""
+    token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+    config = model.config
+    attached = config._attn_implementation_internal
+    if not isinstance(cache, RefreshCache):
+        config._attn_implementation_internal = below
+    try:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+    finally:
+        config._attn_implementation_internal = attached
+
+
+def _check(model: LlamaForCausalLM, below: str, caches: dict[str, Cache], job: Job) -> dict[str, float]:
+    """Relative RMS of the logits of our dense and full steps against a StaticCache step on the same content."""
+    if "static" not in caches:
+        return {}
+    expected = _step(model, below, caches["static"], job.batch).float()
+    errors = {}
+    for name in ("own_dense", "full"):
+        if name in caches:
+            ours = _step(model, below, caches[name], job.batch).float()
+            for layer in caches[name].layers:
+                layer.inner.store.crop(job.context)  # the next variant, on the same store, starts where this one did
+            errors[name] = float((ours - expected).norm() / expected.norm())
+            if not errors[name] < _TOLERANCE[job.dtype]:
+                raise WrongResultError(f"{name}: logits differ from StaticCache by {errors[name]:.2g} (relative RMS)")
+    return errors
+
+
+def _time(
+    model: LlamaForCausalLM, below: str, caches: dict[str, Cache], job: Job, progress: bool
+) -> dict[str, list[float]]:
+    """Milliseconds of each timed step."""
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    warm_up = 2  # the first selection of each of our caches happens in its first step
+    for step in tqdm(range(warm_up + job.steps), desc="steps", disable=not progress, leave=False):
+        for name, cache in caches.items():
+            if name == "empty":
+                cache.crop(1)  # keep it empty: one token, to which the step adds its own
+                for layer in cache.layers:
+                    layer.inner.await_selection(layer.inner.store.keys.new_zeros(job.batch, *_query(model)))
+                _step(model, below, cache, job.batch)  # selects from that single token
+            _wait(job.device)
+            start = time.perf_counter()
+            _step(model, below, cache, job.batch)
+            _wait(job.device)
+            if step >= warm_up:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _query(model: LlamaForCausalLM) -> tuple[int, int]:
+    return model.config.num_attention_heads, model.config.head_dim
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _record(job: Job, times: dict[str, list[float]], error: dict[str, float], model: LlamaForCausalLM) -> dict[str, Any]:
+    ms = {name: statistics.median(values) for name, values in times.items()}
+    full_share = 0.0 if job.stride is None else 1.0 / job.stride
+    if {"partial", "full"} <= ms.keys():
+        ms["mix"] = (1 - full_share) * ms["partial"] + full_share * ms["full"]
+    ratios = {
+        "mix_over_static": _over(ms, "static", "mix"),
+        "mix_over_default": _over(ms, "default", "mix"),
+        "mix_over_own_dense": _over(ms, "own_dense", "mix"),
+        "share_of_ideal": _ideal_ms(job, model, full_share) / ms["mix"] if "mix" in ms else None,
+        "partial_over_empty": _over(ms, "partial", "empty"),
+        "full_over_static": _over(ms, "full", "static"),
+    }
+    spread = {name: [min(values), max(values)] for name, values in times.items()}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shape": job.shape,
+        "context": job.context,
+        "batch": job.batch,
+        "budget": job.budget,
+        "stride": job.stride,
+        "device": _device_name(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "steps": job.steps,
+        "ms": {name: round(value, 3) for name, value in ms.items()},
+        "ms_range": {name: [round(value, 3) for value in ends] for name, ends in spread.items()},
+        "ratios": {name: None if value is None else round(value, 4) for name, value in ratios.items()},
+        "relative_rms_error": {name: float(f"{value:.3g}") for name, value in error.items()},
+        "versions": {
+            "refreshkv": refreshkv.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _over(ms: dict[str, float], one: str, other: str) -> float | None:
+    return ms[one] / ms[other] if one in ms and other in ms else None
+
+
+def _ideal_ms(job: Job, model: LlamaForCausalLM, full_share: float) -> float:
+    """The mix at this machine's read bandwidth: every weight once, and the K and V that the steps attend to."""
+    config, size = model.config, torch.finfo(job.dtype).bits // 8
+    weights = sum(parameter.numel() for parameter in model.parameters()) * size
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size * size  # one row of the input embedding is read, not all
+    entry = 2 * config.head_dim * size * config.num_key_value_heads * config.num_hidden_layers * job.batch
+    entries = (1 - full_share) * min(job.budget, job.context) + full_share * job.context
+    return (weights + entry * entries) / _bandwidth(job.device) * 1e3
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading 1 GiB that is in no cache, best of five."""
+    block = torch.ones(1 << 28, dtype=torch.float32, device=device)
+    best = 0.0
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        block.sum()
+        _wait(device)
+        best = max(best, block.numel() * 4 / (time.perf_counter() - start))
+    return best
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """One row a run; nested parts become `part.name` columns.
+
+    Raises:
+        ValueError: the file holds other columns.
+    """
+    row: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            row.update({f"{key}.{name}": part for name, part in value.items() if key != "ms_range"})
+        else:
+            row[key] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = path.read_text().splitlines()[0].split(",") if path.exists() and path.stat().st_size else None
+    if known is not None and not set(row) <= set(known):
+        raise ValueError(f"{path} has other columns than this benchmark writes: give another file")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, known or list(row), restval="")
+        if known is None:
+            writer.writeheader()
+        writer.writerow(row)
