@@ -52,7 +52,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
-        {"num_hidden_layers": 4, "sliding_window": 16, "layer_types": _ALTERNATING, "query_pre_attn_scalar": 8},
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "layer_types": _ALTERNATING,
+            "query_pre_attn_scalar": 8,
+        },
     ),
     "gpt-oss": (
         "GptOssConfig",
@@ -102,7 +107,9 @@ def models() -> Callable[[str], PreTrainedModel]:
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
-def model(request: pytest.FixtureRequest, models: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+def model(
+    request: pytest.FixtureRequest, models: Callable[[str], PreTrainedModel]
+) -> PreTrainedModel:
     """Every architecture in turn."""
     return models(request.param)
 

@@ -74,25 +74,37 @@ class LayerCache:
         """New tokens `[B, Hkv, n, D]` enter the full store; a partial step pushes the newest into the ring itself.
 
         Raises:
-            ValueError: another number of rows or heads, another dtype or another device than before.
+            ValueError: keys and values that do not fit each other or what the cache holds.
         """
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"layer {self.index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree in rows,"
+                " KV heads and tokens"
+            )
         if self.store.is_allocated:
-            held = self.store.keys
-            for name, new, old in (
-                ("rows", keys.shape[0], held.shape[0]),
-                ("KV heads", keys.shape[1], held.shape[1]),
-                ("dtype", keys.dtype, held.dtype),
-                ("device", keys.device, held.device),
+            for kind, new, held in (
+                ("keys", keys, self.store.keys),
+                ("values", values, self.store.values),
             ):
-                if new != old:
-                    raise ValueError(
-                        f"layer {self.index}: the cache holds {name} {old}, the new keys have {new}; use a new cache"
-                    )
+                for name, given, expected in (
+                    ("rows", new.shape[0], held.shape[0]),
+                    ("KV heads", new.shape[1], held.shape[1]),
+                    ("head dim", new.shape[3], held.shape[3]),
+                    ("dtype", new.dtype, held.dtype),
+                    ("device", new.device, held.device),
+                ):
+                    if given != expected:
+                        raise ValueError(
+                            f"layer {self.index}: the cache holds {name} {expected}, the new {kind} have {given};"
+                            " use a new cache"
+                        )
         self.store.append(keys, values)
 
     def await_selection(self, query: Tensor) -> None:
         """A prompt ended with `query` `[B, Hq, D]`: the next decode step will select from it."""
-        self.pending = query.detach().clone()  # a view would keep the queries of the whole prompt alive
+        self.pending = (
+            query.detach().clone()
+        )  # a view would keep the queries of the whole prompt alive
         self.partial = None
 
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:

@@ -43,7 +43,9 @@ class RefreshConfig:
     def __post_init__(self) -> None:
         _check_budget(self.budget)
         if self.stride is not None and (not _is_int(self.stride) or self.stride < 1):
-            raise ValueError(f"stride must be an integer >= 1, or None to never refresh; got {self.stride!r}")
+            raise ValueError(
+                f"stride must be an integer >= 1, or None to never refresh; got {self.stride!r}"
+            )
         if self.threshold is not None:
             if not _is_number(self.threshold) or not -1.0 <= self.threshold <= 1.0:
                 raise ValueError(
@@ -101,14 +103,18 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
 def _check_budget(budget: object) -> None:
     if _is_int(budget):
         if budget < 1:  # type: ignore[operator]
-            raise ValueError(f"budget must be at least 1 token, or a share in (0, 1]; got {budget!r}")
+            raise ValueError(
+                f"budget must be at least 1 token, or a share in (0, 1]; got {budget!r}"
+            )
     elif isinstance(budget, float):
         if not 0.0 < budget <= 1.0:  # NaN fails too
             raise ValueError(
                 f"a float budget is a share of the prompt in (0, 1]; got {budget!r}; for tokens pass an integer"
             )
     else:
-        raise ValueError(f"budget must be an int (tokens) or a float (share of the prompt); got {budget!r}")
+        raise ValueError(
+            f"budget must be an int (tokens) or a float (share of the prompt); got {budget!r}"
+        )
 
 
 def _is_int(value: object) -> bool:

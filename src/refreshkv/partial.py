@@ -15,10 +15,10 @@ _SPARE = 64  # slots of head room when the ring grows towards its budget
 class PartialCache:
     """Copies of the K selected entries, contiguous so that a partial step reads nothing else.
 
-    A refresh fills slots 0 .. n-1 with the n = min(K, tokens) best, lowest score first. The j-th new token goes to slot
-    (n + j) mod K: the free slots first, then over the lowest-scored entry, the next lowest, and so on. So after j partial
-    steps of a full ring it holds the K-j best of the last refresh and the j newest tokens. Attention does not care about
-    the order of slots, because RoPE is already applied.
+    A refresh fills slots 0 .. n-1 with the n = min(K, tokens) best, lowest score first. The j-th new token
+    goes to slot (n + j) mod K, j from 0: the free slots first, then over the lowest-scored entry, the next
+    lowest, and so on. So after j partial steps a full ring holds the K-j best of the last refresh and the j
+    newest tokens. Attention does not care about the order of slots, because RoPE is already applied.
 
     Attributes:
         keys, values: `[B, Hkv, C, D]`; C <= K grows with what is stored, so that a generous budget costs no memory.
@@ -95,7 +95,9 @@ class PartialCache:
         used = self.used
         self._largest = int(self.budget.max())
         self._most = int(used.max())
-        self._uniform = bool((used == self._most).all()) and bool((self.budget == self.budget[0]).all())
+        self._uniform = bool((used == self._most).all()) and bool(
+            (self.budget == self.budget[0]).all()
+        )
 
     def _reserve(self, slots: int) -> None:
         """Make room for `slots` slots, at most the largest budget."""

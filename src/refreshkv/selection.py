@@ -85,7 +85,9 @@ def select(
         tokens = torch.full((rows,), length, device=scores.device)
     filled = fill_counts(budget, tokens, kv_heads)
     keys = rank_keys(pool(scores, pool_kernel), visible)
-    best = keys.topk(int(min(int(budget.max()), length)), dim=-1, sorted=True).values & 0xFFFFFFFF  # best first
+    best = (
+        keys.topk(int(min(int(budget.max()), length)), dim=-1, sorted=True).values & 0xFFFFFFFF
+    )  # best first
     slots = torch.arange(best.shape[-1], device=scores.device)
     lowest_first = (filled[..., None] - 1 - slots).clamp(min=0)
     positions = best.gather(-1, lowest_first)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-Count = int | Tensor  # a tensor stays on its device until somebody asks, so that counting never waits for a GPU
+Count = (
+    int | Tensor
+)  # a tensor stays on its device until somebody asks, so that counting never waits for a GPU
 
 
 @dataclass
@@ -35,7 +37,15 @@ class Stats:
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
 
     def record(
-        self, layer: int, *, kv_heads: int, entry_bytes: int, full: Count, steps: Count, read: Count, available: Count
+        self,
+        layer: int,
+        *,
+        kv_heads: int,
+        entry_bytes: int,
+        full: Count,
+        steps: Count,
+        read: Count,
+        available: Count,
     ) -> None:
         """Add one decode step of one layer; the counts are sums over rows and KV heads."""
         counts = self.layers[layer]
@@ -87,7 +97,9 @@ class Stats:
 
     def effective_strides(self) -> dict[int, float | None]:
         """Steps per full step of each layer."""
-        return {layer: _ratio(int(c.steps), int(c.full)) for layer, c in sorted(self.layers.items())}
+        return {
+            layer: _ratio(int(c.steps), int(c.full)) for layer, c in sorted(self.layers.items())
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Everything above as plain numbers, ready for JSON. Whole counts are ints."""
@@ -100,7 +112,10 @@ class Stats:
             "kv_bytes_read": self.kv_bytes_read,
             "kv_bytes_full": self.kv_bytes_full,
             "layers": {
-                str(layer): {"full_steps": _whole(int(c.full) / c.kv_heads), "steps": _whole(int(c.steps) / c.kv_heads)}
+                str(layer): {
+                    "full_steps": _whole(int(c.full) / c.kv_heads),
+                    "steps": _whole(int(c.steps) / c.kv_heads),
+                }
                 for layer, c in sorted(self.layers.items())
             },
         }

@@ -25,10 +25,17 @@ class Attention:
 
     def options(self, visible: Tensor | None) -> dict[str, Any]:
         """Keyword arguments for a kernel; `visible` broadcasts to `[B, Hkv, L]`."""
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks, "visible": visible}
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "visible": visible,
+        }
 
 
-def decode_step(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None = None) -> Tensor:
+def decode_step(
+    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None = None
+) -> Tensor:
     """Attention of one new token under RefreshKV.
 
     Args:
@@ -72,7 +79,9 @@ def decode_step(cache: LayerCache, query: Tensor, attention: Attention, visible:
     return output
 
 
-def _first_selection(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None) -> None:
+def _first_selection(
+    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+) -> None:
     """Select from the last prompt query, over the prompt: all tokens but the one being decoded."""
     prompt = cache.length - 1
     visible = None if visible is None else visible[:, :prompt]
@@ -88,7 +97,11 @@ def _first_selection(cache: LayerCache, query: Tensor, attention: Attention, vis
 
 
 def _full_step(
-    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None, heads: Tensor | None = None
+    cache: LayerCache,
+    query: Tensor,
+    attention: Attention,
+    visible: Tensor | None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores."""
     if cache.budget is None:  # cropped before anything was decoded
@@ -106,7 +119,12 @@ def _full_step(
 
 
 def _rebuild(
-    cache: LayerCache, query: Tensor, scores: Tensor, lse: Tensor, visible: Tensor | None, heads: Tensor | None
+    cache: LayerCache,
+    query: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    visible: Tensor | None,
+    heads: Tensor | None,
 ) -> None:
     assert cache.budget is not None
     selection = cache.backend.select(
@@ -120,7 +138,9 @@ def _rebuild(
         cache.reference = torch.where(heads[..., None], reference, cache.reference)
 
 
-def _ordinary_step(cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None) -> Tensor:
+def _ordinary_step(
+    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+) -> Tensor:
     """`mode="full"`: attention over the full cache and nothing else."""
     if cache.pending is not None or cache.hidden is None:
         cache.resolve_budget(visible, cache.length)

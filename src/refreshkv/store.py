@@ -7,13 +7,15 @@ from torch import Tensor
 
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
 _GROWTH = 1.25
+_RESERVE_BEYOND = 4096
 
 
 class DenseStore:
     """K and V of all tokens, `[B, Hkv, length, D]` views into buffers with spare capacity.
 
     An append writes in place. When the capacity is used up both buffers are re-allocated a quarter larger, so that the
-    copies add up to a constant per token; `reserve` (tokens) avoids them where the final length is known.
+    copies add up to a constant per token; `reserve` (tokens) avoids them where the final length is known. A host may
+    announce its model's whole context, so no more than about twice what is needed is reserved.
     """
 
     def __init__(self, reserve: int = 0) -> None:
@@ -53,7 +55,13 @@ class DenseStore:
         self.length = end
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on; their room is used again."""
+        """Forget the tokens from `length` on; their room is used again.
+
+        Raises:
+            ValueError: a negative length.
+        """
+        if length < 0:
+            raise ValueError(f"cannot crop to {length} tokens")
         self.length = min(self.length, length)
 
     def take_rows(self, rows: Tensor) -> None:
@@ -70,7 +78,7 @@ class DenseStore:
         if buffer is not None and buffer.shape[2] >= needed:
             return buffer
         grown = 0 if buffer is None else int(buffer.shape[2] * _GROWTH)
-        capacity = max(needed + _SPARE, grown, self.reserve)
+        capacity = max(needed + _SPARE, grown, min(self.reserve, 2 * needed + _RESERVE_BEYOND))
         rows, heads, _, dim = like.shape
         new = like.new_empty(rows, heads, capacity, dim)
         if buffer is not None:
@@ -79,7 +87,9 @@ class DenseStore:
 
     def _take(self, buffer: Tensor, rows: Tensor) -> Tensor:
         new = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
-        for target, source in enumerate(rows.tolist()):  # row by row: only the used part is copied, once
+        for target, source in enumerate(
+            rows.tolist()
+        ):  # row by row: only the used part is copied, once
             new[target, :, : self.length] = buffer[source, :, : self.length]
         return new
 

@@ -31,16 +31,24 @@ def left_padded(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def greedy(model: PreTrainedModel, inputs: Tensor | dict[str, Tensor], new: int = NEW, **options: Any) -> Tensor:
+def greedy(
+    model: PreTrainedModel, inputs: Tensor | dict[str, Tensor], new: int = NEW, **options: Any
+) -> Tensor:
     """Greedy new tokens, `[rows, new]`, with whatever the model is attached to."""
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
-    out = model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+    out = model.generate(
+        **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
+    )
     return out[:, inputs["input_ids"].shape[1] :]
 
 
 def refreshed(
-    model: PreTrainedModel, inputs: Tensor | dict[str, Tensor], config: RefreshConfig, new: int = NEW, **options: Any
+    model: PreTrainedModel,
+    inputs: Tensor | dict[str, Tensor],
+    config: RefreshConfig,
+    new: int = NEW,
+    **options: Any,
 ) -> Tensor:
     """As `greedy`, under RefreshKV."""
     with refreshkv.attach(model, config):

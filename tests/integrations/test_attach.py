@@ -26,8 +26,13 @@ def appearance(model: PreTrainedModel) -> dict[str, Any]:
         "config": copy.deepcopy(model.config.to_dict()),
         "implementation": model.config._attn_implementation,
         "methods": (model.generate.__func__, model.forward.__func__, model._prefill.__func__),
-        "modules": [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        "modules": [
+            (name, type(module), sorted(vars(module))) for name, module in model.named_modules()
+        ],
+        "hooks": [
+            len(module._forward_pre_hooks) + len(module._forward_hooks)
+            for module in model.modules()
+        ],
     }
 
 
@@ -48,7 +53,10 @@ def test_leaving_by_an_exception_restores_the_model(llama: PreTrainedModel) -> N
 
 def test_nested_sessions(llama: PreTrainedModel) -> None:
     ids, before = tokens(1, 40), appearance(llama)
-    outer, inner = RefreshConfig(budget=6, stride=None), RefreshConfig(budget=9, stride=4, threshold=None)
+    outer, inner = (
+        RefreshConfig(budget=6, stride=None),
+        RefreshConfig(budget=9, stride=4, threshold=None),
+    )
     expected = refreshed(llama, ids, outer), refreshed(llama, ids, inner)
     with refreshkv.attach(llama, outer) as first:
         between = appearance(llama)
@@ -89,7 +97,10 @@ def test_detach_without_a_with_block_and_twice(llama: PreTrainedModel) -> None:
 
 def test_two_models_at_once(llama: PreTrainedModel) -> None:
     other, ids = build("qwen3", seed=3), tokens(1, 40)
-    one, two = RefreshConfig(budget=6, stride=None), RefreshConfig(budget=9, stride=2, threshold=None)
+    one, two = (
+        RefreshConfig(budget=6, stride=None),
+        RefreshConfig(budget=9, stride=2, threshold=None),
+    )
     expected = refreshed(llama, ids, one), refreshed(other, ids, two)
     with refreshkv.attach(llama, one) as first, refreshkv.attach(other, two) as second:
         assert torch.equal(greedy(other, ids), expected[1])
@@ -124,7 +135,9 @@ def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel) -> None:
         gc.disable()
         try:
             del out
-            assert cache() is None, "freed by reference counting alone, not at the next garbage collection"
+            assert cache() is None, (
+                "freed by reference counting alone, not at the next garbage collection"
+            )
         finally:
             gc.enable()
         assert session.stats.partial_steps > 0
@@ -161,7 +174,11 @@ def test_keys_changed_after_the_cache_are_noticed(monkeypatch: pytest.MonkeyPatc
     """An architecture that re-assigns its keys between cache and attention must not run as ordinary attention."""
     model = build("llama")
     update = RefreshLayer.update
-    monkeypatch.setattr(RefreshLayer, "update", lambda self, *a, **k: tuple(t.clone() for t in update(self, *a, **k)))
+    monkeypatch.setattr(
+        RefreshLayer,
+        "update",
+        lambda self, *a, **k: tuple(t.clone() for t in update(self, *a, **k)),
+    )
     with refreshkv.attach(model), pytest.raises(RuntimeError, match="layer 0 never reached"):
         greedy(model, tokens(1, 10))
 
@@ -204,13 +221,19 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("config, options, reason", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
-def test_unsupported_architectures_say_why(config: str, options: dict[str, Any], reason: str) -> None:
+def test_unsupported_architectures_say_why(
+    config: str, options: dict[str, Any], reason: str
+) -> None:
     support = refreshkv.supported(getattr(transformers, config)(**options))
-    assert not support and not support.ok and reason in support.reason and "\n" not in support.reason
+    assert (
+        not support and not support.ok and reason in support.reason and "\n" not in support.reason
+    )
 
 
 def test_attach_raises_the_reason() -> None:
-    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
+    config = transformers.T5Config(
+        d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11
+    )
     with pytest.raises(refreshkv.UnsupportedModelError, match="encoder-decoder"):
         refreshkv.attach(transformers.T5ForConditionalGeneration(config))
     with pytest.raises(refreshkv.UnsupportedModelError, match="PreTrainedModel"):

@@ -32,7 +32,12 @@ def test_full_attention_tokens(model: PreTrainedModel, config: RefreshConfig) ->
 
 def test_logits_of_full_steps_are_those_of_full_attention(model: PreTrainedModel) -> None:
     ids = tokens(1, 40)
-    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8, "do_sample": False}
+    options = {
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 8,
+        "do_sample": False,
+    }
     vanilla = torch.stack(model.generate(ids, **options).logits)
     with refreshkv.attach(model, budget=4, stride=1, threshold=None):
         ours = torch.stack(model.generate(ids, **options).logits)
@@ -43,7 +48,12 @@ def test_logits_of_full_steps_are_those_of_full_attention(model: PreTrainedModel
 def test_a_small_budget_is_not_full_attention(model: PreTrainedModel) -> None:
     """The equalities above could hold because nothing is attached at all."""
     ids = tokens(2, 50)
-    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4, "do_sample": False}
+    options = {
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
     vanilla = torch.stack(model.generate(ids, **options).logits)
     with refreshkv.attach(model, budget=4, stride=None) as session:
         ours = torch.stack(model.generate(ids, **options).logits)
@@ -77,7 +87,9 @@ def test_a_batch_equals_its_rows_alone(model: PreTrainedModel, config: RefreshCo
 def test_the_chunk_size_of_prefill_changes_nothing(model: PreTrainedModel, chunk: int) -> None:
     ids = tokens(2, 40)  # 13 leaves a last chunk of one token, which looks like a decode step
     config = RefreshConfig(budget=0.25, stride=3, threshold=None)
-    assert torch.equal(refreshed(model, ids, config, prefill_chunk_size=chunk), refreshed(model, ids, config))
+    assert torch.equal(
+        refreshed(model, ids, config, prefill_chunk_size=chunk), refreshed(model, ids, config)
+    )
 
 
 class WindowOneSnapKV:
@@ -100,8 +112,15 @@ class WindowOneSnapKV:
 
     def prompt(self, layer: int, query: Tensor, keys: Tensor) -> None:
         group = query.shape[0] // keys.shape[0]
-        weights = (query.unflatten(0, (-1, group)) @ keys.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1).amax(1)
-        pooled = [[max(head[max(0, i - 3) : i + 4]) for i in range(len(head))] for head in weights.tolist()]
+        weights = (
+            (query.unflatten(0, (-1, group)) @ keys.transpose(1, 2) * query.shape[-1] ** -0.5)
+            .softmax(-1)
+            .amax(1)
+        )
+        pooled = [
+            [max(head[max(0, i - 3) : i + 4]) for i in range(len(head))]
+            for head in weights.tolist()
+        ]
         order = [sorted(range(len(head)), key=lambda i: (head[i], i)) for head in pooled]
         self.ranked[layer] = [positions[-self.budget :] for positions in order]
 
@@ -139,7 +158,9 @@ def test_after_j_partial_steps_the_best_and_the_newest_remain(llama: PreTrainedM
         llama(ids, past_key_values=cache)
         llama(tokens(1, 1, seed=1), past_key_values=cache)
         rings = [layer.inner.partial for layer in cache.layers]
-        best = [ring.positions.clone() for ring in rings]  # slot 0 was the lowest of the K; the new token took it
+        best = [
+            ring.positions.clone() for ring in rings
+        ]  # slot 0 was the lowest of the K; the new token took it
         for j in range(2, budget + 4):
             llama(tokens(1, 1, seed=j), past_key_values=cache)
             newest = set(range(48, 48 + j)) if j <= budget else set(range(48 + j - budget, 48 + j))

@@ -62,9 +62,13 @@ def test_a_small_budget_runs_and_is_reproducible(llama: PreTrainedModel, name: s
         assert 0 < session.stats.kv_read_share < 0.7
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, RefreshConfig(budget=5, stride=1, threshold=1.0)], ids=["all", "S=1"])
+@pytest.mark.parametrize(
+    "config", [EVERYTHING, RefreshConfig(budget=5, stride=1, threshold=1.0)], ids=["all", "S=1"]
+)
 def test_a_draft_model(llama: PreTrainedModel, config: RefreshConfig) -> None:
-    draft = build("llama", seed=0, num_hidden_layers=1)  # shares the first layer, so some drafts are accepted
+    draft = build(
+        "llama", seed=0, num_hidden_layers=1
+    )  # shares the first layer, so some drafts are accepted
     ids = tokens(1, 30)
     vanilla = greedy(llama, ids)
     with refreshkv.attach(llama, config):
@@ -96,16 +100,27 @@ def test_streamers_see_every_token(llama: PreTrainedModel) -> None:
     assert issubclass(TextStreamer, BaseStreamer)
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, RefreshConfig(budget=5, stride=1, threshold=1.0)], ids=["all", "S=1"])
+@pytest.mark.parametrize(
+    "config", [EVERYTHING, RefreshConfig(budget=5, stride=1, threshold=1.0)], ids=["all", "S=1"]
+)
 def test_several_turns_on_one_cache(model: PreTrainedModel, config: RefreshConfig) -> None:
     first, second = left_padded([30, 22]), tokens(2, 9, seed=5)
 
     def chat(cache: Any) -> torch.Tensor:
-        out = model.generate(**first, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        ids = torch.cat([out, second], 1)
-        mask = torch.cat([first["attention_mask"], torch.ones(2, ids.shape[1] - 30, dtype=torch.long)], 1)
         out = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False
+            **first, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False
+        )
+        ids = torch.cat([out, second], 1)
+        mask = torch.cat(
+            [first["attention_mask"], torch.ones(2, ids.shape[1] - 30, dtype=torch.long)], 1
+        )
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
         )
         return out[:, -8:]
 
@@ -130,7 +145,12 @@ def test_a_turn_selects_again_with_its_own_budget(llama: PreTrainedModel) -> Non
 def test_dtypes(architecture: str, dtype: torch.dtype) -> None:
     model = build(architecture, initializer_range=0.05).to(dtype)
     inputs = left_padded([40, 23])
-    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 6, "do_sample": False}
+    options = {
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
     vanilla = torch.stack(model.generate(**inputs, **options).logits)
     with refreshkv.attach(model, EVERYTHING):
         ours = torch.stack(model.generate(**inputs, **options).logits)
@@ -145,7 +165,9 @@ def test_embeddings_as_input(llama: PreTrainedModel) -> None:
     embeddings = llama.get_input_embeddings()(tokens(2, 30))
     vanilla = llama.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False)
     with refreshkv.attach(llama, EVERYTHING):
-        assert torch.equal(llama.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False), vanilla)
+        assert torch.equal(
+            llama.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False), vanilla
+        )
 
 
 def test_a_prompt_of_one_token(llama: PreTrainedModel) -> None:
@@ -156,7 +178,9 @@ def test_a_prompt_of_one_token(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("signs", ["positive", "negative"])
-def test_crop_takes_both_signs_and_the_next_step_is_full(llama: PreTrainedModel, signs: str) -> None:
+def test_crop_takes_both_signs_and_the_next_step_is_full(
+    llama: PreTrainedModel, signs: str
+) -> None:
     ids = tokens(1, 30)
     with torch.no_grad(), refreshkv.attach(llama, budget=5, stride=None) as session:
         cache = session.new_cache()
@@ -169,6 +193,8 @@ def test_crop_takes_both_signs_and_the_next_step_is_full(llama: PreTrainedModel,
         session.stats.reset()
         ours = llama(ids[:, 20:21], past_key_values=cache).logits
         assert session.stats.full_share == 1.0
-        torch.testing.assert_close(ours[:, -1], llama(ids[:, :21]).logits[:, -1], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            ours[:, -1], llama(ids[:, :21]).logits[:, -1], atol=2e-4, rtol=1e-4
+        )
         llama(ids[:, 21:22], past_key_values=cache)
         assert session.stats.full_share == 0.5

@@ -58,7 +58,10 @@ def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     "config",
-    [RefreshConfig(budget=1000, stride=4, threshold=None), RefreshConfig(budget=5, stride=1, threshold=1.0)],
+    [
+        RefreshConfig(budget=1000, stride=4, threshold=None),
+        RefreshConfig(budget=5, stride=1, threshold=1.0),
+    ],
     ids=["large budget", "S=1"],
 )
 def test_full_attention_tokens(sharing: PreTrainedModel, config: RefreshConfig) -> None:
@@ -68,7 +71,12 @@ def test_full_attention_tokens(sharing: PreTrainedModel, config: RefreshConfig) 
 
 def test_the_owners_are_served(sharing: PreTrainedModel) -> None:
     inputs = left_padded([50, 30])
-    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4, "do_sample": False}
+    options = {
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
     vanilla = torch.stack(sharing.generate(**inputs, **options).logits)
     with refreshkv.attach(sharing, budget=5, stride=None) as session:
         ours = torch.stack(sharing.generate(**inputs, **options).logits)

@@ -1,1 +1,4 @@
-"""Timings. Each benchmark checks its results first, states hardware and versions, and times every variant in one run."""
+"""Timings.
+
+Each benchmark checks its results first, states hardware and versions, and times every variant in one run.
+"""

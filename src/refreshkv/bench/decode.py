@@ -6,9 +6,6 @@ reported. The caches hold the same random keys and values: a prefill of 64K toke
 
 from __future__ import annotations
 
-import csv
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -17,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 import refreshkv
+from refreshkv.bench.record import append_row, device_name, read_bandwidth, versions, wait_for
 from refreshkv.bench.shapes import build
 from refreshkv.config import RefreshConfig
 from refreshkv.integrations.transformers import RefreshCache
@@ -91,11 +88,15 @@ def run(
     """
     unknown_variants = set(skip) - set(VARIANTS)
     if unknown_variants:
-        raise ValueError(f"unknown variant {sorted(unknown_variants)[0]!r} (one of: {', '.join(VARIANTS)})")
+        raise ValueError(
+            f"unknown variant {sorted(unknown_variants)[0]!r} (one of: {', '.join(VARIANTS)})"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     tokens = RefreshConfig(budget=budget).resolve_budget(context)
-    job = Job(shape, context, batch, tokens, stride, torch.device(device), getattr(torch, dtype), steps)
+    job = Job(
+        shape, context, batch, tokens, stride, torch.device(device), getattr(torch, dtype), steps
+    )
     model = build(shape, job.device, job.dtype)
     with torch.inference_mode(), refreshkv.attach(model) as session:
         below = session.implementation_below
@@ -104,7 +105,7 @@ def run(
         times = _time(model, below, caches, job, progress)
     record = _record(job, times, error, model)
     if results is not None:
-        _append(results, record)
+        append_row(results, record)
     return record
 
 
@@ -117,7 +118,9 @@ def _caches(model: LlamaForCausalLM, job: Job, skip: tuple[str, ...]) -> dict[st
         "full": RefreshConfig(budget=job.budget, stride=1, threshold=None),
         "own_dense": RefreshConfig(mode="full"),
     }
-    caches: dict[str, Cache] = {name: RefreshCache(model.config, c, reserve=room) for name, c in settings.items()}
+    caches: dict[str, Cache] = {
+        name: RefreshCache(model.config, c, reserve=room) for name, c in settings.items()
+    }
     caches["static"] = StaticCache(config=model.config, max_cache_len=room)
     caches["default"] = DynamicCache(config=model.config)
     caches = {name: cache for name, cache in caches.items() if name not in skip}
@@ -161,7 +164,9 @@ def _step(model: LlamaForCausalLM, below: str, cache: Cache, batch: int) -> Tens
         config._attn_implementation_internal = attached
 
 
-def _check(model: LlamaForCausalLM, below: str, caches: dict[str, Cache], job: Job) -> dict[str, float]:
+def _check(
+    model: LlamaForCausalLM, below: str, caches: dict[str, Cache], job: Job
+) -> dict[str, float]:
     """Relative RMS of the logits of our dense and full steps against a StaticCache step on the same content."""
     if "static" not in caches:
         return {}
@@ -171,10 +176,14 @@ def _check(model: LlamaForCausalLM, below: str, caches: dict[str, Cache], job: J
         if name in caches:
             ours = _step(model, below, caches[name], job.batch).float()
             for layer in caches[name].layers:
-                layer.inner.store.crop(job.context)  # the next variant, on the same store, starts where this one did
+                layer.inner.store.crop(
+                    job.context
+                )  # the next variant, on the same store, starts where this one did
             errors[name] = float((ours - expected).norm() / expected.norm())
             if not errors[name] < _TOLERANCE[job.dtype]:
-                raise WrongResultError(f"{name}: logits differ from StaticCache by {errors[name]:.2g} (relative RMS)")
+                raise WrongResultError(
+                    f"{name}: logits differ from StaticCache by {errors[name]:.2g} (relative RMS)"
+                )
     return errors
 
 
@@ -189,12 +198,14 @@ def _time(
             if name == "empty":
                 cache.crop(1)  # keep it empty: one token, to which the step adds its own
                 for layer in cache.layers:
-                    layer.inner.await_selection(layer.inner.store.keys.new_zeros(job.batch, *_query(model)))
+                    layer.inner.await_selection(
+                        layer.inner.store.keys.new_zeros(job.batch, *_query(model))
+                    )
                 _step(model, below, cache, job.batch)  # selects from that single token
-            _wait(job.device)
+            wait_for(job.device)
             start = time.perf_counter()
             _step(model, below, cache, job.batch)
-            _wait(job.device)
+            wait_for(job.device)
             if step >= warm_up:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
@@ -204,12 +215,9 @@ def _query(model: LlamaForCausalLM) -> tuple[int, int]:
     return model.config.num_attention_heads, model.config.head_dim
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _record(job: Job, times: dict[str, list[float]], error: dict[str, float], model: LlamaForCausalLM) -> dict[str, Any]:
+def _record(
+    job: Job, times: dict[str, list[float]], error: dict[str, float], model: LlamaForCausalLM
+) -> dict[str, Any]:
     ms = {name: statistics.median(values) for name, values in times.items()}
     full_share = 0.0 if job.stride is None else 1.0 / job.stride
     if {"partial", "full"} <= ms.keys():
@@ -230,19 +238,17 @@ def _record(job: Job, times: dict[str, list[float]], error: dict[str, float], mo
         "batch": job.batch,
         "budget": job.budget,
         "stride": job.stride,
-        "device": _device_name(job.device),
+        "device": device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "steps": job.steps,
         "ms": {name: round(value, 3) for name, value in ms.items()},
         "ms_range": {name: [round(value, 3) for value in ends] for name, ends in spread.items()},
-        "ratios": {name: None if value is None else round(value, 4) for name, value in ratios.items()},
-        "relative_rms_error": {name: float(f"{value:.3g}") for name, value in error.items()},
-        "versions": {
-            "refreshkv": refreshkv.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        "ratios": {
+            name: None if value is None else round(value, 4) for name, value in ratios.items()
         },
+        "relative_rms_error": {name: float(f"{value:.3g}") for name, value in error.items()},
+        "versions": versions(),
     }
 
 
@@ -255,49 +261,16 @@ def _ideal_ms(job: Job, model: LlamaForCausalLM, full_share: float) -> float:
     config, size = model.config, torch.finfo(job.dtype).bits // 8
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size * size  # one row of the input embedding is read, not all
-    entry = 2 * config.head_dim * size * config.num_key_value_heads * config.num_hidden_layers * job.batch
+        weights -= (
+            config.vocab_size * config.hidden_size * size
+        )  # one row of the input embedding is read, not all
+    entry = (
+        2
+        * config.head_dim
+        * size
+        * config.num_key_value_heads
+        * config.num_hidden_layers
+        * job.batch
+    )
     entries = (1 - full_share) * min(job.budget, job.context) + full_share * job.context
-    return (weights + entry * entries) / _bandwidth(job.device) * 1e3
-
-
-def _bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading 1 GiB that is in no cache, best of five."""
-    block = torch.ones(1 << 28, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        block.sum()
-        _wait(device)
-        best = max(best, block.numel() * 4 / (time.perf_counter() - start))
-    return best
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {os.cpu_count()} cores, {platform.machine()}"
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """One row a run; nested parts become `part.name` columns.
-
-    Raises:
-        ValueError: the file holds other columns.
-    """
-    row: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            row.update({f"{key}.{name}": part for name, part in value.items() if key != "ms_range"})
-        else:
-            row[key] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = path.read_text().splitlines()[0].split(",") if path.exists() and path.stat().st_size else None
-    if known is not None and not set(row) <= set(known):
-        raise ValueError(f"{path} has other columns than this benchmark writes: give another file")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, known or list(row), restval="")
-        if known is None:
-            writer.writeheader()
-        writer.writerow(row)
+    return (weights + entry * entries) / read_bandwidth(job.device) * 1e3

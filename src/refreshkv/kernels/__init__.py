@@ -24,7 +24,12 @@ class Backend:
 
 
 REFERENCE = Backend(
-    "reference", reference.attend, reference.attend_and_score, reference.score, selection.select, reference.gather
+    "reference",
+    reference.attend,
+    reference.attend_and_score,
+    reference.score,
+    selection.select,
+    reference.gather,
 )
 CPU = Backend("cpu", cpu.attend, cpu.attend_and_score, cpu.score, cpu.select, cpu.gather)
 
@@ -38,7 +43,10 @@ def backend_for(device: torch.device) -> Backend:
 
 def available() -> dict[str, str]:
     """The backends that work on this machine and what they serve."""
-    found = {"cpu": "packed GQA on contiguous heads, for CPU tensors", "reference": "plain torch, any device"}
+    found = {
+        "cpu": "packed GQA on contiguous heads, for CPU tensors",
+        "reference": "plain torch, any device",
+    }
     if torch.cuda.is_available():
         found["reference"] += f" (serves {torch.cuda.get_device_name()}; never timed there)"
     return found

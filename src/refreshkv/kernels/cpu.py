@@ -45,8 +45,8 @@ def attend(
         mask = mask[:, :, None].expand(*packed.shape[:3], -1)
     output, lse = _flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     output, lse = output.flatten(1, 2), lse.flatten(1, 2)
-    if sinks is not None:  # a sink only adds to the denominator
-        output = output * torch.sigmoid(lse - sinks.float())[..., None].to(output.dtype)
+    if sinks is not None:
+        output = output * _share_beside_sink(lse, sinks)[..., None].to(output.dtype)
     return Attended(output, lse)
 
 
@@ -103,8 +103,9 @@ def select(
     for row, head in _pairs(scores, heads):
         count = int(filled[row, head])
         row_keys = keys[row, head]
-        best = np.partition(row_keys, length - count)[length - count :] if count < length else row_keys.copy()
-        best.sort()
+        if 0 < count < length:
+            row_keys = np.partition(row_keys, length - count)
+        best = np.sort(row_keys[length - count :])
         positions[row, head, :count] = best & 0xFFFFFFFF
     return Selection(torch.from_numpy(positions), filled)
 
@@ -114,7 +115,9 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
     counts = (positions >= 0).sum(-1).tolist()
     for row, head in _pairs(positions, heads):
         count = counts[row][head]
-        torch.index_select(source[row, head], 0, positions[row, head, :count], out=out[row, head, :count])
+        torch.index_select(
+            source[row, head], 0, positions[row, head, :count], out=out[row, head, :count]
+        )
 
 
 def _score(
@@ -132,45 +135,56 @@ def _score(
     """Scores, log-sum-exp and, where `values` are given, the output of each wanted head (written into `output`)."""
     rows, kv_heads, length, _ = keys.shape
     group = query.shape[1] // kv_heads
-    scores = torch.zeros(rows, kv_heads, length)
-    lses = torch.zeros(rows, kv_heads, group)
+    scores = torch.zeros(rows, kv_heads, length, dtype=torch.float32)
+    lses = torch.zeros(rows, kv_heads, group, dtype=torch.float32)
     spans = _spans(visible, rows, length)
+    own_span = len(spans[0]) > 1  # else the heads of a row share one
+    scaled = (query * scale).to(query.dtype)  # on G x D numbers instead of G x L
     for row, head in _pairs(keys, heads):
         members = slice(head * group, (head + 1) * group)
-        first, hidden = spans[row]
-        # keys @ query^T, not query @ keys^T: the long operand first runs twice as fast on [L, D] x [D, G].
-        logits = (keys[row, head, first:] @ query[row, members].T).T.float().mul_(scale)
+        first, hidden = spans[row][head if own_span else 0]
+        # keys @ query^T, not query @ keys^T: twice as fast when one operand is this long.
+        logits = (keys[row, head, first:] @ scaled[row, members].T).T.contiguous()
         if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits = logits.float().div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
             logits.masked_fill_(hidden, float("-inf"))
-        top = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(top).exp_()
-        mass = weights.sum(-1, keepdim=True)
-        lse = mass.log() + top
-        lses[row, head] = lse[:, 0]
+        weights = logits.softmax(-1, dtype=torch.float32)
+        # The largest weight is exp(largest logit - lse).
+        lse = logits.amax(-1).float() - weights.amax(-1).log()
+        lses[row, head] = lse
         if sinks is not None:
-            mass = mass + (sinks[members, None].float() - top).exp()
-        weights.div_(mass)
-        torch.amax(weights, 0, out=scores[row, head, first:]) if reduction == "max" else torch.mean(
-            weights, 0, out=scores[row, head, first:]
-        )
+            weights *= _share_beside_sink(lse, sinks[members])[:, None]
+        reduce = torch.amax if reduction == "max" else torch.mean
+        reduce(weights, 0, out=scores[row, head, first:])
         if values is not None and output is not None:
             output[row, members] = weights.to(values.dtype) @ values[row, head, first:]
     return Scored(scores, lses.flatten(1, 2))
 
 
-def _spans(visible: Tensor | None, rows: int, length: int) -> list[tuple[int, Tensor | None]]:
-    """Per row: the first visible token, and what is hidden after it (`None` where nothing is, the usual case).
+def _share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What is left for the tokens: a sink only adds to the denominator. exp(lse) / (exp(lse) + exp(sink))."""
+    return torch.sigmoid(lse - sinks.float())
 
-    Left padding is cut off rather than masked: it costs nothing, and a row computes exactly what it would alone.
+
+def _spans(visible: Tensor | None, rows: int, length: int) -> list[list[tuple[int, Tensor | None]]]:
+    """Per row and head: the first visible token, and what is hidden after it (`None` where nothing is, as usual).
+
+    `visible` is `[B or 1, Hkv or 1, L]`; one head stands for all. Left padding is cut off rather than masked: it costs
+    nothing, and a row computes exactly what it would alone.
     """
     if visible is None:
-        return [(0, None)] * rows
-    visible = visible.expand(rows, -1, -1)[:, 0]
-    first = visible.int().argmax(-1).tolist()
-    whole = (visible.sum(-1) == length - torch.tensor(first)).tolist()
-    return [(first[r], None if whole[r] else ~visible[r, first[r] :]) for r in range(rows)]
+        return [[(0, None)]] * rows
+    visible = visible.expand(rows, -1, -1)
+    first = visible.int().argmax(-1)
+    whole = (visible.sum(-1) == length - first).tolist()
+    return [
+        [
+            (start, None if whole[row][head] else ~visible[row, head, start:])
+            for head, start in enumerate(first[row].tolist())
+        ]
+        for row in range(rows)
+    ]
 
 
 def _pairs(like: Tensor, heads: Tensor | None) -> list[list[int]]:

@@ -72,7 +72,9 @@ def attend_and_score(
 
     `heads` `[B, Hkv]` bool names the KV heads whose result the caller uses; the others may hold anything.
     """
-    attended = attend(query, keys, values, scale=scale, softcap=softcap, sinks=sinks, visible=visible)
+    attended = attend(
+        query, keys, values, scale=scale, softcap=softcap, sinks=sinks, visible=visible
+    )
     return attended, score(
         query, keys, scale=scale, softcap=softcap, sinks=sinks, visible=visible, reduction=reduction
     )
@@ -107,9 +109,13 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
     slots.copy_(torch.where(wanted[..., None], rows, slots))
 
 
-def _logits(query: Tensor, keys: Tensor, scale: float, softcap: float | None, visible: Tensor | None) -> Tensor:
+def _logits(
+    query: Tensor, keys: Tensor, scale: float, softcap: float | None, visible: Tensor | None
+) -> Tensor:
     """`[B, Hq, L]` float32: q k^T * scale, capped, -inf where a token is not visible."""
-    grouped = query.float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, D]: every key is read once per group
+    grouped = query.float().unflatten(
+        1, (keys.shape[1], -1)
+    )  # [B, Hkv, G, D]: every key is read once per group
     logits = grouped @ keys.float().transpose(-1, -2) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

@@ -20,7 +20,11 @@ _ABSENT = object()
 
 
 def attach(
-    model: PreTrainedModel, config: RefreshConfig | None = None, *, preset: str | None = None, **overrides: Any
+    model: PreTrainedModel,
+    config: RefreshConfig | None = None,
+    *,
+    preset: str | None = None,
+    **overrides: Any,
 ) -> Session:
     """Run `model.generate` under RefreshKV.
 
@@ -40,7 +44,9 @@ def attach(
     if config is not None and (preset is not None or overrides):
         raise ValueError("give either a RefreshConfig or a preset with single settings, not both")
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}")
+        raise UnsupportedModelError(
+            f"attach needs a transformers PreTrainedModel, got {type(model).__name__}"
+        )
     support = supported(model)
     if not support.ok:
         raise UnsupportedModelError(support.reason)
@@ -55,6 +61,7 @@ class Session:
     Attributes:
         config: the settings.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
+        implementation_below: the attention implementation that serves prefill and the layers that are not ours.
     """
 
     def __init__(self, model: PreTrainedModel, config: RefreshConfig) -> None:
@@ -63,15 +70,21 @@ class Session:
         self.stats = Stats()
         self._decoder = model.config.get_text_config(decoder=True)
         self._implementation = self._decoder._attn_implementation_internal
-        self._replaced: dict[str, tuple[Any, Callable[..., Any]]] = {}  # name -> (what the instance had, ours)
+        self._replaced: dict[
+            str, tuple[Any, Callable[..., Any]]
+        ] = {}  # name -> (what the instance had, ours)
         outer = getattr(vars(model).get("_prefill"), "__self__", None)
         self._outer: Session | None = outer if isinstance(outer, Session) else None
         # The implementation below every session: nesting must not stack our own functions.
-        self._below: str = self._outer._below if self._outer else (self._implementation or "eager")
-        if self._below.startswith(IMPLEMENTATION_PREFIX):
-            raise RuntimeError("this model shares its config with an attached model: give it a copy of its own")
+        self.implementation_below: str = (
+            self._outer.implementation_below if self._outer else (self._implementation or "eager")
+        )
+        if self.implementation_below.startswith(IMPLEMENTATION_PREFIX):
+            raise RuntimeError(
+                "this model shares its config with an attached model: give it a copy of its own"
+            )
         self._attached = True
-        self._decoder._attn_implementation_internal = register(self._below)
+        self._decoder._attn_implementation_internal = register(self.implementation_below)
         self._replace("_prepare_cache_for_generation", self._prepare_cache)
         self._replace("_prefill", self._prefill)
 
@@ -102,7 +115,10 @@ class Session:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.detach()
 
@@ -118,7 +134,11 @@ class Session:
         return getattr(type(self.model), name).__get__(self.model) if before is _ABSENT else before
 
     def _prepare_cache(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Where `generate` makes its default cache: ours instead, or a clear error where it would be ignored."""
         given = model_kwargs.get("past_key_values")
@@ -127,12 +147,17 @@ class Session:
                 f"this model is attached, but past_key_values is a {type(given).__name__}: pass session.new_cache()"
             )
         if generation_config.use_cache is False:
-            raise ValueError("RefreshKV needs the KV cache: drop use_cache=False, or detach the model")
-        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} would replace RefreshKV's cache: drop it"
+                "RefreshKV needs the KV cache: drop use_cache=False, or detach the model"
             )
-        result = self._original("_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            name = generation_config.cache_implementation
+            raise ValueError(
+                f"cache_implementation={name!r} would replace RefreshKV's cache: drop it"
+            )
+        result = self._original("_prepare_cache_for_generation")(
+            generation_config, model_kwargs, *args, **kwargs
+        )
         made = model_kwargs.get("past_key_values")
         if given is None and type(made) is DynamicCache:
             final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
@@ -142,7 +167,11 @@ class Session:
         return result
 
     def _prefill(
-        self, input_ids: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+        self,
+        input_ids: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        **kwargs: Any,
     ) -> Any:
         """The prompt: a last chunk of one token must not be taken for a decode step."""
         original = self._original("_prefill")

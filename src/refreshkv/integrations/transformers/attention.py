@@ -26,7 +26,9 @@ def register(inner: str) -> str:
     name = IMPLEMENTATION_PREFIX + inner.replace("/", "_").replace("|", "_")
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(refresh_attention, inner=inner))
-        if inner in ALL_MASK_ATTENTION_FUNCTIONS:  # without a mask function, left padding would silently be ignored
+        if (
+            inner in ALL_MASK_ATTENTION_FUNCTIONS
+        ):  # without a mask function, left padding would silently be ignored
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name
 
@@ -74,7 +76,9 @@ def refresh_attention(
         if own:
             layer.inner.await_selection(query[:, :, -1])
     run = _implementation(inner, module)
-    return run(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return run(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
 
 
 def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -85,7 +89,9 @@ def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:
             return eager
-    raise RuntimeError(f"{type(module).__name__} has no attention function {inner!r}; choose attn_implementation='sdpa'")
+    raise RuntimeError(
+        f"{type(module).__name__} has no attention function {inner!r}; choose attn_implementation='sdpa'"
+    )
 
 
 def _visible(current: Pass, mask: Tensor | None, rows: int, length: int) -> Tensor | None:
@@ -99,10 +105,14 @@ def _visible(current: Pass, mask: Tensor | None, rows: int, length: int) -> Tens
 
 def _read_mask(mask: Tensor, rows: int, length: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise RuntimeError("RefreshKV cannot read this attention mask; load the model with attn_implementation='sdpa'")
+        raise RuntimeError(
+            "RefreshKV cannot read this attention mask; load the model with attn_implementation='sdpa'"
+        )
     row = mask if mask.dim() == 2 else mask[:, 0, -1]  # flash: [B, L]; sdpa, eager: [B, 1, 1, L]
     if row.shape[-1] != length:
-        raise RuntimeError(f"the attention mask covers {row.shape[-1]} tokens, the cache holds {length}")
+        raise RuntimeError(
+            f"the attention mask covers {row.shape[-1]} tokens, the cache holds {length}"
+        )
     if row.dtype == torch.bool:
         visible = row
     elif mask.dim() == 2:

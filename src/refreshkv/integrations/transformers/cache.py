@@ -27,7 +27,7 @@ class Pass:
     Attributes:
         prompt: the pass belongs to a prompt, however few tokens it holds.
         awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
-        mask, visible: the last mask of the host and what it says about the visible tokens, computed once for all layers.
+        mask, visible: the last mask of the host and the visible tokens in it, computed once for all layers.
     """
 
     prompt: bool = False
@@ -65,10 +65,14 @@ class RefreshLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store allocates itself at the first append."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append, and return the full keys and values; the keys carry a tag that leads the attention function here."""
         if torch.is_grad_enabled() and key_states.requires_grad:
-            raise RuntimeError("RefreshCache is for inference and keeps no gradients: run under torch.no_grad()")
+            raise RuntimeError(
+                "RefreshCache is for inference and keeps no gradients: run under torch.no_grad()"
+            )
         self.inner.append(key_states, value_states)
         keys, values = self.inner.store.keys, self.inner.store.values
         setattr(keys, _TAG, self)
@@ -82,7 +86,9 @@ class RefreshLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove that many tokens. Positive: keep that many (transformers up to 5.17). 0 does nothing."""
         if tokens_to_remove != 0 and self.is_initialized:
-            keep = tokens_to_remove if tokens_to_remove > 0 else self.inner.length + tokens_to_remove
+            keep = (
+                tokens_to_remove if tokens_to_remove > 0 else self.inner.length + tokens_to_remove
+            )
             self.inner.crop(max(keep, 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -99,7 +105,9 @@ class RefreshLayer(DynamicLayer):
         """Keep the rows `indices` (a bool mask over the rows works too)."""
         if self.is_initialized:
             indices = torch.as_tensor(indices, device=self.inner.store.keys.device)
-            self.inner.take_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+            self.inner.take_rows(
+                indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+            )
 
     def reset(self) -> None:
         """Back to empty; the statistics stay."""
@@ -108,7 +116,9 @@ class RefreshLayer(DynamicLayer):
 
     def offload(self) -> None:
         """Raises: moving whole layers every step is the wrong granularity for a cache that reads a part of them."""
-        raise NotImplementedError("RefreshCache cannot be offloaded by transformers; drop offloading=True")
+        raise NotImplementedError(
+            "RefreshCache cannot be offloaded by transformers; drop offloading=True"
+        )
 
     prefetch = offload
 

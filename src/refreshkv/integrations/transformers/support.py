@@ -49,11 +49,15 @@ def supported(model: PreTrainedModel | PreTrainedConfig) -> Support:
         return Support(False, f"{name} is an encoder-decoder; RefreshKV serves decoder-only models")
     decoder = config.get_text_config(decoder=True)
     if getattr(decoder, "kv_lora_rank", None):
-        return Support(False, f"{name} uses multi-head latent attention (MLA), which has no per-head KV cache to select from")
+        reason = "multi-head latent attention (MLA), which has no KV cache per head to select from"
+        return Support(False, f"{name} uses {reason}")
     if model_class is None:
         return Support(False, f"transformers has no causal language model for {name}")
     if not model_class.can_generate():
-        return Support(False, f"{model_class.__name__} cannot generate; load the model with a language-model head")
+        return Support(
+            False,
+            f"{model_class.__name__} cannot generate; load the model with a language-model head",
+        )
     if not _uses_attention_interface(model_class):
         return Support(False, f"{name} does not use transformers' attention interface")
     layers = DynamicCache(config=decoder).layers
