@@ -46,7 +46,7 @@ format: $(STAMP)  ## rewrite the files as the linter wants them
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## decode timing on a small shape
-	$(BIN)/refreshkv bench decode --shape demo --context 4096 --batch 1 --budget 512 --stride 5 --device cpu --steps 40
+	$(BIN)/refreshkv bench decode --shape demo --context 4096 --budget 512 --stride 5 --device cpu
 
 # `origin` is `file` only when neither the command line nor the environment gave PYTHON.
 ifeq ($(origin PYTHON),file)

@@ -160,6 +160,18 @@ def test_what_would_silently_be_ordinary_attention_is_refused(
         greedy(llama, tokens(1, 10), **options)
 
 
+def test_a_cache_that_the_checkpoint_ships_as_default_gives_way(llama: PreTrainedModel) -> None:
+    """Gemma's generation config names one; an unmodified call must run all the same."""
+    ids, config = tokens(1, 40), RefreshConfig(budget=6, stride=None)
+    expected = refreshed(llama, ids, config)
+    llama.generation_config.cache_implementation = "static"
+    try:
+        assert torch.equal(refreshed(llama, ids, config), expected)
+        assert llama.generation_config.cache_implementation == "static"
+    finally:
+        llama.generation_config.cache_implementation = None
+
+
 def test_a_cache_on_a_model_that_is_not_attached_raises(llama: PreTrainedModel) -> None:
     with pytest.raises(RuntimeError, match=r"refreshkv\.attach"):
         greedy(llama, tokens(1, 10), past_key_values=RefreshCache(llama.config))

@@ -150,8 +150,12 @@ class Session:
             raise ValueError(
                 "RefreshKV needs the KV cache: drop use_cache=False, or detach the model"
             )
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            name = generation_config.cache_implementation
+        name = generation_config.cache_implementation
+        if name == self.model.generation_config.cache_implementation:
+            # What the checkpoint ships (Gemma: "hybrid") is a default like DynamicCache, not a wish of the caller.
+            # `generate` works on a copy, so this forgets nothing of the model's.
+            generation_config.cache_implementation = None
+        elif name not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={name!r} would replace RefreshKV's cache: drop it"
             )

@@ -1,0 +1,94 @@
+"""The command line. This file holds the group and what every command does with an error; a command is one file.
+
+Exit codes: 0 done, 2 bad input (one line on stderr that names the input and the remedy), 1 anything else.
+`REFRESHKV_DEBUG=1` adds the traceback to a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import click
+
+from refreshkv import __version__
+from refreshkv.cli.common import BadInput
+
+COMMANDS = ("demo", "generate", "bench", "info")
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is asked for, and turns every exception into a line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of a newcomer's path, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of `refreshkv.cli.<name>`; by convention it is called `command` there."""
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"refreshkv.cli.{cmd_name}").command
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line and exit with its code (return instead if not `standalone_mode`)."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            result = super().main(*args, standalone_mode=False, **extra)
+            sys.stdout.flush()  # here a reader that has gone can be reported; at exit it no longer can
+        except BaseException as error:
+            sys.exit(report(error))
+        sys.exit(result if isinstance(result, int) else 0)  # an int comes from --help and --version
+
+
+def report(error: BaseException) -> int:
+    """Say on stderr, in one line, what went wrong; return the exit code."""
+    match error:
+        case SystemExit() | GeneratorExit():
+            raise error
+        case click.exceptions.NoArgsIsHelpError():
+            error.show()
+            return 2
+        case click.UsageError():
+            hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+            return say(error.format_message() + hint, 2)
+        case click.ClickException():
+            return say(error.format_message(), error.exit_code)
+        case BadInput():
+            return say(str(error), 2)
+        case click.Abort() | KeyboardInterrupt():
+            return say("interrupted", 1)
+        case BrokenPipeError():
+            # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+    if os.environ.get("REFRESHKV_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    return say(f"{type(error).__name__}: {error} (REFRESHKV_DEBUG=1 shows the traceback)", 1)
+
+
+def say(message: str, code: int) -> int:
+    """Print one line, whatever the message looks like, and hand back `code`."""
+    click.echo(f"refreshkv: error: {' '.join(message.split())}", err=True)
+    return code
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """RefreshKV: decode over a small partial KV cache, and refresh it from the full one."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character of the model's text gets a '?', not a crash.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"refreshkv: note: {message}\n"
+    cli.main(prog_name="refreshkv")

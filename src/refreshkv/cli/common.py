@@ -1,0 +1,169 @@
+"""What the commands share: the error for bad input, option types, JSON and progress. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from refreshkv import RefreshConfig
+
+
+class BadInput(ValueError):
+    """The user gave something that cannot work. The message names it and the remedy; exit code 2."""
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn a `ValueError` of the library's own validation into `BadInput`.
+
+    To be put around single calls that validate what the user gave, so that a `ValueError` from anywhere else
+    stays what it is: a failure.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+class Budget(click.ParamType):
+    """`1024` is tokens, `0.125` a share of the prompt: the decimal point tells ("1" one token, "1.0" all)."""
+
+    name = "tokens|share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """An int or a float; whether it is in range is for `RefreshConfig` to say."""
+        if isinstance(value, int | float):
+            return value
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+        remedy = "neither tokens (1024) nor a share of the prompt (0.125)"
+        self.fail(f"{value!r} is {remedy}", param, ctx)
+
+
+class OrWord(click.ParamType):
+    """A number, or one word that stands for `None`."""
+
+    def __init__(self, kind: type[int] | type[float], word: str) -> None:
+        self.kind, self.word, self.name = kind, word, f"{kind.__name__}|{word}"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float | str:
+        """The number, or the word itself: `None` must go on meaning "not given"."""
+        if value == self.word:
+            return value
+        try:
+            return self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither {self.kind.__name__} nor {self.word!r}", param, ctx)
+
+
+STRIDE = OrWord(int, "never")
+THRESHOLD = OrWord(float, "none")
+
+
+def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The settings of the method. None of them has a default here: the preset holds it."""
+    for option in reversed(
+        (
+            click.option(
+                "--preset", help="Named settings to start from; `refreshkv info` lists them."
+            ),
+            click.option(
+                "--budget",
+                type=Budget(),
+                help="Partial cache: 1024 tokens, or 0.125 of the prompt.",
+            ),
+            click.option(
+                "--stride", type=STRIDE, help="At most every S-th step may be full, or 'never'."
+            ),
+            click.option(
+                "--threshold",
+                type=THRESHOLD,
+                help="A due step is full where the cosine of queries is at"
+                " most this; 'none' makes every due step full.",
+            ),
+            click.option(
+                "--mode",
+                type=click.Choice(["refresh", "full"]),
+                help="'full' is ordinary attention.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def build_config(preset: str | None, **given: Any) -> RefreshConfig:
+    """The preset with the options the user gave (those that are not `None`) on top."""
+    import refreshkv
+
+    words = (STRIDE.word, THRESHOLD.word)
+    overrides = {
+        name: None if value in words else value
+        for name, value in given.items()
+        if value is not None
+    }
+    with bad_input():
+        return refreshkv.make_config(preset, **overrides)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="End with one line of JSON on stdout."
+)
+progress_option = click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Progress bar on stderr.  [default: only on a terminal]",
+)
+MODEL_HELP = "'demo' (the bundled model), a local folder, or a Hugging Face Hub id."
+
+
+def progress_bar(total: int, unit: str, show: bool | None) -> Any:
+    """A tqdm bar on stderr; silent unless asked for (`True`) or, undecided (`None`), stderr is a terminal."""
+    from tqdm import tqdm
+
+    show = sys.stderr.isatty() if show is None else show
+    return tqdm(
+        total=total, unit=unit, disable=not show, file=sys.stderr, leave=False, dynamic_ncols=True
+    )
+
+
+def console() -> Console:
+    """A rich console on stdout that reads no markup or numbers into text; wide where no terminal says how wide."""
+    from rich.console import Console
+
+    made = Console(highlight=False, markup=False)
+    return made if made.is_terminal else Console(highlight=False, markup=False, width=118)
+
+
+def emit_json(record: Mapping[str, Any]) -> None:
+    """Print one line of strict JSON: ASCII only, NaN and infinities as null."""
+    click.echo(json.dumps(_plain(record), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,109 @@
+"""`refreshkv demo`: the bundled model on long prompts, four methods side by side; or one of its prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from refreshkv.cli import common
+from refreshkv.cli.common import BadInput
+
+
+@click.command("demo", short_help="The bundled model on long prompts, four methods side by side.")
+@click.option(
+    "--length", type=int, default=2048, show_default=True, help="Tokens of a prompt, about."
+)
+@click.option(
+    "--budget", type=common.Budget(), default="0.125", show_default=True, help="As in `generate`."
+)
+@click.option("--tasks", "names", metavar="A,B", help="Some of the tasks.  [default: all]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt."
+)
+@click.option(
+    "--examples", type=click.IntRange(min=1), default=4, show_default=True, help="Prompts per task."
+)
+@click.option(
+    "--print-prompt",
+    metavar="TASK",
+    help="Print one prompt, to pipe into `generate`, and do nothing else.",
+)
+@common.progress_option
+@common.json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    length: int,
+    budget: int | float,
+    names: str | None,
+    seed: int,
+    examples: int,
+    print_prompt: str | None,
+    progress: bool | None,
+    as_json: bool,
+) -> None:
+    """The bundled model on long prompts: full attention, SnapKV and RefreshKV side by side.
+
+    Every line of an answer needs another look at the prompt, so a cache that was cut down once, for good, fails; one
+    that is refreshed does not. Runs offline on two CPU cores in about a minute.
+    """
+    from refreshkv.demo import tasks
+
+    if print_prompt is not None:
+        reject_given(context, "as_json", "names", "budget", "examples")
+        with common.bad_input():
+            prompt = tasks.make_prompt(print_prompt, seed, length).prompt
+        # As bytes: the last newline is part of it, and nothing may be added or translated.
+        click.echo(prompt.encode("utf-8"), nl=False)
+        return
+
+    import refreshkv
+    from refreshkv.cli import side_by_side, side_by_side_view
+
+    chosen = parse_tasks(names, tasks.TASKS)
+    with common.bad_input():
+        prompts = [
+            tasks.make_prompt(task, seed + i, length) for task in chosen for i in range(examples)
+        ]
+        configs = {
+            m.name: refreshkv.make_config(budget=budget, **m.settings) for m in side_by_side.METHODS
+        }
+    bar = common.progress_bar(len(prompts) * len(configs), "answer", progress)
+    with bar:
+        report = side_by_side.run(prompts, configs, bar)
+    if as_json:
+        common.emit_json(record(report, length=length, budget=budget, seed=seed, examples=examples))
+    else:
+        side_by_side_view.show(report, length)
+
+
+def reject_given(context: click.Context, *parameters: str) -> None:
+    """`--print-prompt` does one thing: an option that it would ignore is bad input."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in parameters and source is ParameterSource.COMMANDLINE:
+            raise BadInput(
+                f"--print-prompt prints a prompt and nothing else; leave out {parameter.opts[0]}"
+            )
+
+
+def parse_tasks(names: str | None, known: tuple[str, ...]) -> list[str]:
+    """The tasks of `--tasks a,b`, each once."""
+    from refreshkv.demo import tasks
+
+    if names is None:
+        return list(known)
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise BadInput(f"--tasks is empty; give some of {', '.join(known)}, or leave it out")
+    with common.bad_input():
+        for name in chosen:
+            tasks.check_task(name)
+    return chosen
+
+
+def record(report: Any, **settings: Any) -> dict[str, Any]:
+    """The machine-readable form (docs/cli.md)."""
+    return {"model": "demo", **settings, "results": report.rows, "shown": report.shown}

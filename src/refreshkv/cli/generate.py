@@ -1,0 +1,149 @@
+"""`refreshkv generate`: one prompt, one answer, and what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refreshkv.cli import common, loading
+from refreshkv.cli.common import BadInput
+
+if TYPE_CHECKING:
+    from refreshkv import Session
+    from refreshkv.cli.decode import Output
+
+# The part of the statistics that is a contract (docs/cli.md); `Stats.as_dict` has more.
+STATS = ("full_steps", "partial_steps", "full_share", "kv_read_share", "effective_stride")
+
+
+@click.command("generate", short_help="Continue a prompt with RefreshKV.")
+@click.option("--model", required=True, help=common.MODEL_HELP)
+@click.option("--prompt", "text", help="The prompt itself.")
+@click.option(
+    "--prompt-file",
+    metavar="FILE",
+    help="A UTF-8 text file; '-' is stdin, which is also the default.",
+)
+@click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@common.method_options
+@loading.dtype_option
+@loading.device_option
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default="0: greedy")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Nucleus sampling; needs --temperature.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default="0",
+    help="Of the sampling.",
+)
+@loading.trust_option
+@common.progress_option
+@common.json_option
+def command(
+    model: str,
+    text: str | None,
+    prompt_file: str | None,
+    chat: bool,
+    max_new_tokens: int,
+    preset: str | None,
+    dtype: str,
+    device: str,
+    temperature: float,
+    top_p: float | None,
+    seed: int,
+    trust_remote_code: bool,
+    progress: bool | None,
+    as_json: bool,
+    **method: Any,
+) -> None:
+    """Continue a prompt with RefreshKV.
+
+    The text streams to stdout and a line of statistics goes to stderr; with --json, stdout ends with one line of JSON
+    instead.
+    """
+    from refreshkv.cli import prompt as prompts
+
+    # What can be checked without the model is checked first: a large one takes minutes to load.
+    sampling = sampling_settings(temperature, top_p)
+    config = common.build_config(preset, **method)
+    prompt = prompts.read_prompt(text, prompt_file)
+    loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    inputs = prompts.encode(loaded, prompt, chat)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    prompts.check_length(loaded, prompt_tokens, max_new_tokens)
+
+    import torch
+    from transformers import TextStreamer
+
+    import refreshkv
+    from refreshkv.cli.decode import decode
+
+    torch.manual_seed(seed)
+    bar = inner = None
+    if as_json:
+        bar = common.progress_bar(max_new_tokens, "token", progress)
+    else:
+        inner = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with contextlib.ExitStack() as stack:
+        with common.bad_input():
+            session = stack.enter_context(refreshkv.attach(loaded.model, config))
+        output = decode(
+            loaded, inputs, inner=inner, bar=bar, max_new_tokens=max_new_tokens, **sampling
+        )
+    if as_json:
+        bar.close()
+        common.emit_json({**record(output, prompt_tokens, session), "model": model})
+    else:
+        click.echo(summary(output, prompt_tokens, session), err=True)
+
+
+def record(output: Output, prompt_tokens: int, session: Session) -> dict[str, Any]:
+    """The machine-readable form (docs/cli.md)."""
+    config, stats = session.config, session.stats.as_dict()
+    resolved = None if config.mode == "full" else config.resolve_budget(prompt_tokens)
+    return {
+        "text": output.text,
+        "new_tokens": output.new_tokens,
+        "prompt_tokens": prompt_tokens,
+        "mode": config.mode,
+        "budget_tokens": resolved,
+        "stats": {name: stats[name] for name in STATS},
+        "seconds": {"prefill": output.prefill_s, "decode": output.decode_s},
+        "config": config,
+    }
+
+
+def summary(output: Output, prompt_tokens: int, session: Session) -> str:
+    """The line for people."""
+    counts = f"{output.new_tokens} tokens after {prompt_tokens}"
+    times = f"prefill {output.prefill_s:.2f} s, decode {output.decode_s:.2f} s"
+    if output.new_tokens > 1:
+        times += f", {(output.new_tokens - 1) / output.decode_s:.1f} tokens/s"
+    return f"[{session.config.mode}: {counts}; {times}; {session.stats}]"
+
+
+def sampling_settings(temperature: float, top_p: float | None) -> dict[str, Any]:
+    """Arguments of `model.generate`. The command line alone decides: a model's own sampling defaults do not count."""
+    if not math.isfinite(temperature):  # click's range lets NaN through
+        raise BadInput(f"--temperature must be a finite number >= 0; got {temperature}")
+    if temperature == 0:
+        if top_p is not None:
+            raise BadInput(
+                "--top-p without --temperature has no effect; add --temperature T, or leave it out"
+            )
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+        "top_k": 0,
+    }

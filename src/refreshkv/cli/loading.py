@@ -1,0 +1,133 @@
+"""Load a model and its tokenizer for a command: safetensors only, no remote code unless asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refreshkv.cli.common import BadInput
+from refreshkv.cli.locate import Source, locate
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+device_option = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the model."
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to generate."""
+
+    source: Source
+    model: Any
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence the model was made for, where its config says."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> Any:
+    """The config of a model, without its weights."""
+    from transformers import AutoConfig
+
+    quiet()
+    with _loading(source, "config"):
+        return AutoConfig.from_pretrained(
+            source.location,
+            trust_remote_code=trust_remote_code,
+            local_files_only=source.offline,
+        )
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
+    """Find, check and load a model.
+
+    Raises:
+        BadInput: whatever `locate` raises, an architecture that RefreshKV does not support (before any weight is
+            read), a device that is not there, or files that do not load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import refreshkv
+
+    target = pick_device(device)
+    source = locate(name)
+    config = load_config(source, trust_remote_code)
+    support = refreshkv.supported(config)
+    # The class of a model with code of its own is known only once that code has run; `attach` looks at the class.
+    own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
+    if not support.ok and not own_code:
+        raise BadInput(f"model {name!r} is not supported: {support.reason}")
+    if name == "demo" and dtype == "auto":
+        dtype = "float32"  # as `refreshkv.demo.load` does: its file is in half precision only to be small
+    common = {"trust_remote_code": trust_remote_code, "local_files_only": source.offline}
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **common)
+    with _loading(source, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, use_safetensors=True, **common
+        )
+    model.generation_config.use_cache = True  # checkpoints fresh from training often say False
+    return Loaded(source, model.to(target).eval(), tokenizer)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` means here. "auto" is the GPU where there is one."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput(
+            "device 'cuda' is not available here; use --device cpu, or install a CUDA build of torch"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def quiet() -> None:
+    """Keep transformers and the Hub client from writing notes and bars between our lines; their errors stay."""
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def _loading(source: Source, part: str) -> Iterator[None]:
+    """Errors of the loaders come from the files that the user named: bad input, in one line, with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, TypeError, AttributeError):
+        raise  # out of memory, or a bug: not the user's
+    except Exception as error:  # many classes: tokenizers, for one, raises bare Exception
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            remedy = (
+                "it needs code from its repository: read that code, then pass --trust-remote-code"
+            )
+        elif not source.local and not source.hub_answers:
+            remedy = "the Hub did not answer and the local cache lacks it: check the name and the network"
+        else:
+            remedy = "give a complete model written by save_pretrained, with its tokenizer"
+        raise BadInput(
+            f"cannot load the {part} of model {source.label!r} ({reason}); {remedy}"
+        ) from error

@@ -1,0 +1,106 @@
+"""Where `--model` points: the bundled model, a local folder or the Hub. Says in one line why it cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from refreshkv.cli.common import BadInput
+
+HUB_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `from_pretrained` is to be given."""
+
+    label: str  # as the user wrote it
+    location: str  # a folder or a Hub id
+    local: bool  # a folder
+    hub_answers: bool = False  # else only what is in the Hub's local cache can be had
+
+    @property
+    def offline(self) -> bool:
+        """Do not ask the Hub: it did not answer, or there is no need to."""
+        return not self.hub_answers
+
+
+def locate(model: str, *, weights: bool = True) -> Source:
+    """Find the model; nothing is loaded yet.
+
+    Args:
+        model: "demo", a folder or a Hub id. A folder of the name "demo" is reached as "./demo".
+        weights: whether weights are needed (a folder with only a config is enough to tell its architecture).
+
+    Raises:
+        BadInput: no such folder, no config in it, weights only in a pickled format, or a Hub id that does not answer.
+    """
+    if model == "demo":
+        from refreshkv import demo
+
+        if not (demo.MODEL_PATH / "config.json").is_file():
+            raise click.ClickException(
+                f"the bundled model is missing from '{demo.MODEL_PATH}'; reinstall refreshkv"
+            )
+        return Source(model, str(demo.MODEL_PATH), local=True)
+    if not model.strip():
+        raise BadInput("--model is empty; give 'demo', a folder, or a Hub id such as 'org/name'")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_folder(path, weights)
+        return Source(model, str(path), local=True)
+    if path.exists():
+        raise BadInput(f"model {model!r} is a file; give the folder that holds its config.json")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise BadInput(
+            f"model folder {model!r} does not exist; give a folder, a Hub id such as 'org/name', or 'demo'"
+        )
+    return Source(model, model, local=False, hub_answers=ask_hub(model))
+
+
+def check_folder(path: Path, weights: bool) -> None:
+    """Raise `BadInput` unless `path` holds a config and, where they are needed, safetensors weights."""
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            f"model folder '{path}' has no config.json; give a folder written by save_pretrained"
+        )
+    if not weights or any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(
+        p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in path.glob(f"*.{suffix}")
+    )
+    if pickled:
+        raise BadInput(
+            f"model folder '{path}' has only pickled weights ({pickled[0]}), which can run code when loaded;"
+            " convert them: load the model where you trust it and call save_pretrained, which writes safetensors"
+        )
+    raise BadInput(
+        f"model folder '{path}' has no *.safetensors weights; give a folder written by save_pretrained"
+    )
+
+
+def ask_hub(model: str) -> bool:
+    """Whether the Hub has the model and lets us in; False where it cannot be reached (a cached copy may do).
+
+    One question with a time limit: without it every file of an unreachable model is retried for twenty seconds.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+    except errors.HFValidationError as error:
+        raise BadInput(f"model {model!r} is neither a folder nor a Hub id: {error}") from error
+    except errors.GatedRepoError as error:
+        raise BadInput(
+            f"model {model!r} is gated; accept its terms on the Hub, then run 'hf auth login'"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise BadInput(
+            f"model {model!r} is neither a folder here nor on the Hub; check the name, or run 'hf auth login' if it is"
+            " private"
+        ) from error
+    except Exception:  # no network, time-out, offline mode, a server error: httpx and the Hub have many classes for it
+        return False
+    return True

@@ -1,0 +1,99 @@
+"""The prompt of `generate`: one source, read as it is, nothing added or stripped, and checked against the model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refreshkv.cli.common import BadInput
+
+if TYPE_CHECKING:
+    from refreshkv.cli.loading import Loaded
+
+
+def read_prompt(text: str | None, file: str | None) -> str:
+    """The prompt from `--prompt`, `--prompt-file` ("-" is stdin) or, with neither, from stdin.
+
+    Raises:
+        BadInput: two sources or none, a file that is missing, a folder or not UTF-8, or nothing but white space.
+    """
+    if text is not None and file is not None:
+        raise BadInput("--prompt and --prompt-file were both given; give one prompt")
+    if text is not None:
+        name = "--prompt"
+    elif file is not None and file != "-":
+        name = f"prompt file '{file}'"
+        text = decode(read_file(file), name)
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise BadInput(
+            "no prompt; give --prompt TEXT or --prompt-file FILE, or pipe one into stdin"
+        )
+    else:
+        name = "the prompt on stdin"
+        text = decode(sys.stdin.buffer.read(), name)
+    if not text.strip():
+        raise BadInput(f"{name} is empty; write something for the model to continue")
+    return text
+
+
+def read_file(file: str) -> bytes:
+    """The bytes of a file, or `BadInput`."""
+    path = Path(file).expanduser()
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"prompt file '{file}' does not exist; check the path") from None
+    except IsADirectoryError:
+        raise BadInput(f"prompt file '{file}' is a directory; give a text file") from None
+    except OSError as error:
+        raise BadInput(
+            f"prompt file '{file}' cannot be read ({error.strerror}); check its permissions"
+        ) from None
+
+
+def decode(data: bytes, name: str) -> str:
+    """UTF-8 or `BadInput` with the place of the first byte that is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{name} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start});"
+            " convert it, for example with 'iconv -t utf-8'"
+        ) from None
+
+
+def encode(loaded: Loaded, prompt: str, chat: bool) -> dict[str, Any]:
+    """Token ids and attention mask, `[1, tokens]` each, on the model's device. Nothing is truncated."""
+    tokenizer = loaded.tokenizer
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise BadInput(f"model {loaded.source.label!r} has no chat template; leave out --chat")
+        turn = [{"role": "user", "content": prompt}]
+        batch = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        batch = tokenizer(prompt, return_tensors="pt")
+    if batch["input_ids"].shape[1] == 0:
+        raise BadInput("the prompt has no tokens; write something for the model to continue")
+    # Other entries (token types) are not for a decoder, and `generate` rejects them.
+    return {
+        key: batch[key].to(loaded.model.device)
+        for key in ("input_ids", "attention_mask")
+        if key in batch
+    }
+
+
+def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `BadInput` where the prompt, or the prompt with its answer, is longer than the model's context."""
+    positions = loaded.positions
+    if positions is None or prompt_tokens + new_tokens <= positions:
+        return
+    where = f"model {loaded.source.label!r} has {positions} positions"
+    if prompt_tokens >= positions:
+        raise BadInput(f"the prompt is {prompt_tokens} tokens long, but {where}; shorten it")
+    raise BadInput(
+        f"the prompt's {prompt_tokens} tokens and --max-new-tokens {new_tokens} make {prompt_tokens + new_tokens},"
+        f" but {where}; shorten the prompt or pass --max-new-tokens {positions - prompt_tokens}"
+    )

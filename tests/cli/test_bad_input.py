@@ -1,0 +1,172 @@
+"""Every row of the table "Bad input" in docs/cli.md: exit code 2 and that one line on stderr.
+
+The documentation is what is tested: a row without a case here fails, and so does a case without a row.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, T5Config
+
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def documented() -> dict[str, tuple[str, int]]:
+    """Input -> (message, exit code)."""
+    table = DOCS.read_text(encoding="utf-8").split("## Bad input")[1]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in table.splitlines()
+        if line[:2] == "| "
+    ]
+    return {name: (message, int(code.strip(" |"))) for name, message, code in rows[1:]}
+
+
+def pattern(message: str) -> str:
+    """The message as a regular expression: an ellipsis matches anything on the line."""
+    return "refreshkv: error: " + ".*".join(
+        re.escape(part.strip(" ")) for part in message.split("…")
+    )
+
+
+Args = list[Any]
+CASES: dict[str, Callable[[Path, Path], Args]] = {}
+
+
+def case(name: str) -> Callable[[Callable[[Path, Path], Args]], Callable[[Path, Path], Args]]:
+    """Register the arguments of one documented input; it is given a model folder and an empty one."""
+
+    def register(make: Callable[[Path, Path], Args]) -> Callable[[Path, Path], Args]:
+        assert name not in CASES
+        CASES[name] = make
+        return make
+
+    return register
+
+
+def generate(model: object, *args: object) -> Args:
+    return ["generate", "--model", model, *args]
+
+
+def simple(name: str, *args: object) -> None:
+    """A case that only needs options of `generate`."""
+    case(name)(
+        lambda tiny, tmp: generate(
+            tiny, *(args if "--prompt" in args else ("--prompt", "hello", *args))
+        )
+    )
+
+
+simple("empty prompt", "--prompt", "")
+simple("prompt longer than the context", "--prompt", "x" * 200)
+simple("prompt and answer longer than the context", "--prompt", "x" * 20, "--max-new-tokens", 120)
+simple("budget 0", "--budget", "0")
+simple("budget negative", "--budget", "-5")
+simple("budget share above 1", "--budget", "1.5")
+simple("budget that is no number", "--budget", "half")
+simple("stride 0", "--stride", "0")
+simple("threshold NaN", "--threshold", "nan")
+simple("unknown preset", "--preset", "paper-lama")
+simple("temperature NaN", "--temperature", "nan")
+simple("top-p without a temperature", "--top-p", "0.9")
+simple("chat without a template", "--chat")
+simple("option that does not exist", "--budgets", "5")
+case("two prompt sources")(
+    lambda tiny, tmp: generate(tiny, "--prompt", "a", "--prompt-file", tiny / "config.json")
+)
+case("empty stdin")(lambda tiny, tmp: generate(tiny))
+case("prompt file that is missing")(
+    lambda tiny, tmp: generate(tiny, "--prompt-file", tmp / "no.txt")
+)
+case("prompt file that is a directory")(lambda tiny, tmp: generate(tiny, "--prompt-file", tmp))
+case("empty model name")(lambda tiny, tmp: generate("", "--prompt", "a"))
+case("model folder that is missing")(lambda tiny, tmp: generate(tmp / "no", "--prompt", "a"))
+case("model folder without a config")(lambda tiny, tmp: generate(tmp, "--prompt", "a"))
+case("model given as a file")(lambda tiny, tmp: generate(tiny / "config.json", "--prompt", "a"))
+case("Hub id that cannot be reached")(lambda tiny, tmp: generate("nobody/nothing", "--prompt", "a"))
+case("unknown task")(lambda tiny, tmp: ["demo", "--tasks", "key-value,html-to-csv"])
+case("unknown task to print")(lambda tiny, tmp: ["demo", "--print-prompt", "key-vale"])
+case("print-prompt with options of the comparison")(
+    lambda tiny, tmp: ["demo", "--print-prompt", "key-value", "--json"]
+)
+case("demo length too short")(lambda tiny, tmp: ["demo", "--length", 3])
+case("demo longer than the context")(
+    lambda tiny, tmp: ["demo", "--length", 100_000, "--examples", 1]
+)
+case("unknown shape to time")(lambda tiny, tmp: ["bench", "decode", "--shape", "lama-3.2-1b"])
+case("unknown variant to skip")(lambda tiny, tmp: ["bench", "decode", "--skip", "defalt"])
+case("command that does not exist")(lambda tiny, tmp: ["generat"])
+
+
+@case("device that is not there")
+def _(tiny: Path, tmp: Path) -> Args:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    return generate(tiny, "--prompt", "a", "--device", "cuda")
+
+
+@case("prompt file that is not UTF-8")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "latin.txt").write_bytes("café".encode("latin-1"))
+    return generate(tiny, "--prompt-file", tmp / "latin.txt")
+
+
+@case("model folder without weights")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copy(tiny / "config.json", tmp)
+    return generate(tmp, "--prompt", "a")
+
+
+@case("model folder with pickled weights only")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, tmp / "pytorch_model.bin")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("model folder with broken weights")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    (tmp / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("unsupported architecture: encoder-decoder")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    T5Config(
+        d_model=16, num_layers=1, architectures=["T5ForConditionalGeneration"]
+    ).save_pretrained(tmp)
+    return generate(tmp, "--prompt", "a")
+
+
+@case("unsupported architecture: latent attention")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    DeepseekV3Config(num_hidden_layers=1, architectures=["DeepseekV3ForCausalLM"]).save_pretrained(
+        tmp
+    )
+    return generate(tmp, "--prompt", "a")
+
+
+def test_every_documented_row_has_a_case() -> None:
+    assert sorted(documented()) == sorted(CASES)
+
+
+@pytest.mark.usefixtures("small_demo")
+@pytest.mark.parametrize("name", documented())
+def test_bad_input(name: str, tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    message, code = documented()[name]
+    result = run(*CASES[name](tiny, tmp_path), stdin=b"")
+    assert result.exit_code == code, (result.stderr, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.endswith("\n")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert re.search(pattern(message), result.stderr), (message, result.stderr)

@@ -1,0 +1,74 @@
+"""`refreshkv info`, and help."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import T5Config
+
+import refreshkv
+from refreshkv.cli import COMMANDS
+
+
+def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
+    record = last_json(run("info", "--json"))
+    assert list(record) == ["versions", "devices", "cpu", "kernels", "architectures", "presets"]
+    assert record["versions"]["refreshkv"] == refreshkv.__version__
+    assert set(record["versions"]) == {
+        "refreshkv",
+        "python",
+        "torch",
+        "transformers",
+        "huggingface-hub",
+        "tokenizers",
+    }
+    assert "reference" in record["kernels"]
+    assert set(record["presets"]) == set(refreshkv.PRESETS)
+
+
+def test_text(run: Callable[..., Any]) -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for expected in (*refreshkv.PROVEN_ARCHITECTURES, *refreshkv.PRESETS, "transformers", "cpu"):
+        assert expected in result.stdout
+
+
+def test_supported_model_needs_only_its_config(
+    tiny: Path, tmp_path: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    shutil.copy(tiny / "config.json", tmp_path)
+    model = last_json(run("info", "--model", tmp_path, "--json"))["model"]
+    assert model["supported"] is True
+    assert model["architecture"] == "LlamaForCausalLM"
+    assert model["max_positions"] == 128
+    assert "supported      yes" in run("info", "--model", tmp_path).stdout
+
+
+def test_unsupported_model_is_an_answer(
+    tmp_path: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
+    model = last_json(run("info", "--model", tmp_path, "--json"))["model"]
+    assert model["supported"] is False
+    assert "encoder-decoder" in model["reason"]
+
+
+def test_missing_model_is_bad_input(tmp_path: Path, run: Callable[..., Any]) -> None:
+    assert run("info", "--model", tmp_path / "no").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("bench", "decode")])
+def test_help(command: tuple[str, ...], run: Callable[..., Any]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: refreshkv")
+
+
+def test_no_command_shows_help(run: Callable[..., Any]) -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
