@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install the pinned set
 
@@ -35,6 +35,12 @@ test: $(STAMP)  ## the tests (GPU tests skip where there is none)
 
 test-slow: $(STAMP)  ## the tests left out of `make test`
 	$(BIN)/python -m pytest -m slow
+
+test-oldest:  ## the integration tests on the oldest supported transformers, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-oldest/bin/python -m pip install --quiet -e '.[dev]' 'transformers==5.16.0'
+	.venv-oldest/bin/python -m pytest tests/integrations
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,176 @@
+"""Every kernel against the reference: the cases, the tolerances and the comparisons, for any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreshkv.kernels import reference
+from refreshkv.selection import FREE
+from tests.helpers import left_padding, relative_rms
+
+# Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was
+# (output, scores, lse) float32 7.7e-7, 7.2e-7, 2.0e-7: the order of the sums; bfloat16 7.3e-3, 6.7e-3, 2.2e-3 and
+# float16 8.0e-4, 7.5e-4, 3.1e-4: the rounding of scaled query, logits, weights and output to 8 and 11 bits.
+TOLERANCE = {
+    torch.float32: {"output": 1.5e-6, "scores": 1.5e-6, "lse": 4e-7},
+    torch.bfloat16: {"output": 1.5e-2, "scores": 1.4e-2, "lse": 4.5e-3},
+    torch.float16: {"output": 1.6e-3, "scores": 1.5e-3, "lse": 6e-4},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of an attention; `hidden` is the mask: none, left padding, holes, or holes that differ by KV head."""
+
+    rows: int = 2
+    kv_heads: int = 2
+    group: int = 4
+    length: int = 65
+    dim: int = 64
+    value_dim: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    hidden: str = ""
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
+        return "-".join(f"{k}={v}" for k, v in changed.items()) or "plain"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Query, keys, values and the options of `attend`."""
+        gen = torch.Generator().manual_seed(self.length)
+        heads = self.kv_heads * self.group
+        query = torch.randn(self.rows, heads, self.dim, generator=gen).to(self.dtype)
+        keys, values = (
+            self.with_spare(torch.randn(self.rows, self.kv_heads, self.length, dim, generator=gen))
+            for dim in (self.dim, self.value_dim or self.dim)
+        )
+        options = {
+            "scale": 1.2 * self.dim**-0.5,  # not the default of torch's own attention
+            "softcap": self.softcap,
+            "sinks": (torch.randn(heads, generator=gen) + 3).to(self.dtype) if self.sinks else None,
+            "visible": self.visible(gen),
+        }
+        return query, keys, values, options
+
+    def with_spare(self, content: Tensor) -> Tensor:
+        """The view that a store gives out: what lies behind it must never be read."""
+        rows, heads, length, dim = content.shape
+        buffer = torch.full((rows, heads, length + 33, dim), torch.nan, dtype=self.dtype)
+        buffer[:, :, :length] = content.to(self.dtype)
+        return buffer[:, :, :length]
+
+    def visible(self, gen: torch.Generator) -> Tensor | None:
+        if not self.hidden:
+            return None
+        if self.hidden == "left":
+            return left_padding([0, self.length * 2 // 3], self.length)[:, None]
+        heads = self.kv_heads if self.hidden == "per head" else 1
+        shown = torch.rand(self.rows, heads, self.length, generator=gen) < 0.7
+        shown[..., self.length // 2] = True
+        return shown
+
+
+PLAIN = Case()
+CASES = [
+    PLAIN,
+    *[Case(group=group) for group in (1, 2, 8)],
+    *[Case(length=length) for length in (1, 2, 63, 64, 1000, 5000)],
+    *[Case(dim=dim) for dim in (80, 128, 256)],
+    *[Case(value_dim=48, length=length) for length in (65, 5000)],
+    *[Case(softcap=2.0, length=length) for length in (65, 5000)],  # 4096 divides two ways to cap
+    *[Case(sinks=True, length=length) for length in (1, 65, 5000)],
+    *[Case(hidden="left", length=length) for length in (65, 1000, 5000)],
+    *[Case(hidden="holes", length=length) for length in (65, 5000)],
+    Case(softcap=2.0, sinks=True, hidden="holes", value_dim=80),
+    Case(softcap=2.0, sinks=True, hidden="left", length=5000),
+    Case(sinks=True, hidden="left", group=1, kv_heads=1),
+]
+# What a ring asks for; a full step masks all heads of a row alike.
+PER_HEAD = [Case(hidden="per head", softcap=c, length=n) for c in (None, 2.0) for n in (65, 5000)]
+EVERYTHING = Case(softcap=2.0, sinks=True, hidden="holes")
+
+
+def close(actual: Tensor, expected: Tensor, case: Case, what: str) -> None:
+    assert actual.shape == expected.shape
+    error = relative_rms(actual, expected)
+    assert error <= TOLERANCE[case.dtype][what], f"{what} is off by {error:.1e}"
+
+
+def in_float32(case: Case) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in case.inputs()[:3])
+
+
+def check_attend(attend: Callable[..., Any], case: Case) -> None:
+    query, keys, values, options = case.inputs()
+    actual = attend(query, keys, values, **options)
+    expected = reference.attend(*in_float32(case), **options)
+    assert actual.output.dtype == case.dtype
+    assert actual.lse.dtype == torch.float32
+    close(actual.output, expected.output, case, "output")
+    close(actual.lse, expected.lse, case, "lse")
+
+
+def check_scored(actual: Any, expected: Any, case: Case) -> None:
+    assert actual.scores.dtype == actual.lse.dtype == torch.float32
+    close(actual.scores, expected.scores, case, "scores")
+    close(actual.lse, expected.lse, case, "lse")
+
+
+def check_score(score: Callable[..., Any], case: Case) -> None:
+    query, keys, _, options = case.inputs()
+    for reduction in ("max", "mean"):
+        options["reduction"] = reduction
+        expected = reference.score(*in_float32(case)[:2], **options)
+        check_scored(score(query, keys, **options), expected, case)
+
+
+def check_attend_and_score(attend_and_score: Callable[..., Any], case: Case) -> None:
+    query, keys, values, options = case.inputs()
+    for reduction in ("max", "mean"):
+        options["reduction"] = reduction
+        attended, scored = attend_and_score(query, keys, values, **options)
+        expected, expected_scored = reference.attend_and_score(*in_float32(case), **options)
+        assert attended.output.dtype == case.dtype
+        assert torch.equal(attended.lse, scored.lse)
+        close(attended.output, expected.output, case, "output")
+        check_scored(scored, expected_scored, case)
+
+
+ATTENTION_CHECKS = {
+    "attend": check_attend,
+    "score": check_score,
+    "attend_and_score": check_attend_and_score,
+}
+
+
+def check_gather(gather: Callable[..., None]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    source = PLAIN.with_spare(torch.randn(2, 2, 30, 8, generator=gen))
+    positions = torch.tensor([[[3, 29, 0], [7, 7, FREE]], [[1, FREE, FREE], [FREE] * 3]])
+    for heads in (None, torch.tensor([[True, False], [True, True]])):
+        out = torch.full((2, 2, 5, 8), torch.nan)
+        gather(source, positions, out, heads)
+        written = torch.zeros(2, 2, 5, dtype=torch.bool)
+        for row, head, slot in (positions != FREE).nonzero().tolist():
+            if heads is None or heads[row, head]:
+                expected = source[row, head, positions[row, head, slot]]
+                assert torch.equal(out[row, head, slot], expected)
+                written[row, head, slot] = True
+        assert bool(out[~written].isnan().all())
+
+
+def check_select(select: Callable[..., Any]) -> None:
+    """One plateau over a hole: slow and exhaustive is tests/test_selection.py."""
+    scores = torch.tensor([[[0.1, 0.5, 0.5, 0.9, 0.5, 0.2, 0.7]]])
+    visible = torch.tensor([[True, True, True, False, True, True, True]])
+    chosen = select(scores, torch.tensor([4]), pool_kernel=1, visible=visible)
+    assert chosen.positions.tolist() == [[[1, 2, 4, 6]]]
+    chosen = select(scores, torch.tensor([4]), pool_kernel=3, visible=visible)
+    assert chosen.positions.tolist() == [[[2, 4, 5, 6]]]

@@ -1,0 +1,145 @@
+"""The CPU kernels equal the reference in every case, and a broken one is noticed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refreshkv.kernels import CPU, REFERENCE, backend_for, cpu
+from refreshkv.selection import Selection
+from tests.kernels.comparison import (
+    ATTENTION_CHECKS,
+    CASES,
+    EVERYTHING,
+    PER_HEAD,
+    PLAIN,
+    TOLERANCE,
+    Case,
+    check_attend,
+    check_gather,
+    check_select,
+)
+
+OPS = ("attend", "attend_and_score", "score", "gather", "select")
+EVERY_DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signatures_are_those_of_the_reference(op: str) -> None:
+    assert inspect.signature(getattr(CPU, op)) == inspect.signature(getattr(REFERENCE, op))
+
+
+def test_cpu_tensors_get_the_cpu_kernels_and_other_devices_the_reference() -> None:
+    assert backend_for(torch.device("cpu")) is CPU
+    assert backend_for(torch.device("meta")) is REFERENCE
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", ATTENTION_CHECKS)
+def test_equals_the_reference(op: str, case: Case, dtype: torch.dtype) -> None:
+    ATTENTION_CHECKS[op](getattr(CPU, op), replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", PER_HEAD, ids=str)
+def test_a_ring_may_mask_each_head_differently(case: Case) -> None:
+    check_attend(cpu.attend, case)
+
+
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING, *CASES[-2:]], ids=str)
+def test_without_the_fused_kernel_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_flash", None)
+    check_attend(cpu.attend, case)
+
+
+def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
+    check_gather(cpu.gather)
+
+
+def test_select_equals_the_worked_examples() -> None:
+    check_select(cpu.select)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("op", ATTENTION_CHECKS)
+def test_the_default_dtype_does_not_matter(op: str) -> None:
+    ATTENTION_CHECKS[op](getattr(CPU, op), EVERYTHING)
+
+
+# From here on: the comparisons notice what is wrong.
+
+BREAKS: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda scale: scale * 1.1,
+    "softcap": lambda softcap: None,
+    "sinks": lambda sinks: sinks + 0.25,
+    "visible": lambda visible: None,
+    "reduction": lambda reduction: "max" if reduction == "mean" else "mean",
+}
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(
+    ("op", "option"),
+    [
+        (op, option)
+        for op in ATTENTION_CHECKS
+        for option in BREAKS
+        if (op, option) != ("attend", "reduction")
+    ],
+)
+def test_a_wrong_option_is_noticed(op: str, option: str, dtype: torch.dtype) -> None:
+    def broken(*tensors: Tensor, **options: Any) -> Any:
+        return getattr(cpu, op)(*tensors, **options | {option: BREAKS[option](options[option])})
+
+    with pytest.raises(AssertionError, match="is off by"):
+        ATTENTION_CHECKS[op](broken, replace(EVERYTHING, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda source, positions, out, heads: cpu.gather(source, positions, out),
+        lambda source, positions, out, heads: cpu.gather(source, positions.clamp(0), out, heads),
+        lambda source, positions, out, heads: cpu.gather(source.flip(2), positions, out, heads),
+    ],
+    ids=["heads ignored", "free slots written", "other rows"],
+)
+def test_a_wrong_gather_is_noticed(broken: Callable[..., None]) -> None:
+    with pytest.raises(AssertionError):
+        check_gather(broken)
+
+
+def _earlier_token_wins(
+    scores: Tensor, budget: Tensor, *, visible: Tensor, **options: Any
+) -> Selection:
+    chosen = cpu.select(scores.flip(-1), budget, visible=visible.flip(-1), **options)
+    return chosen._replace(positions=scores.shape[-1] - 1 - chosen.positions)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda scores, budget, **o: cpu.select(scores, budget, **o | {"visible": None}),
+        lambda scores, budget, **o: cpu.select(scores, budget, **o | {"pool_kernel": 1}),
+        lambda scores, budget, **o: cpu.select(scores, budget - 1, **o),
+        _earlier_token_wins,
+    ],
+    ids=["mask ignored", "not pooled", "one too few", "earlier token wins"],
+)
+def test_a_wrong_selection_is_noticed(broken: Callable[..., Selection]) -> None:
+    with pytest.raises(AssertionError):
+        check_select(broken)

@@ -1,0 +1,119 @@
+"""`RefreshConfig` takes what makes sense and names, in one line, what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from refreshkv.config import PRESETS, RefreshConfig, make_config
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("budget", v) for v in (0, -1, 0.0, -0.5, 1.5, math.nan, math.inf, True, "2048", None)],
+        *[("stride", v) for v in (0, -5, 1.5, True, "5")],
+        *[("threshold", v) for v in (math.nan, 2, -1.01, math.inf, True, "0.85")],
+        *[("pool_kernel", v) for v in (0, -7, 2, 6, 3.0, True, None)],
+        *[("decide", v) for v in ("heads", None, ["layer"])],
+        *[("group_reduction", v) for v in ("sum", None)],
+        *[("mode", v) for v in ("partial", None, True)],
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        RefreshConfig(**{setting: value})
+    assert setting in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("budget", v) for v in (1, 10**6, 1.0, 1e-9)],
+        *[("stride", v) for v in (1, 1000, None)],
+        *[("threshold", v) for v in (-1, -1.0, 0, 1, 1.0, None)],
+        *[("pool_kernel", v) for v in (1, 7, 63)],
+        *[("decide", v) for v in ("layer", "head")],
+        *[("group_reduction", v) for v in ("max", "mean")],
+        *[("mode", v) for v in ("refresh", "full")],
+    ],
+)
+def test_the_edges_of_every_range_are_valid(setting: str, value: Any) -> None:
+    assert getattr(RefreshConfig(**{setting: value}), setting) == value
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompt", "expected"),
+    [
+        (0.125, 16384, 2048),
+        (0.1, 30, 3),
+        (0.1, 31, 4),
+        (0.07, 100, 7),  # 7.000000000000001 in floating point
+        (0.7, 10, 7),
+        (0.125, 1, 1),
+        (1e-9, 100, 1),
+        (0.125, 0, 1),
+        (2048, 100, 2048),
+        (1, 100, 1),
+        *[(1.0, n, n) for n in (1, 3, 7, 999, 131072)],
+    ],
+)
+def test_a_share_is_rounded_up_and_tokens_stay(
+    budget: int | float, prompt: int, expected: int
+) -> None:
+    resolved = RefreshConfig(budget=budget).resolve_budget(prompt)
+    assert resolved == expected
+    assert isinstance(resolved, int)
+
+
+def test_a_config_never_changes_and_a_copy_is_checked_again() -> None:
+    config = RefreshConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.stride = 10  # type: ignore[misc]
+    with pytest.raises(ValueError, match="stride"):
+        dataclasses.replace(config, stride=0)
+    with pytest.raises(TypeError):
+        RefreshConfig(0.5)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_says_what_it_says(name: str) -> None:
+    config = make_config(name)
+    assert {key: getattr(config, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_presets_are_read_only() -> None:
+    with pytest.raises(TypeError):
+        PRESETS["mine"] = {}  # type: ignore[index]
+    with pytest.raises(TypeError):
+        PRESETS["default"]["stride"] = 1  # type: ignore[index]
+
+
+def test_settings_replace_those_of_the_preset() -> None:
+    assert make_config() == make_config("default")
+    changed = make_config("paper-qwen", stride=10, mode="full")
+    assert (changed.stride, changed.threshold, changed.mode) == (10, 0.95, "full")
+    with pytest.raises(ValueError, match="budget"):
+        make_config("paper-qwen", budget=0)
+
+
+def test_an_unknown_preset_names_its_nearest_neighbour() -> None:
+    with pytest.raises(
+        ValueError, match=r"^unknown preset 'paper-lama'; did you mean 'paper-llama'\?.*$"
+    ):
+        make_config("paper-lama")
+    with pytest.raises(ValueError, match=r"^unknown preset 'zzz'; \(one of: default, ") as caught:
+        make_config("zzz")
+    assert all(name in str(caught.value) for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("tresshold", "threshold"), ("budgets", "budget"), ("pool", "pool_kernel")]
+)
+def test_an_unknown_setting_names_its_nearest_neighbour(wrong: str, right: str) -> None:
+    with pytest.raises(ValueError, match=rf"^unknown setting '{wrong}'; did you mean '{right}'\?"):
+        make_config(**{wrong: 1})

@@ -1,0 +1,140 @@
+"""Both selections equal a slow definition: sort the visible tokens by (pooled score, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refreshkv import selection
+from refreshkv.kernels import cpu
+from refreshkv.selection import FREE, Selection
+from tests.helpers import PROPERTY, left_padding
+from tests.slow import slow_select
+
+Select = Callable[..., Selection]
+both = pytest.mark.parametrize("select", [selection.select, cpu.select], ids=["torch", "cpu"])
+
+
+@dataclass
+class Scores:
+    values: list[list[list[float]]]  # [row][head][token]
+    visible: list[list[bool]]
+    budget: list[int]
+    kernel: int
+
+    def run(self, select: Select, *, masked: bool = True, **options: torch.Tensor) -> Selection:
+        visible = torch.tensor(self.visible) if masked else None
+        return select(
+            torch.tensor(self.values),
+            torch.tensor(self.budget),
+            pool_kernel=self.kernel,
+            visible=visible,
+            **options,
+        )
+
+
+few_values = st.sampled_from([0.0, 0.125, 0.25, 0.5])  # ties and plateaus
+any_weight = st.floats(0, 1, width=32).map(abs)  # no -0.0: an attention weight never is
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> Scores:
+    rows, heads, length = (draw(st.integers(1, top)) for top in (3, 3, 24))
+    weight = draw(st.sampled_from([few_values, any_weight, st.just(0.0)]))
+    head = st.lists(weight, min_size=length, max_size=length)
+    mask = st.lists(st.booleans(), min_size=length, max_size=length).filter(any)
+    return Scores(
+        [[draw(head) for _ in range(heads)] for _ in range(rows)],
+        [draw(mask) for _ in range(rows)],
+        [draw(st.integers(1, length + 3)) for _ in range(rows)],
+        draw(st.sampled_from([1, 3, 7])),
+    )
+
+
+def check(chosen: Selection, case: Scores, visible: list[list[bool]], wanted: torch.Tensor) -> None:
+    length = len(case.visible[0])
+    assert chosen.positions.shape[-1] == min(max(case.budget), length)
+    assert chosen.positions.dtype == chosen.filled.dtype == torch.int64
+    for row, head in wanted.nonzero().tolist():
+        expected = slow_select(case.values[row][head], case.budget[row], case.kernel, visible[row])
+        free = [FREE] * (chosen.positions.shape[-1] - len(expected))
+        assert chosen.positions[row, head].tolist() == expected + free
+        assert chosen.filled[row, head] == len(expected)
+
+
+@both
+@PROPERTY
+@given(case=scores())
+def test_equals_the_slow_definition(select: Select, case: Scores) -> None:
+    everyone = torch.ones(len(case.values), len(case.values[0]), dtype=torch.bool)
+    check(case.run(select), case, case.visible, everyone)
+    nothing_hidden = [[True] * len(case.visible[0])] * len(case.visible)
+    check(case.run(select, masked=False), case, nothing_hidden, everyone)
+
+
+@both
+@PROPERTY
+@given(case=scores(), data=st.data())
+def test_the_heads_asked_for_are_right(select: Select, case: Scores, data: st.DataObject) -> None:
+    heads = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in case.values])
+    check(case.run(select, heads=heads), case, case.visible, heads)
+
+
+@both
+@PROPERTY
+@given(case=scores(), data=st.data())
+def test_a_row_of_a_batch_equals_the_row_alone(
+    select: Select, case: Scores, data: st.DataObject
+) -> None:
+    length = len(case.visible[0])
+    pads = [data.draw(st.integers(0, length - 1)) for _ in case.values]
+    case.visible = left_padding(pads, length).tolist()
+    batch = case.run(select)
+    for row, pad in enumerate(pads):
+        stripped = [[head[pad:] for head in case.values[row]]]
+        alone = Scores(stripped, [[True] * (length - pad)], [case.budget[row]], case.kernel)
+        chosen = alone.run(select, masked=False)
+        width = chosen.positions.shape[-1]
+        assert torch.equal(batch.filled[row], chosen.filled[0])
+        assert torch.equal(batch.positions[row, :, :width], chosen.positions[0] + pad)
+        assert bool((batch.positions[row, :, width:] == FREE).all())
+
+
+@both
+def test_the_later_token_wins_a_tie(select: Select) -> None:
+    flat = torch.full((1, 1, 5), 0.2)
+    assert select(flat, torch.tensor([2]), pool_kernel=1).positions.tolist() == [[[3, 4]]]
+
+
+@both
+def test_pooling_lets_neighbours_of_a_peak_in(select: Select) -> None:
+    peak = torch.tensor([[[0.1, 0.0, 0.9, 0.0, 0.0, 0.3]]])
+    assert select(peak, torch.tensor([3]), pool_kernel=1).positions.tolist() == [[[0, 5, 2]]]
+    assert select(peak, torch.tensor([3]), pool_kernel=3).positions.tolist() == [[[1, 2, 3]]]
+
+
+@both
+def test_a_row_without_a_visible_token_gets_nothing(select: Select) -> None:
+    visible = torch.tensor([[True, True, True], [False, False, False]])
+    chosen = select(torch.ones(2, 1, 3), torch.tensor([2, 2]), visible=visible)
+    assert chosen.positions.tolist() == [[[1, 2]], [[FREE, FREE]]]
+    assert chosen.filled.tolist() == [[2], [0]]
+
+
+def test_a_hidden_token_does_not_lift_its_neighbours() -> None:
+    loud = torch.tensor([[[9.0, 0.1, 0.0, 0.2, 0.3]]])
+    visible = torch.tensor([[False, True, True, True, True]])
+    chosen = selection.select(loud, torch.tensor([2]), pool_kernel=3, visible=visible)
+    assert chosen.positions.tolist() == [[[3, 4]]]
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("max", [0.6, 0.5]), ("mean", [0.4, 0.3])])
+def test_a_group_agrees_on_one_score(reduction: str, expected: list[float]) -> None:
+    weights = torch.tensor([[[0.2], [0.6], [0.1], [0.5]]])  # two KV heads of two query heads
+    reduced = selection.reduce_group(weights, 2, reduction)  # type: ignore[arg-type]
+    torch.testing.assert_close(reduced, torch.tensor(expected).view(1, 2, 1))

@@ -1,0 +1,136 @@
+"""The full store grows in place, keeps what it holds, and forgets what it is told to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from refreshkv.store import DenseStore, is_identity
+
+ROWS, HEADS, DIM, VALUE_DIM = 3, 2, 4, 6
+
+
+def tokens(count: int, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values that say which row and token they are."""
+    label = torch.arange(start, start + count) + 1000.0 * torch.arange(ROWS)[:, None]
+    label = label[:, None, :, None]
+    return label.expand(-1, HEADS, -1, DIM), -label.expand(-1, HEADS, -1, VALUE_DIM)
+
+
+def filled(*counts: int, reserve: int = 0) -> DenseStore:
+    store = DenseStore(reserve)
+    for count in counts:
+        store.append(*tokens(count, start=store.length))
+    return store
+
+
+def assert_holds(store: DenseStore, count: int, rows: list[int] | None = None) -> None:
+    keys, values = tokens(count)
+    rows = list(range(ROWS)) if rows is None else rows
+    assert store.length == count
+    assert torch.equal(store.keys, keys[rows])
+    assert torch.equal(store.values, values[rows])
+
+
+def addresses(store: DenseStore) -> tuple[int, int]:
+    return store.keys.data_ptr(), store.values.data_ptr()
+
+
+def count_reallocations(store: DenseStore, appends: int, size: int = 1) -> int:
+    moves, before = 0, addresses(store)
+    for _ in range(appends):
+        store.append(*tokens(size, start=store.length))
+        after = addresses(store)
+        moves, before = moves + (after != before), after
+    return moves
+
+
+def test_an_append_writes_in_place_while_there_is_room() -> None:
+    store = filled(10)
+    assert count_reallocations(store, 100) == 0
+    assert_holds(store, 110)
+
+
+def test_growth_keeps_the_content() -> None:
+    store = filled(10)
+    assert count_reallocations(store, 700) > 0
+    assert_holds(store, 710)
+
+
+def test_the_copies_add_up_to_a_constant_per_token() -> None:
+    store, copied = filled(1), 0
+    before = addresses(store)
+    for _ in range(6000):
+        store.append(*tokens(1, start=store.length))
+        if addresses(store) != before:
+            copied, before = copied + store.length, addresses(store)
+    assert copied < 6 * store.length  # 1 / (1 - 1 / 1.25) = 5, and one for the small start
+
+
+def test_a_reserve_is_allocated_at_once() -> None:
+    store = filled(1, reserve=3000)
+    assert count_reallocations(store, 299, size=10) == 0
+    assert_holds(store, 2991)
+    assert filled(5000, reserve=10).length == 5000  # too small a reserve is no limit
+
+
+def test_a_reserve_for_a_whole_context_is_not_allocated_for_a_short_prompt() -> None:
+    store = filled(100, reserve=10**9)
+    assert store.keys.untyped_storage().nbytes() < 5000 * ROWS * HEADS * DIM * 4
+
+
+@pytest.mark.parametrize(("length", "left"), [(4, 4), (0, 0), (9, 9), (10, 10), (99, 10)])
+def test_crop_forgets_the_end_and_its_room_is_used_again(length: int, left: int) -> None:
+    store = filled(10)
+    before = addresses(store)
+    store.crop(length)
+    assert_holds(store, left)
+    store.append(*tokens(3, start=left))
+    assert_holds(store, left + 3)
+    assert addresses(store) == before
+
+
+def test_a_negative_crop_is_refused() -> None:
+    store = filled(10)
+    with pytest.raises(ValueError, match="-1"):
+        store.crop(-1)
+    assert_holds(store, 10)
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 1], [2], [0, 0, 1, 1, 2, 2]])
+def test_rows_can_be_reordered_repeated_and_left_out(rows: list[int]) -> None:
+    store = filled(10)
+    store.take_rows(torch.tensor(rows))
+    assert_holds(store, 10, rows)
+    store.keys[0, 0, 0, 0] = 7.5  # a repeated row is a copy, not a view of the other
+    assert int((store.keys == 7.5).sum()) == 1
+    more_keys, more_values = tokens(2, start=10)
+    store.append(more_keys[rows], more_values[rows])
+    assert torch.equal(store.values, tokens(12)[1][rows])
+
+
+def test_reset_frees_everything_and_another_shape_fits() -> None:
+    store = filled(10)
+    store.reset()
+    assert not store.is_allocated
+    assert store.length == 0
+    with pytest.raises(RuntimeError, match="empty"):
+        _ = store.keys
+    store.append(torch.ones(1, 5, 2, 3), torch.ones(1, 5, 2, 3))
+    assert store.keys.shape == (1, 5, 2, 3)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_an_entry_is_one_key_and_one_value(dtype: torch.dtype, size: int) -> None:
+    store = DenseStore()
+    store.append(*(tensor.to(dtype) for tensor in tokens(3)))
+    assert store.keys.dtype == dtype
+    assert store.entry_bytes == (DIM + VALUE_DIM) * size
+
+
+@pytest.mark.parametrize(
+    ("rows", "identity"), [([0, 1, 2], True), ([0, 2, 1], False), ([0, 1], False), ([], False)]
+)
+def test_the_identity_is_recognised(rows: list[int], identity: bool) -> None:
+    assert is_identity(torch.tensor(rows, dtype=torch.int64), 3) is identity
