@@ -9,6 +9,7 @@ from torch import Tensor
 from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.selection import Selection
+from refreshkv.step import Attention, decode_step
 
 HEADS = 2
 
@@ -68,3 +69,20 @@ def test_the_query_that_waits_is_a_copy(cache: LayerCache) -> None:
     cache.await_selection(queries[:, :, -1])
     queries.fill_(1)
     assert float(cache.pending.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("rows", [[], [-1], [0, 2]], ids=["none", "negative", "too large"])
+def test_rows_that_are_not_there_are_refused(cache: LayerCache, rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="cannot take rows"):
+        cache.take_rows(torch.tensor(rows, dtype=torch.int64))
+    assert cache.rows == 2 and cache.length == 3
+
+
+def test_a_share_after_a_crop_before_any_decode_step_is_one_of_the_prompt() -> None:
+    """The token being decoded is not part of the prompt, here as after an uncropped prompt."""
+    cache = LayerCache(RefreshConfig(budget=0.5))
+    cache.append(torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 9, 4))
+    cache.crop(6)
+    cache.append(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    decode_step(cache, torch.ones(1, 1, 4), Attention(scale=1.0))
+    assert cache.budget is not None and cache.budget.tolist() == [3]

@@ -173,7 +173,7 @@ class CacheMachine(RuleBasedStateMachine):
         for row in self.rows:
             if length < len(row.tokens):
                 del row.tokens[length:], row.visible[length:]
-                row.rings = row.pending = row.reference = None
+                row.rings = row.pending = row.reference = row.hidden = None
 
     @precondition(lambda self: self.length > 0)
     @rule(data=st.data())

@@ -102,9 +102,8 @@ class LayerCache:
 
     def await_selection(self, query: Tensor) -> None:
         """A prompt ended with `query` `[B, Hq, D]`: the next decode step will select from it."""
-        self.pending = (
-            query.detach().clone()
-        )  # a view would keep the queries of the whole prompt alive
+        # A view would keep the queries of the whole prompt alive.
+        self.pending = query.detach().clone()
         self.partial = None
 
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
@@ -119,14 +118,22 @@ class LayerCache:
         self.partial.refresh(selection, heads)
 
     def resolve_budget(self, visible: Tensor | None, tokens: int) -> None:
-        """Turn the budget into tokens for a context of `tokens` tokens of which `visible` `[B, tokens]` count."""
-        device = self.store.keys.device
+        """Turn the budget into tokens for a prompt of `tokens` tokens of which `visible` `[B, tokens]` count.
+
+        A partial cache of the old budget is dropped.
+        """
+        hidden = self.count_padding(visible).tolist()
+        shares = [self.config.resolve_budget(tokens - padding) for padding in hidden]
+        self.budget = torch.tensor(shares, dtype=torch.int64, device=self.store.keys.device)
+        self.partial = None
+
+    def count_padding(self, visible: Tensor | None) -> Tensor:
+        """Set and return `hidden`, from the visible tokens `[B, L]`."""
         if visible is None:
-            self.hidden = torch.zeros(self.rows, dtype=torch.int64, device=device)
+            self.hidden = torch.zeros(self.rows, dtype=torch.int64, device=self.store.keys.device)
         else:
             self.hidden = (~visible).sum(-1)
-        shares = [self.config.resolve_budget(tokens - hidden) for hidden in self.hidden.tolist()]
-        self.budget = torch.tensor(shares, dtype=torch.int64, device=device)
+        return self.hidden
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on. The partial cache may hold some of them, so the next step is full."""
@@ -134,11 +141,18 @@ class LayerCache:
             return
         self.store.crop(length)
         self._forget_selection()
+        self.hidden = None  # padding may be among what is gone
 
     def take_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row `rows[i]`: beams, several return sequences, finished rows. `[B']` int64."""
+        """Row i becomes the old row `rows[i]`: beams, several return sequences, finished rows. `[B']` int64.
+
+        Raises:
+            ValueError: no rows, or a row that is not there; nothing has changed then.
+        """
         if not self.store.is_allocated or is_identity(rows, self.rows):
             return
+        if rows.numel() == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
+            raise ValueError(f"layer {self.index}: cannot take rows {rows.tolist()} of {self.rows}")
         self.store.take_rows(rows)
         if self.partial is not None:
             self.partial.take_rows(rows)

@@ -61,7 +61,7 @@ class RefreshConfig:
     def resolve_budget(self, prompt_tokens: int) -> int:
         """K in tokens for a prompt of `prompt_tokens` visible tokens. A share is rounded up."""
         if isinstance(self.budget, float):
-            # The inner rounding undoes float noise such as 0.1 * 30 = 3.0000000000000004.
+            # The inner rounding undoes float noise such as 0.07 * 100 = 7.000000000000001.
             return max(1, math.ceil(round(self.budget * prompt_tokens, 9)))
         return self.budget
 
@@ -83,7 +83,7 @@ def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
         ValueError: an unknown preset or setting, named with its nearest neighbour, or a value out of range.
     """
     name = "default" if preset is None else preset
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(unknown("preset", name, PRESETS))
     fields = [field.name for field in dataclasses.fields(RefreshConfig)]
     for key in overrides:

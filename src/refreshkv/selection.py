@@ -85,10 +85,9 @@ def select(
         tokens = torch.full((rows,), length, device=scores.device)
     filled = fill_counts(budget, tokens, kv_heads)
     keys = rank_keys(pool(scores, pool_kernel), visible)
-    best = (
-        keys.topk(int(min(int(budget.max()), length)), dim=-1, sorted=True).values & 0xFFFFFFFF
-    )  # best first
-    slots = torch.arange(best.shape[-1], device=scores.device)
+    most = min(int(budget.max()), length)
+    best_first = keys.topk(most, dim=-1, sorted=True).values & 0xFFFFFFFF
+    slots = torch.arange(most, device=scores.device)
     lowest_first = (filled[..., None] - 1 - slots).clamp(min=0)
-    positions = best.gather(-1, lowest_first)
+    positions = best_first.gather(-1, lowest_first)
     return Selection(positions.masked_fill(slots >= filled[..., None], FREE), filled)

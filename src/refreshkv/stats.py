@@ -8,20 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
-Count = (
-    int | Tensor
-)  # a tensor stays on its device until somebody asks, so that counting never waits for a GPU
+# A tensor stays on its device until somebody asks, so that counting never waits for a GPU.
+Count = int | Tensor
 
 
 @dataclass
 class LayerCounts:
-    """Sums over decode steps, rows and KV heads of one layer. One *entry* is the K and V of one token and KV head."""
+    """Sums over decode steps, rows and KV heads of one layer. One *entry* is the K and V of one token and KV head.
+
+    `read` counts what the method needs: the partial read, the full read, or both where a head decided after its
+    partial step. A backend may read more for heads that it serves together.
+    """
 
     kv_heads: int = 1
     entry_bytes: int = 0
     full: Count = 0  # head-steps with full attention
     steps: Count = 0  # head-steps
-    read: Count = 0  # entries read, partial and full reads both where a step did both
+    read: Count = 0  # entries read
     available: Count = 0  # entries that full attention would have read
 
 

@@ -42,7 +42,7 @@ def decode_step(
         cache: the layer; the token's own K and V are already appended.
         query: `[B, Hq, D]`, after RoPE and QK-norm.
         attention: scale, softcap, sinks.
-        visible: `[B, L]` bool, False for padding; `None` when there is none.
+        visible: `[B, L]` bool, False for padding; `None` when there is none. The new token is visible in every row.
 
     Returns:
         `[B, Hq, D]`.
@@ -105,7 +105,10 @@ def _full_step(
 ) -> Tensor:
     """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores."""
     if cache.budget is None:  # cropped before anything was decoded
-        cache.resolve_budget(visible, cache.length)
+        prompt = cache.length - 1
+        cache.resolve_budget(None if visible is None else visible[:, :prompt], prompt)
+    elif cache.hidden is None:  # cropped: the budget stays that of the prompt
+        cache.count_padding(visible)
     (output, _), (scores, lse) = cache.backend.attend_and_score(
         query,
         cache.store.keys,

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
-_GROWTH = 1.25
-_RESERVE_BEYOND = 4096
+_GROWTH = 1.25  # so the copies of all re-allocations add up to four per token
+_RESERVE_BEYOND = (
+    4096  # tokens: an answer of this length fits without re-allocation after any prompt
+)
 
 
 class DenseStore:
@@ -87,9 +89,7 @@ class DenseStore:
 
     def _take(self, buffer: Tensor, rows: Tensor) -> Tensor:
         new = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
-        for target, source in enumerate(
-            rows.tolist()
-        ):  # row by row: only the used part is copied, once
+        for target, source in enumerate(rows.tolist()):  # only the used part is copied, once
             new[target, :, : self.length] = buffer[source, :, : self.length]
         return new
 

@@ -176,10 +176,9 @@ def _check(
     for name in CHECKED:
         if name in caches:
             ours = _step(model, below, caches[name], job.batch).float()
+            # The next variant, on the same store, starts where this one did.
             for layer in caches[name].layers:
-                layer.inner.store.crop(
-                    job.context
-                )  # the next variant, on the same store, starts where this one did
+                layer.inner.store.crop(job.context)
             errors[name] = float((ours - expected).norm() / expected.norm())
             if not errors[name] < _TOLERANCE[job.dtype]:
                 raise WrongResultError(
@@ -265,9 +264,8 @@ def _ideal_ms(job: Job, model: LlamaForCausalLM, full_share: float) -> float:
     config, size = model.config, torch.finfo(job.dtype).bits // 8
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     if not config.tie_word_embeddings:
-        weights -= (
-            config.vocab_size * config.hidden_size * size
-        )  # one row of the input embedding is read, not all
+        # One row of the input embedding is read, not all.
+        weights -= config.vocab_size * config.hidden_size * size
     entry = (
         2
         * config.head_dim

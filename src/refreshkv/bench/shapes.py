@@ -59,9 +59,8 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausa
         max_position_embeddings=1 << 20,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
-    with torch.device(
-        "meta"
-    ):  # transformers' own initialisation takes minutes for a billion weights
+    # transformers' own initialisation takes minutes for a billion weights.
+    with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     model = model.to_empty(device=device)
     model.tie_weights()

@@ -150,6 +150,8 @@ def _score(
         if hidden is not None:
             logits.masked_fill_(hidden, float("-inf"))
         weights = logits.softmax(-1, dtype=torch.float32)
+        if hidden is not None:
+            weights.nan_to_num_(0.0)  # a row that sees nothing
         # The largest weight is exp(largest logit - lse).
         lse = logits.amax(-1).float() - weights.amax(-1).log()
         lses[row, head] = lse

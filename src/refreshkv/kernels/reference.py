@@ -47,7 +47,7 @@ def attend(
         scale: factor on the logits.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
         sinks: `[Hq]`, one extra logit per head that receives attention and gives no value (gpt-oss).
-        visible: bool, broadcastable to `[B, Hkv, L]`; `None` when everything is.
+        visible: `[B or 1, Hkv or 1, L]` bool; `None` when everything is. A row that sees nothing gives 0.
     """
     logits = _logits(query, keys, scale, softcap, visible)
     lse = logits.logsumexp(-1)
@@ -113,9 +113,8 @@ def _logits(
     query: Tensor, keys: Tensor, scale: float, softcap: float | None, visible: Tensor | None
 ) -> Tensor:
     """`[B, Hq, L]` float32: q k^T * scale, capped, -inf where a token is not visible."""
-    grouped = query.float().unflatten(
-        1, (keys.shape[1], -1)
-    )  # [B, Hkv, G, D]: every key is read once per group
+    # [B, Hkv, G, D]: every key is read once per group.
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
     logits = grouped @ keys.float().transpose(-1, -2) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -125,6 +124,6 @@ def _logits(
 
 
 def _weights(logits: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the tokens, and over the head's sink where there is one. `[B, Hq, L]`."""
+    """Softmax over the tokens, and over the head's sink where there is one. `[B, Hq, L]`; 0 where none is visible."""
     total = lse if sinks is None else torch.logaddexp(lse, sinks.float())
-    return (logits - total[..., None]).exp()
+    return (logits - total.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp()

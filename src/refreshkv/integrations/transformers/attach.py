@@ -148,7 +148,7 @@ class Session:
             )
         if generation_config.use_cache is False:
             raise ValueError(
-                "RefreshKV needs the KV cache: drop use_cache=False, or detach the model"
+                "RefreshKV needs the KV cache: use_cache=True (or set it in model.generation_config)"
             )
         name = generation_config.cache_implementation
         if name == self.model.generation_config.cache_implementation:
