@@ -1,0 +1,141 @@
+"""What the bundled model is and in which order it is trained (ours); no tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from refreshkv.demo import tokenizer as tk
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` optimiser steps on batches of `batch` windows of `length` positions.
+
+    `mix` weighs the tasks (in the order of `tasks.TASKS`); `context_share` bounds the part of a
+    window that is context.
+    """
+
+    length: int
+    batch: int
+    steps: int
+    mix: tuple[float, ...] = (1, 1, 2)
+    context_share: tuple[float, float] = (0.4, 0.92)
+
+    @property
+    def tokens(self) -> int:
+        """Positions seen in the stage."""
+        return self.length * self.batch * self.steps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Stages that share one learning-rate curve: warm-up, `peak_rate`, linear cool-down.
+
+    The cool-down takes the last `cool_share` of the phase's tokens, down to 3 % of the peak. It is
+    essential: before it, lines that are right token by token are not yet right as a whole.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    peak_rate: float
+    cool_share: float
+    warmup_steps: int = 30
+
+    def rate(self, step: int, tokens: int) -> float:
+        """Learning rate at `step` of the phase, `tokens` positions after its start."""
+        left = 1.0 - tokens / sum(stage.tokens for stage in self.stages)
+        cool = min(1.0, left / self.cool_share) if self.cool_share else 1.0
+        return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * max(0.03, cool)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides library versions and the device."""
+
+    phases: tuple[Phase, ...]
+    seed: int = 0
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    layers: int = 4
+    look_ahead: int = 4  # auxiliary heads predict up to this many tokens ahead
+    look_ahead_weight: float = 0.4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+
+    def stages(self) -> list[tuple[Phase, int, Stage]]:
+        """All stages in order, each with its phase and its number within the phase."""
+        return [(phase, i, s) for phase in self.phases for i, s in enumerate(phase.stages)]
+
+
+FULL = Recipe(
+    phases=(
+        Phase(
+            "learn",
+            (
+                Stage(192, 16, 60, mix=(1, 1, 1)),
+                Stage(320, 12, 240),
+                # Going from one key asked for to the next is learned last, one key after the
+                # other: many short windows with little context and many questions.
+                Stage(256, 15, 320, mix=(1, 1, 8), context_share=(0.3, 0.5)),
+            ),
+            peak_rate=1.5e-3,
+            cool_share=0.0,
+        ),
+        Phase(
+            "lengthen",
+            (Stage(512, 8, 80), Stage(1024, 4, 150), Stage(2048, 2, 300)),
+            peak_rate=1.5e-3,
+            cool_share=0.35,
+        ),
+        Phase("settle", (Stage(2048, 2, 450),), peak_rate=1.0e-3, cool_share=0.7),
+        Phase(
+            "polish",
+            # Mostly chains, which are the longest to become exact, at all lengths again.
+            (
+                Stage(512, 8, 60, mix=(3, 1, 2)),
+                Stage(1024, 4, 90, mix=(3, 1, 2)),
+                Stage(2048, 2, 150, mix=(3, 1, 2)),
+            ),
+            peak_rate=0.8e-3,
+            cool_share=0.8,
+        ),
+    )
+)
+
+# Three steps of a narrow model: enough to test the machinery, not to learn anything.
+SMOKE = Recipe(
+    phases=(Phase("smoke", (Stage(96, 2, 2), Stage(128, 2, 1)), 1e-3, 0.5, warmup_steps=1),),
+    hidden_size=128,
+    intermediate_size=64,
+    layers=3,
+)
+
+RECIPES = {"full": FULL, "smoke": SMOKE}
+
+
+def llama_config(recipe: Recipe) -> LlamaConfig:
+    """The transformers configuration of the model: 4 query heads over 2 KV heads of 64."""
+    from transformers import LlamaConfig
+
+    special = {
+        f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos"))
+    }  # as `tokenizer.build_backend` numbers them
+    return LlamaConfig(
+        vocab_size=tk.VOCAB_SIZE,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=tk.MAX_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        **special,
+    )
