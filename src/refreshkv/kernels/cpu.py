@@ -16,7 +16,9 @@ from torch import Tensor
 from refreshkv.config import Reduction
 from refreshkv.kernels import reference
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import FREE, Selection, fill_counts, pool, rank_keys
+from refreshkv.selection import FREE, Selection, fill_counts, pool
+
+_BLOCK = 4096  # rows of keys, half a megabyte of them: a block stays in the second-level cache
 
 # Attention with its log-sum-exp; `scaled_dot_product_attention` runs this very kernel but keeps the log-sum-exp.
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -98,16 +100,26 @@ def select(
     else:
         tokens = torch.full((rows,), length)
     filled = fill_counts(budget, tokens, kv_heads)
-    keys = rank_keys(pool(scores, pool_kernel), visible).numpy()
+    pooled = pool(scores, pool_kernel).float()
+    if visible is not None:
+        pooled = pooled.masked_fill(~visible[:, None], -1.0)
     positions = np.full((rows, kv_heads, min(int(budget.max()), length)), FREE, dtype=np.int64)
     for row, head in _pairs(scores, heads):
         count = int(filled[row, head])
-        row_keys = keys[row, head]
-        if 0 < count < length:
-            row_keys = np.partition(row_keys, length - count)
-        best = np.sort(row_keys[length - count :])
-        positions[row, head, :count] = best & 0xFFFFFFFF
+        if count:
+            positions[row, head, :count] = _best(pooled[row, head].numpy(), count)
     return Selection(torch.from_numpy(positions), filled)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` >= 1 best of one head, `[L]` -> `[count]`, lowest first; ties to the later token."""
+    bits = scores.view(np.int32)  # non-negative floats order like their bits, and integers partition faster
+    threshold = np.partition(bits, len(bits) - count)[-count]
+    candidates = np.flatnonzero(bits >= threshold)
+    # Score over position, as in `selection.rank_keys`, but only for these; there are more than `count` at a tie.
+    keys = (bits[candidates].astype(np.int64) << 32) | candidates
+    keys.sort()
+    return keys[-count:] & 0xFFFFFFFF
 
 
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
@@ -143,17 +155,20 @@ def _score(
     for row, head in _pairs(keys, heads):
         members = slice(head * group, (head + 1) * group)
         first, hidden = spans[row][head if own_span else 0]
-        # keys @ query^T, not query @ keys^T: twice as fast when one operand is this long.
-        logits = (keys[row, head, first:] @ scaled[row, members].T).T.contiguous()
+        columns = _tall_matmul(keys[row, head, first:], scaled[row, members].T.contiguous())
+        logits = torch.stack(columns.unbind(1)).float()  # several times faster than `.T.contiguous()`
         if softcap is not None:
-            logits = logits.float().div_(softcap).tanh_().mul_(softcap)
+            logits.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
             logits.masked_fill_(hidden, float("-inf"))
-        weights = logits.softmax(-1, dtype=torch.float32)
+        # Softmax written out, because its parts are the log-sum-exp.
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        weights.mul_(mass.reciprocal())
         if hidden is not None:
             weights.nan_to_num_(0.0)  # a row that sees nothing
-        # The largest weight is exp(largest logit - lse).
-        lse = logits.amax(-1).float() - weights.amax(-1).log()
+        lse = (mass.log() + top)[:, 0]
         lses[row, head] = lse
         if sinks is not None:
             weights *= _share_beside_sink(lse, sinks[members])[:, None]
@@ -162,6 +177,26 @@ def _score(
         if values is not None and output is not None:
             output[row, members] = weights.to(values.dtype) @ values[row, head, first:]
     return Scored(scores, lses.flatten(1, 2))
+
+
+def _tall_matmul(tall: Tensor, narrow: Tensor) -> Tensor:
+    """`[L, D] @ [D, G]`. The long operand comes first, and as a stack of blocks where it is long.
+
+    Measured at L = 64K, D = 64, G = 4 in bfloat16, a layer of eight heads: 11 ms in blocks, 13 at once, 22 with the
+    narrow operand first.
+    """
+    blocks = tall.shape[0] // _BLOCK
+    if blocks < 2:
+        return tall @ narrow
+    out = tall.new_empty(tall.shape[0], narrow.shape[1])
+    even = blocks * _BLOCK
+    torch.bmm(
+        tall[:even].unflatten(0, (blocks, _BLOCK)),
+        narrow.expand(blocks, -1, -1),
+        out=out[:even].unflatten(0, (blocks, _BLOCK)),
+    )
+    torch.mm(tall[even:], narrow, out=out[even:])
+    return out
 
 
 def _share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
