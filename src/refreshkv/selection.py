@@ -43,21 +43,34 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
 
 
-def rank_keys(scores: Tensor, visible: Tensor | None) -> Tensor:
-    """Distinct int64 keys in the order of the scores, `[B, Hkv, L]`; tokens that are not visible get -1.
+def candidates(
+    scores: Tensor, budget: Tensor, pool_kernel: int, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pooled scores with padding at -1, below every token, `[B, Hkv, L]`; and how many slots to fill, `[B, Hkv]`.
+
+    Padding neither enters nor lends its neighbours a score. A row fills min(K, visible tokens) slots.
+    """
+    rows, kv_heads, length = scores.shape
+    tokens = torch.full((rows,), length, device=scores.device)
+    if visible is None:
+        pooled = pool(scores, pool_kernel)
+    else:
+        padding = ~visible[:, None]
+        pooled = pool(scores.masked_fill(padding, 0.0), pool_kernel).masked_fill(padding, -1.0)
+        tokens = visible.sum(-1)
+    filled = torch.minimum(budget, tokens)[:, None].expand(-1, kv_heads).contiguous()
+    return pooled.float().contiguous(), filled
+
+
+def rank_keys(scores: Tensor) -> Tensor:
+    """Distinct int64 keys in the order of the scores, `[B, Hkv, L]`; negative ones for negative scores.
 
     Pooling makes plateaus, so the K-th place often cuts a tie, and a plain top-K then depends on the layout of the
     batch. The bits of a non-negative float32 order like an integer; the position below them breaks every tie in
     favour of the later token.
     """
-    bits = scores.float().contiguous().view(torch.int32).long() << 32
-    keys = bits | torch.arange(scores.shape[-1], device=scores.device)
-    return keys if visible is None else keys.masked_fill(~visible[:, None], -1)
-
-
-def fill_counts(budget: Tensor, tokens: Tensor, kv_heads: int) -> Tensor:
-    """How many slots a selection fills: min(K, visible tokens). `[B]`, `[B]` -> `[B, Hkv]`."""
-    return torch.minimum(budget, tokens)[:, None].expand(-1, kv_heads).contiguous()
+    bits = scores.view(torch.int32).long() << 32
+    return bits | torch.arange(scores.shape[-1], device=scores.device)
 
 
 def select(
@@ -77,15 +90,9 @@ def select(
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
     """
-    rows, kv_heads, length = scores.shape
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, None], 0.0)
-        tokens = visible.sum(-1)
-    else:
-        tokens = torch.full((rows,), length, device=scores.device)
-    filled = fill_counts(budget, tokens, kv_heads)
-    keys = rank_keys(pool(scores, pool_kernel), visible)
-    most = min(int(budget.max()), length)
+    pooled, filled = candidates(scores, budget, pool_kernel, visible)
+    keys = rank_keys(pooled)
+    most = min(int(budget.max()), scores.shape[-1])
     best_first = keys.topk(most, dim=-1, sorted=True).values & 0xFFFFFFFF
     slots = torch.arange(most, device=scores.device)
     lowest_first = (filled[..., None] - 1 - slots).clamp(min=0)

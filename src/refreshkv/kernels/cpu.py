@@ -16,7 +16,7 @@ from torch import Tensor
 from refreshkv.config import Reduction
 from refreshkv.kernels import reference
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import FREE, Selection, fill_counts, pool
+from refreshkv.selection import FREE, Selection, candidates
 
 _BLOCK = 4096  # rows of keys, half a megabyte of them: a block stays in the second-level cache
 
@@ -93,19 +93,12 @@ def select(
     heads: Tensor | None = None,
 ) -> Selection:
     """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
-    rows, kv_heads, length = scores.shape
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, None], 0.0)
-        tokens = visible.sum(-1)
-    else:
-        tokens = torch.full((rows,), length)
-    filled = fill_counts(budget, tokens, kv_heads)
-    pooled = pool(scores, pool_kernel).float()
-    if visible is not None:
-        pooled = pooled.masked_fill(~visible[:, None], -1.0)
-    positions = np.full((rows, kv_heads, min(int(budget.max()), length)), FREE, dtype=np.int64)
+    pooled, filled = candidates(scores, budget, pool_kernel, visible)
+    most = min(int(budget.max()), scores.shape[-1])
+    positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
+    counts = filled.tolist()
     for row, head in _pairs(scores, heads):
-        count = int(filled[row, head])
+        count = counts[row][head]
         if count:
             positions[row, head, :count] = _best(pooled[row, head].numpy(), count)
     return Selection(torch.from_numpy(positions), filled)
@@ -113,11 +106,13 @@ def select(
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` >= 1 best of one head, `[L]` -> `[count]`, lowest first; ties to the later token."""
-    bits = scores.view(np.int32)  # non-negative floats order like their bits, and integers partition faster
+    bits = scores.view(
+        np.int32
+    )  # non-negative floats order like their bits, and integers partition faster
     threshold = np.partition(bits, len(bits) - count)[-count]
-    candidates = np.flatnonzero(bits >= threshold)
-    # Score over position, as in `selection.rank_keys`, but only for these; there are more than `count` at a tie.
-    keys = (bits[candidates].astype(np.int64) << 32) | candidates
+    reaching = np.flatnonzero(bits >= threshold)
+    # Score over position, as in `selection.rank_keys`, but only for these; at a tie they are more than `count`.
+    keys = (bits[reaching].astype(np.int64) << 32) | reaching
     keys.sort()
     return keys[-count:] & 0xFFFFFFFF
 
@@ -147,7 +142,12 @@ def _score(
     """Scores, log-sum-exp and, where `values` are given, the output of each wanted head (written into `output`)."""
     rows, kv_heads, length, _ = keys.shape
     group = query.shape[1] // kv_heads
-    scores = torch.zeros(rows, kv_heads, length, dtype=torch.float32)
+    everywhere = (
+        visible is None and heads is None
+    )  # then every score is written, and none needs a zero
+    scores = (torch.empty if everywhere else torch.zeros)(
+        rows, kv_heads, length, dtype=torch.float32
+    )
     lses = torch.zeros(rows, kv_heads, group, dtype=torch.float32)
     spans = _spans(visible, rows, length)
     own_span = len(spans[0]) > 1  # else the heads of a row share one
@@ -156,7 +156,9 @@ def _score(
         members = slice(head * group, (head + 1) * group)
         first, hidden = spans[row][head if own_span else 0]
         columns = _tall_matmul(keys[row, head, first:], scaled[row, members].T.contiguous())
-        logits = torch.stack(columns.unbind(1)).float()  # several times faster than `.T.contiguous()`
+        logits = torch.stack(
+            columns.unbind(1)
+        ).float()  # several times faster than `.T.contiguous()`
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:

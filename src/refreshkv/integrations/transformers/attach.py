@@ -70,9 +70,8 @@ class Session:
         self.stats = Stats()
         self._decoder = model.config.get_text_config(decoder=True)
         self._implementation = self._decoder._attn_implementation_internal
-        self._replaced: dict[
-            str, tuple[Any, Callable[..., Any]]
-        ] = {}  # name -> (what the instance had, ours)
+        # Name -> what the instance had under it, and ours.
+        self._replaced: dict[str, tuple[Any, Callable[..., Any]]] = {}
         outer = getattr(vars(model).get("_prefill"), "__self__", None)
         self._outer: Session | None = outer if isinstance(outer, Session) else None
         # The implementation below every session: nesting must not stack our own functions.
