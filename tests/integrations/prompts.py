@@ -53,3 +53,11 @@ def refreshed(
     """As `greedy`, under RefreshKV."""
     with refreshkv.attach(model, config):
         return greedy(model, inputs, new, **options)
+
+
+def logits(model: PreTrainedModel, inputs: Tensor | dict[str, Tensor], new: int) -> Tensor:
+    """The logits of `new` greedy steps, `[new, rows, vocabulary]`, with whatever the model is attached to."""
+    if isinstance(inputs, Tensor):
+        inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+    options = {"max_new_tokens": new, "output_logits": True, "return_dict_in_generate": True}
+    return torch.stack(model.generate(**inputs, **options, do_sample=False).logits)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import refreshkv
 from refreshkv import RefreshConfig
 
-from .prompts import greedy, left_padded, refreshed
+from .prompts import greedy, left_padded, logits, refreshed
 
 SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3n": (
@@ -71,14 +71,8 @@ def test_full_attention_tokens(sharing: PreTrainedModel, config: RefreshConfig) 
 
 def test_the_owners_are_served(sharing: PreTrainedModel) -> None:
     inputs = left_padded([50, 30])
-    options = {
-        "output_logits": True,
-        "return_dict_in_generate": True,
-        "max_new_tokens": 4,
-        "do_sample": False,
-    }
-    vanilla = torch.stack(sharing.generate(**inputs, **options).logits)
+    vanilla = logits(sharing, inputs, 4)
     with refreshkv.attach(sharing, budget=5, stride=None) as session:
-        ours = torch.stack(sharing.generate(**inputs, **options).logits)
+        ours = logits(sharing, inputs, 4)
     assert set(session.stats.layers) == {1, 3}
     assert (ours[1:] - vanilla[1:]).abs().max() > 1e-3

@@ -24,9 +24,10 @@ from refreshkv.bench.shapes import build
 from refreshkv.config import RefreshConfig
 from refreshkv.integrations.transformers import RefreshCache
 
-# Logits of one step against StaticCache, relative RMS. Measured: 1e-6 in float32, 0.011 in bfloat16, where full steps
-# round the attention logits to bfloat16 in every layer.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.04}
+# Logits of one step against StaticCache, relative RMS. Measured on the demo shape: 4e-7 in float32, 1e-3 in float16. In
+# bfloat16 on the 1B shape: 0.005 for our full attention, 0.032 for a full step, which rounds the attention logits to
+# bfloat16 in each of 16 layers.
+_TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 0.05}
 _SPARE = 8  # tokens beyond context and timed steps that the preallocated caches have room for
 
 # What the columns mean, in the order of the table.
