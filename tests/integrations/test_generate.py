@@ -6,6 +6,7 @@ from full attention in what it reads, and be reproducible.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -129,6 +130,23 @@ def test_several_turns_on_one_cache(model: PreTrainedModel, config: RefreshConfi
     vanilla = chat(DynamicCache(config=model.config.get_text_config()))
     with refreshkv.attach(model, config) as session:
         assert torch.equal(chat(session.new_cache()), vanilla)
+
+
+@pytest.mark.parametrize("config", [EVERYTHING, SMALL], ids=["all", "small"])
+def test_a_prefix_is_reused_by_copying_its_cache(
+    llama: PreTrainedModel, config: RefreshConfig
+) -> None:
+    prefix, questions = tokens(1, 30), [tokens(1, 6, seed=seed) for seed in (1, 2)]
+    with torch.no_grad(), refreshkv.attach(llama, config) as session:
+        cache = session.new_cache()
+        llama(prefix, past_key_values=cache)
+        for question in questions:
+            ids = torch.cat([prefix, question], 1)
+            steps = session.stats.partial_steps
+            reused = greedy(llama, ids, past_key_values=copy.deepcopy(cache))
+            assert session.stats.partial_steps > steps
+            assert torch.equal(reused, greedy(llama, ids))
+        assert cache.get_seq_length() == 30
 
 
 def test_a_turn_selects_again_with_its_own_budget(llama: PreTrainedModel) -> None:

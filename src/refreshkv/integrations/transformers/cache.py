@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,15 @@ class RefreshCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
                 self.layers[index] = RefreshLayer(inner, self._current)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RefreshCache:
+        """A copy for another continuation of the same prefix, for the same model and into the same stats."""
+        for shared in (self._decoder, self.stats):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
