@@ -51,14 +51,8 @@ def decode_step(
         return _ordinary_step(cache, query, attention, visible)
     if cache.pending is not None:
         _first_selection(cache, cache.pending, attention, visible)
-    if cache.partial is None:  # after a crop
-        output = _full_step(cache, query, attention, visible)
-        _count(cache, full=None, partial_read=None)
-        return output
-
-    partial, step = cache.partial, cache.partial.pushed + 1
-    full = cache.trigger.before(step, query, _reference(cache))
-    if bool(full.all()):
+    partial, full = cache.partial, _full_at_once(cache, query)
+    if partial is None or bool(full.all()):
         output = _full_step(cache, query, attention, visible)
         _count(cache, full=None, partial_read=None)
         return output
@@ -68,7 +62,7 @@ def decode_step(
     keys, values, used = partial.entries()
     output, lse = cache.backend.attend(query, keys, values, **attention.options(used))
     partial_read = partial.used.masked_fill(full, 0).sum()
-    fired = cache.trigger.after(step, lse, _reference(cache))
+    fired = cache.trigger.after(partial.pushed, lse, _reference(cache))
     if fired is not None:
         full = full | fired
     if bool(full.any()):
@@ -79,12 +73,20 @@ def decode_step(
     return output
 
 
+def _full_at_once(cache: LayerCache, query: Tensor) -> Tensor:
+    """`[B, Hkv]` bool: heads that do not even try their partial cache; all of them after a crop, which left none."""
+    if cache.partial is None:
+        shape = (cache.rows, cache.kv_heads)
+        return torch.ones(shape, dtype=torch.bool, device=query.device)
+    return cache.trigger.before(cache.partial.pushed + 1, query, _reference(cache))
+
+
 def _first_selection(
     cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
 ) -> None:
     """Select from the last prompt query, over the prompt: all tokens but the one being decoded."""
+    visible = _without_newest(visible)
     prompt = cache.length - 1
-    visible = None if visible is None else visible[:, :prompt]
     cache.resolve_budget(visible, prompt)
     scores, lse = cache.backend.score(
         query,
@@ -105,8 +107,7 @@ def _full_step(
 ) -> Tensor:
     """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores."""
     if cache.budget is None:  # cropped before anything was decoded
-        prompt = cache.length - 1
-        cache.resolve_budget(None if visible is None else visible[:, :prompt], prompt)
+        cache.resolve_budget(_without_newest(visible), cache.length - 1)
     elif cache.hidden is None:  # cropped: the budget stays that of the prompt
         cache.count_padding(visible)
     (output, _), (scores, lse) = cache.backend.attend_and_score(
@@ -158,6 +159,10 @@ def _ordinary_step(
 def _reference(cache: LayerCache) -> Tensor:
     assert cache.reference is not None  # set with every partial cache
     return cache.reference
+
+
+def _without_newest(visible: Tensor | None) -> Tensor | None:
+    return None if visible is None else visible[:, :-1]
 
 
 def _over_heads(visible: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 import refreshkv
 from refreshkv.bench.record import append_row, device_name, read_bandwidth, versions, wait_for
 from refreshkv.bench.shapes import build
-from refreshkv.config import RefreshConfig
+from refreshkv.config import RefreshConfig, unknown
 from refreshkv.integrations.transformers import RefreshCache
 
 # Logits of one step against StaticCache, relative RMS. Measured on the demo shape: 4e-7 in float32, 1e-3 in float16. In
@@ -88,11 +88,9 @@ def run(
     Raises:
         ValueError: an unknown shape or variant. WrongResultError: our logits are not those of full attention.
     """
-    unknown_variants = set(skip) - set(VARIANTS)
-    if unknown_variants:
-        raise ValueError(
-            f"unknown variant {sorted(unknown_variants)[0]!r} (one of: {', '.join(VARIANTS)})"
-        )
+    for variant in skip:
+        if variant not in VARIANTS:
+            raise ValueError(unknown("variant", variant, VARIANTS))
     if threads is not None:
         torch.set_num_threads(threads)
     tokens = RefreshConfig(budget=budget).resolve_budget(context)

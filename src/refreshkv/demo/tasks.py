@@ -20,11 +20,11 @@ itself tells (the full stop, the table's end, the last key asked for), so the mo
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
 
+from refreshkv.config import unknown
 from refreshkv.demo import documents as doc
 
 TASKS = ("chain-of-key", "html-to-tsv", "key-value")
@@ -61,9 +61,7 @@ class DemoPrompt:
 def check_task(task: str) -> None:
     """Raise `ValueError`, naming the nearest valid name, unless `task` is one of `TASKS`."""
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-        names = ", ".join(TASKS)
-        raise ValueError(f"unknown demo task {task!r}; did you mean {near!r}? Tasks: {names}")
+        raise ValueError(unknown("demo task", task, TASKS))
 
 
 def make_prompt(task: str, seed: int, length: int = 1024) -> DemoPrompt:

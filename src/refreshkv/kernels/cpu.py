@@ -37,7 +37,7 @@ def attend(
     """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
     if _flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
         options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
-        if keys.shape[2] < 4096:
+        if keys.shape[2] < _BLOCK:  # too short for a loop over heads to pay
             return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
         return attend_and_score(query, keys, values, **options)[0]  # type: ignore[arg-type]
     packed = query.unflatten(1, (keys.shape[1], -1))
@@ -106,9 +106,8 @@ def select(
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` >= 1 best of one head, `[L]` -> `[count]`, lowest first; ties to the later token."""
-    bits = scores.view(
-        np.int32
-    )  # non-negative floats order like their bits, and integers partition faster
+    # Non-negative floats order like their bits, and integers partition faster.
+    bits = scores.view(np.int32)
     threshold = np.partition(bits, len(bits) - count)[-count]
     reaching = np.flatnonzero(bits >= threshold)
     # Score over position, as in `selection.rank_keys`, but only for these; at a tie they are more than `count`.
@@ -142,12 +141,9 @@ def _score(
     """Scores, log-sum-exp and, where `values` are given, the output of each wanted head (written into `output`)."""
     rows, kv_heads, length, _ = keys.shape
     group = query.shape[1] // kv_heads
-    everywhere = (
-        visible is None and heads is None
-    )  # then every score is written, and none needs a zero
-    scores = (torch.empty if everywhere else torch.zeros)(
-        rows, kv_heads, length, dtype=torch.float32
-    )
+    # Where every score is written, none needs a zero.
+    new = torch.empty if visible is None and heads is None else torch.zeros
+    scores = new(rows, kv_heads, length, dtype=torch.float32)
     lses = torch.zeros(rows, kv_heads, group, dtype=torch.float32)
     spans = _spans(visible, rows, length)
     own_span = len(spans[0]) > 1  # else the heads of a row share one
@@ -156,9 +152,8 @@ def _score(
         members = slice(head * group, (head + 1) * group)
         first, hidden = spans[row][head if own_span else 0]
         columns = _tall_matmul(keys[row, head, first:], scaled[row, members].T.contiguous())
-        logits = torch.stack(
-            columns.unbind(1)
-        ).float()  # several times faster than `.T.contiguous()`
+        # Column by column: several times faster than `.T.contiguous()`.
+        logits = torch.stack(columns.unbind(1)).float()
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
