@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## the bundled model on long prompts, four methods side by side
+demo: $(STAMP)  ## the bundled model on long prompts, five methods side by side
 	$(BIN)/refreshkv demo
 
 test: $(STAMP)  ## the tests (GPU tests skip where there is none)
@@ -61,6 +61,17 @@ GPU_PYTHON := $(BIN)/python
 else
 GPU_PYTHON := PYTHONPATH=src $(PYTHON)
 endif
+
+# A second environment, because kvpress wants a transformers of its own.
+CROSS := .venv-crosscheck/bin/python
+crosscheck: $(STAMP)  ## SnapKV, StreamingLLM and PyramidKV against kvpress, in .venv-crosscheck
+	test -x $(CROSS) || $(PYTHON) -m venv .venv-crosscheck
+	$(CROSS) -m pip install --quiet "$$(grep '^torch==' constraints-crosscheck.txt)" -c constraints-crosscheck.txt
+	$(CROSS) -m pip install --quiet kvpress -c constraints-crosscheck.txt
+	@mkdir -p out/crosscheck
+	$(BIN)/python tests/crosscheck/ours.py out/crosscheck/job.json out/crosscheck/ours.json
+	HF_HUB_OFFLINE=1 $(CROSS) tests/crosscheck/kvpress_side.py out/crosscheck/job.json out/crosscheck/kvpress.json
+	$(BIN)/python tests/crosscheck/compare.py out/crosscheck/job.json out/crosscheck/ours.json out/crosscheck/kvpress.json
 
 test-gpu:  ## the tests that need a GPU
 	$(GPU_PYTHON) -m pytest -m gpu

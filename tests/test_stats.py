@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from refreshkv.stats import Stats
+from refreshkv.stats import RowStats, Stats
 
 ONE_STEP = {"kv_heads": 2, "entry_bytes": 64, "full": 0, "steps": 2, "read": 8, "available": 200}
 FULL_STEP = ONE_STEP | {"full": 2, "read": 200}
@@ -90,3 +90,87 @@ def test_reset_forgets_everything(again: bool) -> None:
     if again:
         stats.record(3, **ONE_STEP)
         assert stats.partial_steps == 1
+
+
+def three_rows(full: list[int], read: list[int]) -> dict[str, object]:
+    """A step of three rows and two KV heads; 100 tokens in the first row, 50 and 10 in the others."""
+    return {
+        "kv_heads": 2,
+        "entry_bytes": 64,
+        "full": torch.tensor(full),
+        "steps": 6,
+        "read": torch.tensor(read),
+        "available": torch.tensor([200, 100, 20]),
+    }
+
+
+STEPS = [([0, 0, 0], [8, 8, 8]), ([2, 1, 0], [200, 54, 8]), ([0, 2, 0], [8, 100, 8])]
+
+
+def row_stats() -> RowStats:
+    stats = RowStats()
+    for full, read in STEPS:
+        stats.record(0, **three_rows(full, read))
+        stats.record(2, **three_rows(read[::-1], full[::-1]))
+    return stats
+
+
+def test_counts_of_rows_are_summed_in_the_totals() -> None:
+    stats, plain = row_stats(), Stats()
+    for full, read in STEPS:
+        plain.record(0, **three_rows(full, read))
+        plain.record(2, **three_rows(read[::-1], full[::-1]))
+        assert plain.layers[0].full.dim() == 0  # whatever the number of rows
+    assert stats.as_dict() == plain.as_dict()
+    counts = stats.layers[0]
+    assert (int(counts.full), counts.steps) == (5, 18)
+    assert (int(counts.read), int(counts.available)) == (402, 3 * 320)
+
+
+def test_a_row_is_what_it_would_be_alone() -> None:
+    stats = row_stats()
+    first, second = (stats.row(i).layers[0] for i in (0, 1))
+    assert (first.full, first.steps, first.read, first.available) == (2, 6, 216, 600)
+    assert (second.full, second.steps, second.read, second.available) == (3, 6, 162, 300)
+    assert type(stats.row(0)) is Stats
+    assert json.loads(json.dumps(stats.row(1).as_dict()))["full_share"] is not None
+    stats.record(0, **three_rows([0, 0, 2], [0, 0, 20]))  # reading is not the end
+    assert stats.row(2).layers[0].read == 44
+
+
+def test_a_row_that_ended_early_is_not_charged_for_the_rest() -> None:
+    stats = row_stats()
+    early = stats.row(1, steps=2)
+    assert early.full_steps == (1 + 8 + 54) / 2
+    assert (early.layers[0].read, early.layers[0].steps) == (62, 4)
+    assert stats.row(1, steps=0).kv_read_share is None
+    assert stats.row(1, steps=99).as_dict() == stats.row(1).as_dict()
+
+
+def test_the_rows_add_up_to_the_total() -> None:
+    stats = row_stats()
+    rows = [stats.row(i) for i in range(3)]
+    for layer, counts in stats.layers.items():
+        for name in ("full", "steps", "read", "available"):
+            assert sum(getattr(row.layers[layer], name) for row in rows) == int(
+                getattr(counts, name)
+            )
+
+
+def test_another_number_of_rows_asks_for_a_reset() -> None:
+    stats = row_stats()
+    one_row = {name: 2 if name == "steps" else torch.tensor([2]) for name in three_rows([], [])}
+    with pytest.raises(RuntimeError, match="reset\\(\\) between batches"):
+        stats.record(0, **(one_row | {"kv_heads": 2, "entry_bytes": 64}))
+    assert stats.as_dict() == row_stats().as_dict()
+    stats.reset()
+    assert stats.row(0).as_dict() == Stats().as_dict()
+    stats.record(0, **(one_row | {"kv_heads": 2, "entry_bytes": 64}))
+    assert stats.row(0).as_dict() == stats.as_dict()
+
+
+def test_counts_without_rows_are_those_of_one_row() -> None:
+    stats = RowStats()
+    for counts in (ONE_STEP, FULL_STEP):
+        stats.record(0, **counts)
+    assert stats.row(0).as_dict() == stats.as_dict()

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # A tensor stays on its device until somebody asks, so that counting never waits for a GPU.
@@ -50,14 +51,17 @@ class Stats:
         read: Count,
         available: Count,
     ) -> None:
-        """Add one decode step of one layer; the counts are sums over rows and KV heads."""
+        """Add one decode step of one layer.
+
+        Each count is a sum over KV heads: `[B]`, one for each row, or a number, their sum over the rows too.
+        """
         counts = self.layers[layer]
         counts.kv_heads = kv_heads
         counts.entry_bytes = entry_bytes
-        counts.full += full
-        counts.steps += steps
-        counts.read += read
-        counts.available += available
+        counts.full += _over_rows(full)
+        counts.steps += _over_rows(steps)
+        counts.read += _over_rows(read)
+        counts.available += _over_rows(available)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -132,6 +136,65 @@ class Stats:
             f" (effective stride {'-' if stride is None else f'{stride:.1f}'}),"
             f" KV read {self.kv_read_share:.1%} of full attention"
         )
+
+
+class RowStats(Stats):
+    """Counts of every decode step, layer and row, so that a row that ended early is not charged for the rest.
+
+    For one batch at a time: `reset` before the next, whose rows are others. Where rows are reordered (beams), row i is
+    whatever stood there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Layer -> blocks `[n, 4, B]` of n steps: full, steps, read, available. Reading joins them.
+        self._blocks: dict[int, list[Tensor]] = defaultdict(list)
+
+    def record(self, layer: int, **counts: Any) -> None:
+        """See `Stats.record`. A number is shared evenly by the rows.
+
+        Raises:
+            RuntimeError: another number of rows than in the steps before.
+        """
+        names = ("full", "steps", "read", "available")
+        per_row = next((c for n in names if _is_per_row(c := counts[n])), torch.zeros(1))
+        rows, blocks = per_row.shape[0], self._blocks[layer]
+        if blocks and blocks[0].shape[2] != rows:
+            raise RuntimeError(
+                f"RowStats holds steps of {blocks[0].shape[2]} rows, this one has {rows}: reset() between batches"
+            )
+        super().record(layer, **counts)
+        step = [
+            count
+            if _is_per_row(count)
+            else torch.full((rows,), count // rows, device=per_row.device)
+            for count in (counts[name] for name in names)
+        ]
+        blocks.append(torch.stack(step)[None])
+
+    def row(self, row: int, steps: int | None = None) -> Stats:
+        """The counts of one row over its first `steps` decode steps (`None`: all of them)."""
+        alone = Stats()
+        for layer, blocks in self._blocks.items():
+            blocks[:] = [torch.cat(blocks)]
+            full, taken, read, available = blocks[0][:steps, :, row].sum(0).tolist()
+            whole = self.layers[layer]
+            alone.layers[layer] = LayerCounts(
+                whole.kv_heads, whole.entry_bytes, full, taken, read, available
+            )
+        return alone
+
+    def reset(self) -> None:
+        super().reset()
+        self._blocks.clear()
+
+
+def _is_per_row(count: Count) -> bool:
+    return isinstance(count, Tensor) and count.dim() > 0
+
+
+def _over_rows(count: Count) -> Count:
+    return count.sum() if isinstance(count, Tensor) and count.dim() > 0 else count
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -1,11 +1,13 @@
 """One step of one layer: partial or full, attend, refresh. The algorithm of the paper, in the order of its section 3.
 
 Framework-free: a caller appends the new token's K and V to the `LayerCache`, then calls `decode_step` with the query.
-After a prompt it calls `LayerCache.await_selection` instead. Letters: B batch, Hq query heads, Hkv KV heads, L tokens.
+After a prompt it calls `LayerCache.await_selection` instead. `Algorithm` is that pair of calls as an object, so that a
+layer can be driven by another method. Letters: B batch, Hq query heads, Hkv KV heads, L tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,16 @@ class Attention:
         }
 
 
+# `(cache, query, attention, visible, heads)` -> `[B, Hq, D]`; `heads` as in `full_step`.
+FullStep = Callable[[LayerCache, Tensor, Attention, Tensor | None, Tensor | None], Tensor]
+
+
 def decode_step(
-    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None = None
+    cache: LayerCache,
+    query: Tensor,
+    attention: Attention,
+    visible: Tensor | None = None,
+    on_full: FullStep | None = None,
 ) -> Tensor:
     """Attention of one new token under RefreshKV.
 
@@ -43,6 +53,7 @@ def decode_step(
         query: `[B, Hq, D]`, after RoPE and QK-norm.
         attention: scale, softcap, sinks.
         visible: `[B, L]` bool, False for padding; `None` when there is none. The new token is visible in every row.
+        on_full: what a full step does; `None` is `full_step`. Ablations put theirs here.
 
     Returns:
         `[B, Hq, D]`.
@@ -51,9 +62,11 @@ def decode_step(
         return _ordinary_step(cache, query, attention, visible)
     if cache.pending is not None:
         _first_selection(cache, cache.pending, attention, visible)
+    elif cache.hidden is None:
+        count_again(cache, visible)
     partial, full = cache.partial, _full_at_once(cache, query)
     if partial is None or bool(full.all()):
-        output = _full_step(cache, query, attention, visible)
+        output = (on_full or full_step)(cache, query, attention, visible, None)
         _count(cache, full=None, partial_read=None)
         return output
 
@@ -61,12 +74,12 @@ def decode_step(
     partial.push()
     keys, values, used = partial.entries()
     output, lse = cache.backend.attend(query, keys, values, **attention.options(used))
-    partial_read = partial.used.masked_fill(full, 0).sum()
+    partial_read = partial.used.masked_fill(full, 0).sum(-1)
     fired = cache.trigger.after(partial.pushed, lse, _reference(cache))
     if fired is not None:
         full = full | fired
     if bool(full.any()):
-        everything = _full_step(cache, query, attention, visible, heads=full)
+        everything = (on_full or full_step)(cache, query, attention, visible, full)
         per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
         output = torch.where(per_query_head[..., None], everything, output)
     _count(cache, full=full, partial_read=partial_read)
@@ -91,38 +104,45 @@ def _first_selection(
     scores, lse = cache.backend.score(
         query,
         cache.store.keys[:, :, :prompt],
-        **attention.options(_over_heads(visible)),
+        **attention.options(over_heads(visible)),
         reduction=cache.config.group_reduction,
     )
-    _rebuild(cache, query, scores, lse, visible, heads=None)
+    rebuild(cache, query, scores, lse, visible, heads=None)
     cache.pending = None
 
 
-def _full_step(
+def count_again(cache: LayerCache, visible: Tensor | None) -> None:
+    """After a crop the budget stays that of the prompt, if anything was decoded since."""
+    if cache.budget is None:
+        cache.resolve_budget(_without_newest(visible), cache.length - 1)
+    else:
+        cache.count_padding(visible)
+
+
+def full_step(
     cache: LayerCache,
     query: Tensor,
     attention: Attention,
     visible: Tensor | None,
-    heads: Tensor | None = None,
+    heads: Tensor | None,
 ) -> Tensor:
-    """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores."""
-    if cache.budget is None:  # cropped before anything was decoded
-        cache.resolve_budget(_without_newest(visible), cache.length - 1)
-    elif cache.hidden is None:  # cropped: the budget stays that of the prompt
-        cache.count_padding(visible)
+    """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores.
+
+    `heads` `[B, Hkv]` bool: the others have done their partial step and keep what they have; `None`: every head.
+    """
     (output, _), (scores, lse) = cache.backend.attend_and_score(
         query,
         cache.store.keys,
         cache.store.values,
-        **attention.options(_over_heads(visible)),
+        **attention.options(over_heads(visible)),
         reduction=cache.config.group_reduction,
         heads=heads,
     )
-    _rebuild(cache, query, scores, lse, visible, heads)
+    rebuild(cache, query, scores, lse, visible, heads)
     return output
 
 
-def _rebuild(
+def rebuild(
     cache: LayerCache,
     query: Tensor,
     scores: Tensor,
@@ -130,6 +150,7 @@ def _rebuild(
     visible: Tensor | None,
     heads: Tensor | None,
 ) -> None:
+    """The partial cache and the reference of `heads` (`None`: all), from the scores of this query."""
     assert cache.budget is not None
     selection = cache.backend.select(
         scores, cache.budget, pool_kernel=cache.config.pool_kernel, visible=visible, heads=heads
@@ -150,7 +171,7 @@ def _ordinary_step(
         cache.resolve_budget(visible, cache.length)
     cache.pending = None
     output = cache.backend.attend(
-        query, cache.store.keys, cache.store.values, **attention.options(_over_heads(visible))
+        query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
     ).output
     _count(cache, full=None, partial_read=None)
     return output
@@ -165,23 +186,61 @@ def _without_newest(visible: Tensor | None) -> Tensor | None:
     return None if visible is None else visible[:, :-1]
 
 
-def _over_heads(visible: Tensor | None) -> Tensor | None:
+def over_heads(visible: Tensor | None) -> Tensor | None:
+    """`[B, L]` as the kernels want it: one mask for all heads."""
     return None if visible is None else visible[:, None]
 
 
 def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | None) -> None:
-    """Record one decode step. `full` `[B, Hkv]` (`None`: all heads); `partial_read`: entries of the partial caches."""
+    """Record one decode step. `full` `[B, Hkv]`, `None`: all heads; `partial_read` `[B]`, from the partial caches."""
     assert cache.hidden is not None
     heads = cache.rows * cache.kv_heads
     tokens = cache.length - cache.hidden  # [B]
-    available = tokens.sum() * cache.kv_heads
-    read = available if full is None else (full * tokens[:, None]).sum()
+    available = tokens * cache.kv_heads
+    full_heads = None if full is None else full.sum(-1)
+    read = available if full_heads is None else full_heads * tokens
     cache.stats.record(
         cache.index,
         kv_heads=cache.kv_heads,
         entry_bytes=cache.store.entry_bytes,
-        full=heads if full is None else full.sum(),
+        full=heads if full_heads is None else full_heads,
         steps=heads,
         read=read if partial_read is None else read + partial_read,
         available=available,
     )
+
+
+class Algorithm:
+    """What drives one layer: RefreshKV, as above. The methods it is compared with derive from this and override both.
+
+    A host calls `observe` for each pass of a prompt and `step` for each decoded token, and passes on whatever else
+    happens to the cache. State of a derived class is its own; it follows the rows, and the length, of the `LayerCache`.
+    """
+
+    def observe(
+        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+    ) -> None:
+        """A prompt, or the next chunk of it, is in the store.
+
+        Args:
+            cache: the layer; the keys and values of these tokens are already appended.
+            queries: `[B, Hq, T, D]`, those of the newest T tokens.
+            attention: scale, softcap, sinks.
+            visible: `[B, L]` bool, False for padding; `None` when there is none.
+        """
+        cache.await_selection(queries[:, :, -1])
+
+    def step(
+        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+    ) -> Tensor:
+        """Attention of one new token, `[B, Hq, D]` -> `[B, Hq, D]`; arguments as for `decode_step`."""
+        return decode_step(cache, query, attention, visible)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the old row `rows[i]`, `[B']` int64; the cache has done so."""
+
+    def crop(self, length: int) -> None:
+        """Only the first `length` tokens will remain, which are fewer than there are."""
+
+    def reset(self) -> None:
+        """The cache is empty again."""

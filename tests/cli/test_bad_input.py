@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,80 @@ case("demo longer than the context")(
 case("unknown shape to time")(lambda tiny, tmp: ["bench", "decode", "--shape", "lama-3.2-1b"])
 case("unknown variant to skip")(lambda tiny, tmp: ["bench", "decode", "--skip", "defalt"])
 case("command that does not exist")(lambda tiny, tmp: ["generat"])
+
+
+def evaluate(
+    model: object, out: Path, *args: object, tasks: str = "key-value", methods: str = "full"
+) -> Args:
+    return [
+        "eval",
+        "--model",
+        model,
+        "--tasks",
+        tasks,
+        "--methods",
+        methods,
+        "--limit",
+        1,
+        "--out",
+        out / "run",
+        *args,
+    ]
+
+
+case("unknown evaluation task")(lambda tiny, tmp: evaluate(tiny, tmp, tasks="key-valu"))
+case("unknown method")(lambda tiny, tmp: evaluate(tiny, tmp, methods="full,refreskv"))
+case("unknown setting of a method")(
+    lambda tiny, tmp: evaluate(tiny, tmp, methods="refreshkv:strid=5")
+)
+case("evaluation without a directory")(
+    lambda tiny, tmp: ["eval", "--model", tiny, "--tasks", "key-value", "--methods", "full"]
+)
+case("limit 0")(lambda tiny, tmp: evaluate(tiny, tmp, "--limit", 0))
+case("task option that is none")(lambda tiny, tmp: evaluate(tiny, tmp, "--task-option", "keys=1"))
+case("task option of a task not asked for")(
+    lambda tiny, tmp: evaluate(tiny, tmp, "--task-option", "chain-of-key.keys=4")
+)
+case("task option that does not exist")(
+    lambda tiny, tmp: evaluate(tiny, tmp, "--task-option", "key-value.key=1")
+)
+case("task option of the wrong type")(
+    lambda tiny, tmp: evaluate(tiny, tmp, "--task-option", "key-value.keys=two")
+)
+case("task without its data")(lambda tiny, tmp: evaluate(tiny, tmp, tasks="perplexity"))
+case("length too short for the task")(lambda tiny, tmp: evaluate(tiny, tmp, "--length", 4))
+case("task longer than the context")(lambda tiny, tmp: evaluate(tiny, tmp, "--length", 900))
+
+# These get as far as the directory: the tiny model has no room for a prompt of any task, the stand-in for the demo has.
+EVAL_SHORT = ("--length", 300, "--task-option", "key-value.keys=1")
+
+
+@case("run directory with other settings")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "run").mkdir()
+    config = {
+        "format": "refreshkv-eval-1",
+        "model": "demo",
+        "dtype": "float32",
+        "seed": 1,
+        "budget": 0.125,
+    }
+    config |= {"chat": False, "tasks": {}, "methods": []}
+    (tmp / "run" / "config.json").write_text(json.dumps(config))
+    return evaluate("demo", tmp, *EVAL_SHORT)
+
+
+@case("run directory of somebody else")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "run").mkdir()
+    (tmp / "run" / "results.jsonl").write_text("")
+    return evaluate("demo", tmp, *EVAL_SHORT)
+
+
+@case("run directory that cannot be")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "run").write_text("a file")
+    return evaluate("demo", tmp, *EVAL_SHORT)
 
 
 @case("device that is not there")

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
-from refreshkv.cli.side_by_side import METHODS, Report, Row, Shown
+from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.cli.side_by_side_view import plain, show
-from refreshkv.demo.tasks import TASKS, make_prompt
+from refreshkv.demo.prompts import TASKS, make_prompt
 
-SMALL = ("demo", "--length", 200, "--examples", 2, "--tasks", "key-value,chain-of-key")
+SMALL = ("demo", "--length", 400, "--examples", 2, "--tasks", "key-value,chain-of-key")
 
 
 def test_method_names() -> None:
     assert [method.name for method in METHODS] == [
         "full",
-        "snapkv-1",
+        "streaming-llm",
+        "snapkv",
         "refreshkv-paper",
         "refreshkv-fixed",
     ]
@@ -31,7 +32,7 @@ def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
     assert result.stderr == ""
     assert {name: record[name] for name in ("model", "length", "budget", "seed", "examples")} == {
         "model": "demo",
-        "length": 200,
+        "length": 400,
         "budget": 0.125,
         "seed": 5,
         "examples": 2,
@@ -41,19 +42,19 @@ def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
         (task, method.name) for task in tasks for method in METHODS
     ]
     for row in record["results"]:
-        total = sum(make_prompt(row["task"], seed, 200).answer_lines for seed in (5, 6))
+        total = {"key-value": 5, "chain-of-key": 10}[row["task"]] * 2
         assert row["lines_total"] == total
         assert 0 <= row["lines_right"] <= total
         assert row["output_tokens"] > 0
         assert set(row) == set(Row.__dataclass_fields__)
-    full, snapkv, _, fixed = record["results"][:4]
+    full, _, snapkv, _, fixed = record["results"][:5]
     assert full["kv_read_share"] == 1
     assert snapkv["full_share"] == 0
     assert snapkv["effective_stride"] is None
     assert snapkv["kv_read_share"] < fixed["kv_read_share"] < 1
     for task, shown in zip(tasks, record["shown"], strict=True):
         assert shown["task"] == task
-        assert shown["expected"] == make_prompt(task, shown["seed"], 200).answer
+        assert shown["expected"] == make_prompt(task, shown["seed"], 400).answer
         assert list(shown["outputs"]) == [method.name for method in METHODS]
 
 
@@ -77,7 +78,7 @@ def test_generated_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     """No markup is obeyed, and no escape sequence reaches the terminal."""
     text = "[red]a[/]\x1b[2J\n[/]\n"
     row = Row("key-value", "full", 0, 1, 9, 1.0, 1.0, 1.0, 0.1, 0.1)
-    show(Report((row,), (Shown("key-value", 0, "x:y\n", {"full": text}),)), 200)
+    show(Report((row,), (Excerpt("key-value", 0, "x:y\n", {"full": text}),)), 200)
     out = capsys.readouterr().out
     assert "[red]a[/]" in out
     assert "\x1b" not in out
@@ -86,9 +87,9 @@ def test_generated_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("task", TASKS)
 def test_print_prompt(task: str, run: Callable[..., Any]) -> None:
-    result = run("demo", "--print-prompt", task, "--seed", 3, "--length", 300)
+    result = run("demo", "--print-prompt", task, "--seed", 3, "--length", 400)
     assert result.exit_code == 0
-    assert result.stdout_bytes == make_prompt(task, 3, 300).prompt.encode()
+    assert result.stdout_bytes == make_prompt(task, 3, 400).prompt.encode()
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -119,4 +120,4 @@ def test_refreshing_beats_evicting(run: Callable[..., Any], last_json: Callable[
         right[row["method"]] += row["lines_right"]
     total = sum(row["lines_total"] for row in record["results"] if row["method"] == "full")
     assert right["full"] > 0.8 * total
-    assert right["snapkv-1"] < right["refreshkv-paper"] < right["refreshkv-fixed"]
+    assert right["snapkv"] < right["refreshkv-paper"] < right["refreshkv-fixed"]

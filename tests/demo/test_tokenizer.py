@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refreshkv.demo import tokenizer as tk
-from refreshkv.demo.tasks import TASKS, make_prompt
+from refreshkv.demo.prompts import TASKS, make_prompt
+from refreshkv.evals.words import SYLLABLES
 
 TOKENIZER = tk.build_tokenizer()
 PIECES = [
     *tk.MARKERS,
-    *tk.SYLLABLES[:9],
+    *SYLLABLES[:9],
     "42",
     "7",
     "\n",
@@ -49,7 +50,7 @@ def test_tokens_run_from_left_to_right() -> None:
 
 
 def test_every_marker_syllable_and_number_is_one_token() -> None:
-    for piece in (*tk.MARKERS, *tk.SYLLABLES, *tk.NUMBERS):
+    for piece in (*tk.MARKERS, *SYLLABLES, *tk.NUMBERS):
         assert len(ids(piece)) == 1, piece
 
 
@@ -77,7 +78,7 @@ def test_saved_tokenizer_loads_with_auto_tokenizer(tmp_path) -> None:
     llama_config(SMOKE).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "# keys\nbanana <eos> <bos> ü 漢字 12345\n"
+    text = "Context:\nbanana <eos> <bos> ü 漢字 12345\n"
     assert loaded(text).input_ids == TOKENIZER(text).input_ids
     assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
     assert loaded.padding_side == "left"

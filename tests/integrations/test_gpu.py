@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import refreshkv
 from refreshkv import RefreshConfig
+from refreshkv.methods import METHODS
 
 from ..conftest import build
 from .prompts import greedy, left_padded, refreshed
@@ -38,3 +40,21 @@ def test_a_batch_equals_its_rows_alone(decide: str) -> None:
     for row, length in enumerate(lengths):
         alone = refreshed(model, inputs["input_ids"][row : row + 1, -length:], config)
         assert torch.equal(batch[row], alone[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods(name: str) -> None:
+    """As on the CPU, with enough budget and with little."""
+    inputs = left_padded([50, 37, 21])
+    found = []
+    for device in ("cpu", "cuda"):
+        model = build("llama").to(device)
+        there = {key: tensor.to(device) for key, tensor in inputs.items()}
+        vanilla = greedy(model, there, new=12)
+        for budget in (1000, 0.25):
+            with refreshkv.attach(model, method=name, budget=budget) as session:
+                tokens = greedy(model, there, new=12)
+            assert budget == 0.25 or torch.equal(tokens, vanilla)
+        found.append((tokens.cpu(), session.stats.as_dict()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]

@@ -18,7 +18,7 @@ import click
 from refreshkv import __version__
 from refreshkv.cli.common import BadInput
 
-COMMANDS = ("demo", "generate", "bench", "info")
+COMMANDS = ("demo", "generate", "eval", "bench", "info")
 
 
 class LazyGroup(click.Group):

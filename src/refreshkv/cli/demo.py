@@ -1,4 +1,4 @@
-"""`refreshkv demo`: the bundled model on long prompts, four methods side by side; or one of its prompts."""
+"""`refreshkv demo`: the bundled model on long prompts, five methods side by side; or one of its prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
 
 
-@click.command("demo", short_help="The bundled model on long prompts, four methods side by side.")
+@click.command("demo", short_help="The bundled model on long prompts, five methods side by side.")
 @click.option(
     "--length", type=int, default=2048, show_default=True, help="Tokens of a prompt, about."
 )
@@ -44,17 +44,17 @@ def command(
     progress: bool | None,
     as_json: bool,
 ) -> None:
-    """The bundled model on long prompts: full attention, SnapKV and RefreshKV side by side.
+    """The bundled model on long prompts: full attention, StreamingLLM, SnapKV and RefreshKV side by side.
 
     Every line of an answer needs another look at the prompt, so a cache that was cut down once, for good, fails; one
     that is refreshed does not. Runs offline on two CPU cores in about a minute.
     """
-    from refreshkv.demo import tasks
+    from refreshkv.demo import prompts
 
     if print_prompt is not None:
         reject_given(context, "as_json", "names", "budget", "examples")
         with common.bad_input():
-            prompt = tasks.make_prompt(print_prompt, seed, length).prompt
+            prompt = prompts.make_prompt(print_prompt, seed, length).prompt
         # As bytes: the last newline is part of it, and nothing may be added or translated.
         click.echo(prompt.encode("utf-8"), nl=False)
         return
@@ -62,17 +62,19 @@ def command(
     import refreshkv
     from refreshkv.cli import side_by_side, side_by_side_view
 
-    chosen = parse_tasks(names, tasks.TASKS)
+    chosen = parse_tasks(names)
     with common.bad_input():
-        prompts = [
-            tasks.make_prompt(task, seed + i, length) for task in chosen for i in range(examples)
+        asked = [
+            side_by_side.Asked(
+                prompts.demo_task(task, length), number, prompts.make_prompt(task, number, length)
+            )
+            for task in chosen
+            for number in range(seed, seed + examples)
         ]
-        configs = {
-            m.name: refreshkv.make_config(budget=budget, **m.settings) for m in side_by_side.METHODS
-        }
-    bar = common.progress_bar(len(prompts) * len(configs), "answer", progress)
+        refreshkv.make_config(budget=budget)
+    bar = common.progress_bar(len(asked) * len(side_by_side.METHODS), "answer", progress)
     with bar:
-        report = side_by_side.run(prompts, configs, bar)
+        report = side_by_side.run(asked, budget, bar)
     if as_json:
         common.emit_json(record(report, length=length, budget=budget, seed=seed, examples=examples))
     else:
@@ -89,18 +91,15 @@ def reject_given(context: click.Context, *parameters: str) -> None:
             )
 
 
-def parse_tasks(names: str | None, known: tuple[str, ...]) -> list[str]:
+def parse_tasks(names: str | None) -> list[str]:
     """The tasks of `--tasks a,b`, each once."""
-    from refreshkv.demo import tasks
+    from refreshkv.demo.prompts import TASKS
 
     if names is None:
-        return list(known)
+        return list(TASKS)
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not chosen:
-        raise BadInput(f"--tasks is empty; give some of {', '.join(known)}, or leave it out")
-    with common.bad_input():
-        for name in chosen:
-            tasks.check_task(name)
+        raise BadInput(f"--tasks is empty; give some of {', '.join(TASKS)}, or leave it out")
     return chosen
 
 

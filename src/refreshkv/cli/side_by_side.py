@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from refreshkv.cli.common import BadInput
@@ -12,31 +11,34 @@ from refreshkv.cli.decode import decode
 from refreshkv.cli.loading import Loaded, load
 
 if TYPE_CHECKING:
-    from refreshkv import RefreshConfig
-    from refreshkv.demo.tasks import DemoPrompt
+    from refreshkv.evals.task import Example, Task
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the table: its name in machine output, its name for people, its settings."""
+class Compared:
+    """One row of the table: a method of the registry, its name for people here, and what is set."""
 
     name: str
     label: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS = (
-    Method("full", "full attention", MappingProxyType({"mode": "full"})),
-    Method("snapkv-1", "SnapKV (window 1)", MappingProxyType({"stride": None, "threshold": None})),
-    Method(
-        "refreshkv-paper",
-        "RefreshKV (S 5, s .85)",
-        MappingProxyType({"stride": 5, "threshold": 0.85}),
-    ),
-    Method(
-        "refreshkv-fixed", "RefreshKV (S 2)", MappingProxyType({"stride": 2, "threshold": None})
-    ),
+    Compared("full", "full attention"),
+    Compared("streaming-llm", "StreamingLLM"),
+    Compared("snapkv", "SnapKV (window 32)"),
+    Compared("refreshkv-paper", "RefreshKV (S 5, s .85)"),
+    Compared("refreshkv-fixed", "RefreshKV (S 2)", {"stride": 2}),
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the task that scores its answers, and the seed it was made of."""
+
+    task: Task
+    seed: int
+    example: Example
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Excerpt:
     """One prompt of a task with what each method made of it."""
 
     task: str
@@ -70,65 +72,61 @@ class Report:
     """Everything `demo` prints."""
 
     rows: tuple[Row, ...]
-    shown: tuple[Shown, ...]
+    shown: tuple[Excerpt, ...]
 
 
-def run(prompts: Sequence[DemoPrompt], configs: Mapping[str, RefreshConfig], bar: Any) -> Report:
-    """Answer every prompt under every config; `bar` is advanced once per answer."""
+def run(asked: Sequence[Asked], budget: int | float, bar: Any) -> Report:
+    """Answer every prompt under every method; `bar` is advanced once per answer."""
     loaded = load("demo", device="cpu")
-    for prompt in prompts:
+    for prompt in asked:
         check_length(loaded, prompt)
     rows: list[Row] = []
-    shown: list[Shown] = []
-    for task in dict.fromkeys(prompt.task for prompt in prompts):
-        own = [prompt for prompt in prompts if prompt.task == task]
+    shown: list[Excerpt] = []
+    for task in dict.fromkeys(prompt.task.name for prompt in asked):
+        own = [prompt for prompt in asked if prompt.task.name == task]
         texts: dict[str, list[str]] = {}
-        for name, config in configs.items():
-            bar.set_description(f"{task}, {name}")
-            row, texts[name] = answer(loaded, own, name, config, bar)
+        for method in METHODS:
+            bar.set_description(f"{task}, {method.name}")
+            row, texts[method.name] = answer(loaded, own, method, budget, bar)
             rows.append(row)
         shown.append(pick(own, texts))
     return Report(tuple(rows), tuple(shown))
 
 
-def room(loaded: Loaded, prompt: DemoPrompt) -> int:
-    """Tokens an answer may have: a wrong one may be longer than the right one, but must not run on for ever."""
-    gold = len(loaded.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"])
-    return gold + gold // 4 + 4
-
-
-def check_length(loaded: Loaded, prompt: DemoPrompt) -> None:
+def check_length(loaded: Loaded, asked: Asked) -> None:
     """Raise `BadInput` where a prompt and its answer do not fit the model."""
-    tokens = len(loaded.tokenizer(prompt.prompt)["input_ids"]) + room(loaded, prompt)
+    example = asked.example
+    tokens = len(loaded.tokenizer(example.prompt)["input_ids"]) + example.max_new_tokens
     if loaded.positions is not None and tokens > loaded.positions:
         raise BadInput(
-            f"--length {prompt.length} makes {tokens} tokens with the answer, but the bundled model has"
+            f"--length makes a prompt of {tokens} tokens with the answer, but the bundled model has"
             f" {loaded.positions} positions; pass a smaller length"
         )
 
 
 def answer(
-    loaded: Loaded, prompts: Sequence[DemoPrompt], name: str, config: RefreshConfig, bar: Any
+    loaded: Loaded, asked: Sequence[Asked], method: Compared, budget: int | float, bar: Any
 ) -> tuple[Row, list[str]]:
     """One method's answers to all prompts of one task."""
     import refreshkv
     from refreshkv.cli.prompt import encode
-    from refreshkv.demo.tasks import score_lines
 
-    outputs, right, total = [], 0, 0
-    with refreshkv.attach(loaded.model, config) as session:
-        for prompt in prompts:
-            inputs = encode(loaded, prompt.prompt, chat=False)
-            output = decode(loaded, inputs, max_new_tokens=room(loaded, prompt), do_sample=False)
-            scored = score_lines(prompt.answer, output.text)
-            right, total = right + scored[0], total + scored[1]
+    outputs, right, total = [], 0.0, 0
+    settings = {"budget": budget, **method.settings}
+    with refreshkv.attach(loaded.model, method=method.name, **settings) as session:
+        for prompt in asked:
+            inputs = encode(loaded, prompt.example.prompt, chat=False)
+            room = prompt.example.max_new_tokens
+            output = decode(loaded, inputs, max_new_tokens=room, do_sample=False)
+            parts = prompt.task.score(prompt.example, output.text).parts
+            right, total = right + sum(parts), total + len(parts)
             outputs.append(output)
             bar.update()
         stats = session.stats
     row = Row(
-        task=prompts[0].task,
-        method=name,
-        lines_right=right,
+        task=asked[0].task.name,
+        method=method.name,
+        lines_right=int(right),
         lines_total=total,
         output_tokens=sum(output.new_tokens for output in outputs),
         full_share=stats.full_share,
@@ -140,16 +138,18 @@ def answer(
     return row, [output.text for output in outputs]
 
 
-def pick(prompts: Sequence[DemoPrompt], texts: Mapping[str, Sequence[str]]) -> Shown:
+def pick(asked: Sequence[Asked], texts: Mapping[str, Sequence[str]]) -> Excerpt:
     """The most telling example: full attention solves it if it solves any, and SnapKV misses most lines."""
-    from refreshkv.demo.tasks import score_lines
 
-    def telling(index: int) -> tuple[bool, int]:
-        answer = prompts[index].answer
-        right, total = score_lines(answer, texts["full"][index])
-        return right == total, right - score_lines(answer, texts["snapkv-1"][index])[0]
+    def right(method: str, index: int) -> float:
+        prompt = asked[index]
+        return sum(prompt.task.score(prompt.example, texts[method][index]).parts)
 
-    index = max(range(len(prompts)), key=telling)  # the first of equals
-    chosen = prompts[index]
+    def telling(index: int) -> tuple[bool, float]:
+        full = asked[index].task.score(asked[index].example, texts["full"][index])
+        return full.value == 1, right("full", index) - right("snapkv", index)
+
+    index = max(range(len(asked)), key=telling)  # the first of equals
+    chosen = asked[index]
     outputs = {name: own[index] for name, own in texts.items()}
-    return Shown(chosen.task, chosen.seed, chosen.answer, outputs)
+    return Excerpt(chosen.task.name, chosen.seed, chosen.example.answer or "", outputs)

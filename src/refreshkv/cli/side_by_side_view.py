@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refreshkv.cli import common
-from refreshkv.cli.side_by_side import METHODS, Report, Row, Shown
+from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 
 LINES_SHOWN = 6
 NARROW = 118  # a narrower terminal gets no column for full attention
@@ -77,7 +77,7 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def excerpt(example: Shown, width: int) -> Table:
+def excerpt(example: Excerpt, width: int) -> Table:
     """The first lines of the expected answer, and of each method's, in columns of equal width."""
     table = layout(f"{example.task}, prompt {example.seed}: the first lines", expand=True)
     names = [name for name in example.outputs if width >= NARROW or name != "full"]

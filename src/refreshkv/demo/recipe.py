@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Stage:
     """`steps` optimiser steps on batches of `batch` windows of `length` positions.
 
-    `mix` weighs the tasks (in the order of `tasks.TASKS`); `context_share` bounds the part of a
+    `mix` weighs what is taught (in the order of `windows.SUBJECTS`); `context_share` bounds the part of a
     window that is context.
     """
 
@@ -78,7 +78,7 @@ FULL = Recipe(
             "learn",
             (
                 Stage(192, 16, 60, mix=(1, 1, 1)),
-                Stage(320, 12, 240),
+                Stage(320, 12, 260),
                 # Going from one key asked for to the next is learned last, one key after the
                 # other: many short windows with little context and many questions.
                 Stage(256, 15, 320, mix=(1, 1, 8), context_share=(0.3, 0.5)),
@@ -88,18 +88,38 @@ FULL = Recipe(
         ),
         Phase(
             "lengthen",
-            (Stage(512, 8, 80), Stage(1024, 4, 150), Stage(2048, 2, 300)),
+            (
+                Stage(512, 8, 120, mix=(1, 1, 1)),
+                Stage(1024, 4, 200, mix=(1, 1, 1)),
+                Stage(2048, 2, 250, mix=(1, 1, 1)),
+            ),
             peak_rate=1.5e-3,
             cool_share=0.35,
         ),
-        Phase("settle", (Stage(2048, 2, 450),), peak_rate=1.0e-3, cool_share=0.7),
         Phase(
-            "polish",
-            # Mostly chains, which are the longest to become exact, at all lengths again.
+            "settle",
             (
-                Stage(512, 8, 60, mix=(3, 1, 2)),
-                Stage(1024, 4, 90, mix=(3, 1, 2)),
-                Stage(2048, 2, 150, mix=(3, 1, 2)),
+                Stage(512, 8, 80, mix=(1, 1, 1, 5)),
+                Stage(2048, 2, 300, mix=(1, 1, 1, 0.6)),
+                Stage(4096, 1, 200, mix=(1, 1, 1, 0.6)),
+            ),
+            peak_rate=1.0e-3,
+            cool_share=0.7,
+        ),
+        Phase(
+            "needles",
+            # Going from the key asked for to its code: many questions on short contexts, as above.
+            (Stage(512, 8, 250, mix=(1, 1, 1, 6), context_share=(0.45, 0.6)),),
+            peak_rate=1.2e-3,
+            cool_share=0.0,
+        ),
+        Phase(
+            "polish",  # all lengths again
+            (
+                Stage(512, 8, 60, mix=(1.5, 1, 1.5, 0.7)),
+                Stage(1024, 4, 90, mix=(1.5, 1, 1.5, 0.7)),
+                Stage(2048, 2, 100, mix=(1.5, 1, 1.5, 0.7)),
+                Stage(4096, 1, 200, mix=(1.5, 1, 1.5, 0.7)),
             ),
             peak_rate=0.8e-3,
             cool_share=0.8,

@@ -4,9 +4,9 @@ Any text round-trips exactly, because the base vocabulary is the 256 bytes (GPT-
 alphabet). On top of the bytes there are
 
 * 90 consonant-vowel syllables (`ba` ... `zu`) and 100 two-digit numbers (`00` ... `99`), each one
-  merge of two bytes, so that a word of the demo tasks is several tokens and must be copied
+  merge of two bytes, so that a word of the tasks is several tokens and must be copied
   smoothly instead of being found in one jump;
-* `MARKERS`, the fixed phrases of the demo tasks, as ordinary (not special) added tokens.
+* `MARKERS`, the fixed phrases and tags of three evaluation tasks, as ordinary (not special) added tokens.
 
 A `Split` pattern isolates syllables and numbers from left to right before the merges run, so the
 tokens of a text never depend on what precedes it except through a shared syllable or number:
@@ -21,38 +21,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refreshkv.evals.tasks import chain_of_key, html_to_tsv, key_value
+from refreshkv.evals.words import CONSONANTS, SYLLABLES, VOWELS
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-CONSONANTS = "bcdfghjklmnprstvwz"
-VOWELS = "aeiou"
-SYLLABLES = tuple(c + v for c in CONSONANTS for v in VOWELS)
 NUMBERS = tuple(f"{n:02d}" for n in range(100))
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
-KEYS_HEADER = "# keys\n"
-CHAIN_REQUEST = "# chain from "
-TABLES_HEADER = "# tables\n"
-TABLE_OPEN = "<table>\n<tr><td>"
-CELL = "</td><td>"
-ROW = "</td></tr>\n<tr><td>"
-TABLE_CLOSE = "</td></tr>\n</table>\n"
-TSV_REQUEST = "# tsv from "
-DATA_HEADER = "# data\n"
-GET_REQUEST = "# get "
+# Of RULER's needles only what surrounds keys and codes; the rest of those prompts is bytes.
+NEEDLE_PHRASES = (
+    "The locker of ",
+    " opens with ",
+    "Which code opens the locker of ",
+    "? Write the code alone.\nCode:\n",
+)
 MARKERS = (
-    KEYS_HEADER,
-    CHAIN_REQUEST,
-    TABLES_HEADER,
-    TABLE_OPEN,
-    CELL,
-    ROW,
-    TABLE_CLOSE,
-    TSV_REQUEST,
-    DATA_HEADER,
-    GET_REQUEST,
+    *chain_of_key.PHRASES,
+    *html_to_tsv.PHRASES,
+    *key_value.PHRASES,
+    *NEEDLE_PHRASES,
 )
 
 VOCAB_SIZE = 512

@@ -14,6 +14,7 @@ from refreshkv.config import RefreshConfig, make_config
 from refreshkv.integrations.transformers.attention import register
 from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, RefreshCache
 from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
+from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
 
 _ABSENT = object()
@@ -23,10 +24,12 @@ def attach(
     model: PreTrainedModel,
     config: RefreshConfig | None = None,
     *,
+    method: str | None = None,
     preset: str | None = None,
+    stats: Stats | None = None,
     **overrides: Any,
 ) -> Session:
-    """Run `model.generate` under RefreshKV.
+    """Run `model.generate` under RefreshKV, or under a method it is compared with.
 
         with refreshkv.attach(model, budget=0.125) as session:
             out = model.generate(**inputs, max_new_tokens=2048)
@@ -35,14 +38,25 @@ def attach(
     Args:
         model: a decoder-only transformers model.
         config: complete settings; or give `preset` and single settings (fields of `RefreshConfig`).
+        method: a name in `refreshkv.methods.METHODS`, for a comparison; `None` is RefreshKV. It gives the algorithm and
+            its settings; single settings still count.
         preset: see `refreshkv.PRESETS`; `None` is "default".
+        stats: where decode steps are counted, for example a `RowStats`; `None` is a new `Stats`.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be served, with the reason.
-        ValueError: an unknown preset or setting, or a value out of range.
+        ValueError: an unknown method, preset or setting, a setting that the method does not have, or a value out of
+            range.
     """
-    if config is not None and (preset is not None or overrides):
-        raise ValueError("give either a RefreshConfig or a preset with single settings, not both")
+    if config is not None and (method is not None or preset is not None or overrides):
+        raise ValueError(
+            "give either a RefreshConfig or a method or preset with single settings, not both"
+        )
+    found = None if method is None else find(method)
+    if config is None:
+        config = (
+            make_config(preset, **overrides) if found is None else found.config(preset, **overrides)
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"attach needs a transformers PreTrainedModel, got {type(model).__name__}"
@@ -52,7 +66,7 @@ def attach(
         raise UnsupportedModelError(support.reason)
     if support.reason:
         warnings.warn(support.reason, stacklevel=2)
-    return Session(model, make_config(preset, **overrides) if config is None else config)
+    return Session(model, config, method=found, stats=stats)
 
 
 class Session:
@@ -60,14 +74,23 @@ class Session:
 
     Attributes:
         config: the settings.
+        method: the method, where one was named.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
         implementation_below: the attention implementation that serves prefill and the layers that are not ours.
     """
 
-    def __init__(self, model: PreTrainedModel, config: RefreshConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RefreshConfig,
+        *,
+        method: Method | None = None,
+        stats: Stats | None = None,
+    ) -> None:
         self.model = model
         self.config = config
-        self.stats = Stats()
+        self.method = method
+        self.stats = Stats() if stats is None else stats
         self._decoder = model.config.get_text_config(decoder=True)
         self._implementation = self._decoder._attn_implementation_internal
         # Name -> what the instance had under it, and ours.
@@ -89,7 +112,9 @@ class Session:
 
     def new_cache(self, reserve: int = 0) -> RefreshCache:
         """A cache to pass as `past_key_values` yourself: several turns on one cache, a decode loop of your own."""
-        return RefreshCache(self.model.config, self.config, stats=self.stats, reserve=reserve)
+        return RefreshCache(
+            self.model.config, self.config, stats=self.stats, reserve=reserve, method=self.method
+        )
 
     def detach(self) -> None:
         """Restore the model. Does nothing the second time.

@@ -7,6 +7,7 @@ prefill, sliding layers and everything else that is not a decode step of ours go
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, Pass, layer_of
-from refreshkv.step import Attention, decode_step
+from refreshkv.step import Attention
 
 
 def register(inner: str) -> str:
@@ -45,7 +46,7 @@ def refresh_attention(
     inner: str,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers asks for it: a decode step of ours, or `inner`.
+    """Attention as transformers asks for it: a decode step of the layer's algorithm, or `inner`.
 
     Args:
         module: the attention layer.
@@ -55,7 +56,7 @@ def refresh_attention(
         inner: the implementation that was active before `attach`.
 
     Returns:
-        `[B, T, Hq, D]` and the attention weights (`None` in a decode step of ours).
+        `[B, T, Hq, D]` and the attention weights (`None` in such a step).
     """
     layer = layer_of(key)
     if layer is not None:
@@ -63,7 +64,7 @@ def refresh_attention(
         current.awaiting = None
         # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
         own = getattr(module, "layer_idx", layer.inner.index) == layer.inner.index
-        if own and query.shape[2] == 1 and layer.inner.length > 1 and not current.prompt:
+        if own:
             attention = Attention(
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 # sdpa knows no softcap: older transformers drop it silently (and newer ones choose eager), and a decode
@@ -72,9 +73,10 @@ def refresh_attention(
                 sinks=kwargs.get("s_aux"),
             )
             visible = _visible(current, attention_mask, layer.inner.rows, layer.inner.length)
-            return decode_step(layer.inner, query[:, :, 0], attention, visible)[:, None], None
-        if own:
-            layer.inner.await_selection(query[:, :, -1])
+            if query.shape[2] == 1 and layer.inner.length > 1 and not current.prompt:
+                output = layer.algorithm.step(layer.inner, query[:, :, 0], attention, visible)
+                return output[:, None], None
+            layer.algorithm.observe(layer.inner, query, attention, visible)
     run = _implementation(inner, module)
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -95,11 +97,12 @@ def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor
 
 
 def _visible(current: Pass, mask: Tensor | None, rows: int, length: int) -> Tensor | None:
-    """`[B, L]` bool from the mask of one decode step, `None` when everything is visible; once per mask."""
+    """`[B, L]` bool, what the newest query sees by the mask of a pass; `None` when it is everything. Once per mask."""
     if mask is None:
         return None
-    if mask is not current.mask:
-        current.mask, current.visible = mask, _read_mask(mask, rows, length)
+    if current.mask is None or current.mask() is not mask:
+        current.visible = _read_mask(mask, rows, length)
+        current.mask = weakref.ref(mask)
     return current.visible
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig, make_config
+from refreshkv.methods import Method
 from refreshkv.stats import Stats
+from refreshkv.step import Algorithm
 
 IMPLEMENTATION_PREFIX = "refreshkv_"
 _TAG = "_refreshkv"
@@ -28,24 +31,26 @@ class Pass:
     Attributes:
         prompt: the pass belongs to a prompt, however few tokens it holds.
         awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
-        mask, visible: the last mask of the host and the visible tokens in it, computed once for all layers.
+        mask, visible: the last mask of the host (not kept alive: a prompt's is large) and the visible tokens in it,
+            computed once for all layers.
     """
 
     prompt: bool = False
     awaiting: RefreshLayer | None = None
-    mask: Tensor | None = None
+    mask: weakref.ref[Tensor] | None = None
     visible: Tensor | None = None
 
 
 class RefreshLayer(DynamicLayer):
-    """transformers' view of one `LayerCache`. Reports the full length; knows nothing of partial steps."""
+    """transformers' view of one `LayerCache` and what drives it. Reports the full length; knows no partial steps."""
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, inner: LayerCache, current: Pass) -> None:
+    def __init__(self, inner: LayerCache, algorithm: Algorithm, current: Pass) -> None:
         # The parent's constructor only assigns `keys`, `values` and `is_initialized`, which are properties here.
         self.inner = inner
+        self.algorithm = algorithm
         self.current = current
 
     @property
@@ -90,7 +95,9 @@ class RefreshLayer(DynamicLayer):
             keep = (
                 tokens_to_remove if tokens_to_remove > 0 else self.inner.length + tokens_to_remove
             )
-            self.inner.crop(max(keep, 0))
+            if keep < self.inner.length:
+                self.algorithm.crop(max(keep, 0))  # first: it may refuse
+                self.inner.crop(max(keep, 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues the old row `beam_idx[i]`."""
@@ -100,20 +107,23 @@ class RefreshLayer(DynamicLayer):
         """Every row `repeats` times in a row: beams and several return sequences."""
         if self.is_initialized:
             rows = torch.arange(self.inner.rows, device=self.inner.store.keys.device)
-            self.inner.take_rows(rows.repeat_interleave(repeats))
+            self._take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (a bool mask over the rows works too)."""
         if self.is_initialized:
             indices = torch.as_tensor(indices, device=self.inner.store.keys.device)
-            self.inner.take_rows(
-                indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-            )
+            self._take_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
         """Back to empty; the statistics stay."""
         self.inner.reset()
+        self.algorithm.reset()
         self.current.awaiting = None
+
+    def _take_rows(self, rows: Tensor) -> None:
+        self.inner.take_rows(rows)
+        self.algorithm.take_rows(rows)
 
     def offload(self) -> None:
         """Raises: moving whole layers every step is the wrong granularity for a cache that reads a part of them."""
@@ -135,6 +145,7 @@ class RefreshCache(DynamicCache):
         refresh: the settings; `None` is the default preset.
         stats: where decode steps are counted; several caches may share one.
         reserve: tokens to allocate at once, if the final length is known.
+        method: what drives the layers, one of `refreshkv.methods`; `None` is RefreshKV.
 
     Raises:
         RuntimeError: at the first forward pass, when the model is not attached.
@@ -147,16 +158,19 @@ class RefreshCache(DynamicCache):
         *,
         stats: Stats | None = None,
         reserve: int = 0,
+        method: Method | None = None,
     ) -> None:
         super().__init__(config=config)
         self.refresh = make_config() if refresh is None else refresh
         self.stats = Stats() if stats is None else stats
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
-                self.layers[index] = RefreshLayer(inner, self._current)
+        served = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        for place, index in enumerate(served):
+            inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
+            make = None if method is None else method.make
+            algorithm = Algorithm() if make is None else make(self.refresh, place, len(served))
+            self.layers[index] = RefreshLayer(inner, algorithm, self._current)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RefreshCache:
         """A copy for another continuation of the same prefix, for the same model and into the same stats."""

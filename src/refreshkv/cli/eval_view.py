@@ -1,0 +1,127 @@
+"""What `refreshkv eval` prints: the table of a run, the list of tasks and methods, the recipe of a task."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refreshkv.cli import common
+from refreshkv.evals.tasks import GROUPS, TASKS, expand, options_of, task_class
+
+if TYPE_CHECKING:
+    from refreshkv.evals.summary import Summary
+
+NOTES = (
+    "Scores are in per cent, perplexity is not; in brackets the 95 % bootstrap interval. Tokens: decoded, in the mean."
+    " KV read: the share of keys and values that the decode steps read, against full attention. Full: the share of"
+    " steps with full attention."
+)
+
+
+def show(summaries: Sequence[Summary], out: Path) -> None:
+    """A row a task, mode and method, then where the report is."""
+    from rich import box
+    from rich.table import Table
+
+    from refreshkv.evals.summary import is_perplexity
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("task", "method"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("score", "95 %", "tokens", "KV read", "full"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sections: dict[tuple[str, str], list[Summary]] = {}
+    for row in summaries:
+        sections.setdefault((row.task, row.mode), []).append(row)
+    for number, ((task, mode), rows) in enumerate(sections.items()):
+        if number:
+            table.add_row()
+        title = task if mode == "free" or is_perplexity(task) else f"{task}, {mode}"
+        for row in rows:
+            table.add_row(title, row.method, *_figures(row))
+            title = ""
+    console = common.console()
+    console.print(table)
+    console.print(NOTES)
+    console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
+
+
+def _figures(row: Summary) -> list[str]:
+    from refreshkv.evals.summary import is_perplexity, scale
+
+    factor, digits = scale(row.task), 2 if is_perplexity(row.task) else 1
+    score, low, high = (
+        f"{factor * value:.{digits}f}" for value in (row.score, row.ci_low, row.ci_high)
+    )
+    shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
+    return [score, f"[{low}, {high}]", f"{row.output_tokens:.0f}", *shares]
+
+
+def show_list(as_json: bool) -> None:
+    """All tasks and methods with their sources."""
+    from refreshkv.methods import METHODS
+
+    if as_json:
+        tasks = [{"name": n, "metric": task_class(n).metric, "source": source(n)} for n in TASKS]
+        methods = [
+            {"name": m.name, "label": m.label, "source": m.source, "note": m.note}
+            for m in METHODS.values()
+        ]
+        common.emit_json({"tasks": tasks, "methods": methods})
+        return
+    click.echo("Tasks; refreshkv eval --describe TASK says more:")
+    for name in TASKS:
+        if not any(name in members for members in GROUPS.values()):
+            _entry(name, f"Metric: {task_class(name).metric}. Source: {source(name)}")
+    for group, members in GROUPS.items():
+        _entry(group, f"All of {', '.join(members)}. Source: {source(members[0])}")
+    click.echo("\nMethods:")
+    for method in METHODS.values():
+        note = f" Note: {method.note}" if method.note else ""
+        _entry(method.name, f"{method.label}. Source: {method.source}.{note}")
+
+
+def _entry(name: str, text: str) -> None:
+    text = textwrap.fill(text, common.console().width - 24, break_on_hyphens=False)
+    click.echo(f"  {name:<20}  " + textwrap.indent(text, " " * 24).lstrip())
+
+
+def show_task(name: str, as_json: bool) -> None:
+    """Recipe, metric and settings of a task, or of each task of a group.
+
+    Raises:
+        ValueError: an unknown task, named with its nearest neighbour.
+    """
+    described = [_describe(task) for task in expand([name])]
+    if as_json:
+        common.emit_json({"tasks": described})
+        return
+    for number, task in enumerate(described):
+        click.echo(("\n" if number else "") + f"{task['name']}  (metric: {task['metric']})")
+        click.echo(textwrap.indent(task["recipe"], "  "))
+        click.echo("  Settings, with their defaults:")
+        for key, default in task["settings"].items():
+            click.echo(f"    {key} = {'none' if default is None else default}")
+
+
+def source(task: str) -> str:
+    """The line of a task's recipe that says where it comes from."""
+    lines = task_class(task).recipe.splitlines()
+    return next(
+        (line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), ""
+    )
+
+
+def _describe(name: str) -> dict[str, Any]:
+    task = task_class(name)
+    return {
+        "name": name,
+        "metric": task.metric,
+        "kind": task.kind,
+        "recipe": task.recipe,
+        "settings": options_of(name),
+    }

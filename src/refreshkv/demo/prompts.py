@@ -1,0 +1,45 @@
+"""Prompts for the bundled model: three evaluation tasks at any length (ours)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from refreshkv.config import unknown
+from refreshkv.evals.task import Example, Task
+from refreshkv.evals.tasks import make_task
+
+TASKS = ("chain-of-key", "html-to-tsv", "key-value")
+
+
+def demo_task(name: str, length: int) -> Task:
+    """The task with prompts of at most `length` tokens.
+
+    Raises:
+        ValueError: a task that the bundled model has not learned, named with its nearest neighbour.
+    """
+    if name not in TASKS:
+        raise ValueError(unknown("demo task", name, TASKS))
+    return make_task(name, length=length)
+
+
+def make_prompt(task: str, seed: int, length: int = 1024) -> Example:
+    """The first prompt that `task` makes of `seed`, at most `length` tokens of the bundled tokenizer.
+
+    Raises:
+        ValueError: an unknown task, a negative seed, or a length that is too short for the task.
+    """
+    made = demo_task(task, length)
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    return next(made.examples(_tokens, seed, 1))
+
+
+@lru_cache
+def _backend():  # type: ignore[no-untyped-def]
+    from refreshkv.demo.tokenizer import build_backend
+
+    return build_backend()
+
+
+def _tokens(text: str) -> int:
+    return len(_backend().encode(text, add_special_tokens=False).ids)

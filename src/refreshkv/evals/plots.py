@@ -1,0 +1,416 @@
+"""The three plots of a run: quality against KV read, quality by position in the output, effective stride per layer.
+
+A plot is a matplotlib `Figure` made without pyplot, so nothing stays open. Colours are the families of methods, from
+Okabe and Ito's palette, which colour-blind readers can tell apart; within a family the marker and the dashes differ.
+The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refreshkv.evals.summary import Record, Summary, is_perplexity, need, scale
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BINS = 10  # of the output, where its length differs between examples
+NEVER = "never"
+_WIDTH, _HEIGHT = 6.0, 3.9  # inches of a panel
+_LABEL = 7.5  # points
+_LINE = 1.32 * _LABEL / 72  # inches a line of a label
+_LETTER = 0.64 * _LABEL / 72  # inches a letter, DejaVu Sans, on the wide side
+_RC = {
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "svg.hashsalt": "refreshkv",  # ids of clip paths would be random
+    "svg.fonttype": "none",  # text that can be searched and read aloud
+    "hatch.color": "#bdbdbd",
+    "hatch.linewidth": 0.6,
+}
+# family -> colour; the first family of which a name in the tuple begins the method's name
+_FAMILIES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("full",), "#000000"),
+    (("refreshkv",), "#0072b2"),
+    (("no-",), "#b0588f"),
+    (("oracle", "quest"), "#007a5a"),
+    (("streaming", "h2o", "snapkv", "pyramid", "tova"), "#c75000"),
+)
+_OTHER = "#6b6b6b"
+_MARKERS = "osD^vP<X>hp*d"
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (2, 3)))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn, the same in every plot of a run."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def styles(methods: Iterable[str]) -> dict[str, Style]:
+    """One style a method, all different as long as a family has no more methods than there are markers."""
+    seen: dict[str, int] = {}
+    found = {}
+    for method in dict.fromkeys(methods):
+        colour = next((c for names, c in _FAMILIES if method.startswith(names)), _OTHER)
+        index = seen.setdefault(colour, 0)
+        seen[colour] += 1
+        found[method] = Style(
+            colour, _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)]
+        )
+    return found
+
+
+def pareto(summaries: Sequence[Summary], look: dict[str, Style], title: str) -> Figure | None:
+    """Score against KV read share for one task and mode: a point with its interval for each method.
+
+    Better is up (the axis of a perplexity is turned round), cheaper is left. `None` where nothing was read.
+    """
+    points = [s for s in summaries if s.kv_read_share]
+    if not points:
+        return None
+    with _settings():
+        factor = scale(points[0].task)
+        figure, axes, room = _panel([s.method for s in points], title)
+        for s in points:
+            style = look[s.method]
+            axes.errorbar(
+                s.kv_read_share,
+                factor * s.score,
+                yerr=[
+                    [factor * max(0, s.score - s.ci_low)],
+                    [factor * max(0, s.ci_high - s.score)],
+                ],
+                fmt=style.marker,
+                color=style.colour,
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                elinewidth=0.9,
+                alpha=0.9,
+            )
+        _axis_of_shares(axes, [s.kv_read_share for s in points if s.kv_read_share])
+        _axis_of_scores(axes, points[0].task, points[0].metric, [factor * s.score for s in points])
+        _label(axes, room, look, [(s.method, s.kv_read_share, factor * s.score) for s in points])
+        return figure
+
+
+def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> Figure | None:
+    """Mean quality of the parts of an output by their place in it, for one task and mode: a line for each method.
+
+    The place is the part's number where all outputs have as many parts; else it is relative, in `BINS` bins, and a
+    part counts for each bin as far as it lies in it. `None` where no output has two parts.
+    """
+    parts: dict[str, list[Sequence[float]]] = {}
+    for record in sorted(records, key=lambda record: record["example"]):
+        if record.get("parts"):
+            parts.setdefault(record["method"], []).append(record["parts"])
+    lengths = {len(one) for several in parts.values() for one in several}
+    if not parts or max(lengths) < 2:
+        return None
+    counted = len(lengths) == 1
+    methods = [method for method in dict.fromkeys(r["method"] for r in records) if method in parts]
+    with _settings():
+        figure, axes, room = _panel(methods, title)
+        ends = []
+        for method in methods:
+            rows = parts[method] if counted else [rebin(one, BINS) for one in parts[method]]
+            line = 100 * np.mean(np.array(rows, dtype=float), axis=0)
+            places = np.arange(1, len(line) + 1) if counted else (np.arange(BINS) + 0.5) / BINS
+            style = look[method]
+            axes.plot(
+                places,
+                line,
+                color=style.colour,
+                linestyle=style.dashes,
+                linewidth=1.4,
+                marker=style.marker,
+                markersize=4,
+                markeredgecolor="white",
+                markeredgewidth=0.4,
+            )
+            ends.append((method, places[-1], line[-1]))
+        axes.set_xlabel("part of the output" if counted else "relative position in the output")
+        if counted:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axes.set_xlim(0, 1)
+        axes.set_ylabel("parts right, %")
+        axes.set_ylim(-4, 104)
+        _label(axes, room, look, ends)
+        return figure
+
+
+def strides(records: Iterable[Record], title: str) -> Figure | None:
+    """Effective stride of each layer (steps / full steps, summed over examples), for the methods that mix both.
+
+    A layer without a full step shows as "never". `None` where every method is always full or never.
+    """
+    counts = layer_counts(records)
+    methods = mixed(counts)
+    if not methods:
+        return None
+    layers = sorted({layer for method in methods for layer in counts[method]})
+    table = np.full((len(methods), len(layers)), np.nan)
+    for i, method in enumerate(methods):
+        for layer, (full, steps) in counts[method].items():
+            table[i, layers.index(layer)] = steps / full if full else np.inf
+    with _settings():
+        return _heat(table, methods, layers, title)
+
+
+def layer_counts(records: Iterable[Record]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Method -> layer -> (full steps, steps), summed over examples."""
+    counts: dict[str, dict[int, tuple[float, float]]] = {}
+    for record in records:
+        layers = counts.setdefault(record["method"], {})
+        for name, layer in record.get("layers", {}).items():
+            full, steps = layers.get(int(name), (0.0, 0.0))
+            layers[int(name)] = full + layer["full_steps"], steps + layer["steps"]
+    return counts
+
+
+def mixed(counts: dict[str, dict[int, tuple[float, float]]]) -> list[str]:
+    """The methods with full steps and others."""
+    sums = {
+        method: np.sum(list(layers.values()), axis=0) for method, layers in counts.items() if layers
+    }
+    return [method for method, (full, steps) in sums.items() if 0 < full < steps]
+
+
+def rebin(parts: Sequence[float], bins: int) -> np.ndarray:
+    """The step function of `parts` over [0, 1], averaged in `bins` equal bins. [bins]"""
+    whole = np.concatenate([[0.0], np.cumsum(parts)]) / len(parts)
+    edges = np.linspace(0, 1, bins + 1)
+    return np.diff(np.interp(edges, np.linspace(0, 1, len(parts) + 1), whole)) * bins
+
+
+def render(figure: Figure, kind: str = "svg", dpi: int = 160) -> bytes:
+    """The figure as a file: "svg" or "png", without a date."""
+    file = io.BytesIO()
+    with _settings():
+        if kind == "svg":
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        else:
+            figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    return file.getvalue()
+
+
+def inline(figure: Figure, prefix: str) -> str:
+    """The figure as an `<svg>` element for a page; its ids begin with `prefix`, as ids are unique in a page."""
+    text = render(figure).decode()
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text[text.index("<svg") :])
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+
+
+def _settings() -> Any:
+    """Our settings of matplotlib, and everybody else's again afterwards."""
+    return need("matplotlib").rc_context(_RC)
+
+
+def _panel(methods: Sequence[str], title: str) -> tuple[Figure, Axes, float]:
+    """A figure whose axes leave room for labels on the right; also that room in inches."""
+    longest = max(len(line) for method in methods for line in _wrapped(method))
+    room = min(0.45 * _WIDTH, longest * _LETTER + 0.3)
+    lines = sum(len(_wrapped(method)) for method in methods)
+    height = max(_HEIGHT, lines * _LINE + 1.1)
+    figure = need("matplotlib.figure").Figure(figsize=(_WIDTH, height))
+    left, bottom, top = 0.62, 0.52, 0.36
+    box = (
+        left / _WIDTH,
+        bottom / height,
+        (_WIDTH - left - room) / _WIDTH,
+        (height - bottom - top) / height,
+    )
+    axes = figure.add_axes(box)
+    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
+    return figure, axes, room
+
+
+def _label(
+    axes: Axes, room: float, look: dict[str, Style], ends: Sequence[tuple[str, float, float]]
+) -> None:
+    """Names in a column right of the axes, as near to the height of their points as they fit, with a line to them."""
+    figure = axes.figure
+    width, height = figure.get_size_inches() * axes.get_position().size
+    to_axes = axes.transData + axes.transAxes.inverted()
+    spots = [(method, *to_axes.transform((x, y))) for method, x, y in ends]
+    spots.sort(key=lambda spot: (spot[2], -ends.index(next(e for e in ends if e[0] == spot[0]))))
+    sizes = [len(_wrapped(method)) * _LINE / height for method, _, _ in spots]
+    wanted = [min(1.0, max(0.0, y)) for _, _, y in spots]
+    column = 1 + 0.22 / width
+    for (method, x, y), middle in zip(spots, spread(wanted, sizes), strict=True):
+        style = look[method]
+        axes.plot(
+            [x, 1 + 0.02 / width, column - 0.09 / width],
+            [y, middle, middle],
+            transform=axes.transAxes,
+            color=style.colour,
+            linewidth=0.5,
+            alpha=0.45,
+            clip_on=False,
+            zorder=1,
+        )
+        axes.plot(
+            [column - 0.04 / width],
+            [middle],
+            transform=axes.transAxes,
+            color=style.colour,
+            marker=style.marker,
+            markersize=4,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            clip_on=False,
+        )
+        axes.text(
+            column + 0.03 / width,
+            middle,
+            "\n".join(_wrapped(method)),
+            transform=axes.transAxes,
+            color=style.colour,
+            fontsize=_LABEL,
+            verticalalignment="center_baseline",
+            linespacing=1.1,
+            parse_math=False,
+        )
+
+
+def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Middles of boxes of `sizes` that do not overlap, nearest to the ascending `wanted` and within [0, 1] if they fit.
+
+    Boxes that touch stand where the sum of squared distances is least: isotonic regression of the places less the
+    sizes of the boxes below.
+    """
+    below = np.concatenate([[0.0], np.cumsum(sizes)[:-1]]) + np.array(sizes) / 2
+    free = need("scipy.optimize").isotonic_regression(np.array(wanted) - below).x
+    slack = 1 - float(np.sum(sizes))
+    return list(np.clip(free, 0, slack) + below if slack > 0 else below + slack / 2)
+
+
+def _wrapped(method: str) -> list[str]:
+    """A method's spec in lines of at most about 24 letters."""
+    lines: list[str] = []
+    for piece in method.split(":"):
+        if lines and len(lines[-1]) + 1 + len(piece) <= 24:
+            lines[-1] += f":{piece}"
+        else:
+            lines.append(f":{piece}" if lines else piece)
+    return lines
+
+
+def _axis_of_shares(axes: Axes, shares: Sequence[float]) -> None:
+    """Logarithmic, with the ticks that people read."""
+    low, high = min(shares) / 1.15, max(1.0, *shares) * 1.1
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{100 * tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KV read, % of full attention")
+
+
+def _axis_of_scores(axes: Axes, task: str, metric: str, scores: Sequence[float]) -> None:
+    if is_perplexity(task):
+        if max(scores) > 10 * min(scores):
+            axes.set_yscale("log")
+        axes.invert_yaxis()
+        axes.set_ylabel("perplexity (axis turned: up is better)")
+    else:
+        axes.set_ylabel(f"{metric}, %", parse_math=False)
+        if max(scores) > 60:
+            axes.set_ylim(-4, 104)
+        else:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min(scores) < 5 else None)
+
+
+def _heat(table: np.ndarray, methods: list[str], layers: list[int], title: str) -> Figure:
+    """Methods x layers, numbers in the cells where there is room for them."""
+    colours = need("matplotlib.colors")
+    longest = max(len(line) for method in methods for line in _wrapped(method))
+    left, top, bottom, right = longest * _LETTER + 0.15, 0.36, 0.5, 0.75
+    row = max(0.26, max(len(_wrapped(method)) for method in methods) * _LINE + 0.08)
+    height = top + bottom + row * len(methods)
+    figure = need("matplotlib.figure").Figure(figsize=(_WIDTH, height))
+    inside = _WIDTH - left - right
+    axes = figure.add_axes(
+        (left / _WIDTH, bottom / height, inside / _WIDTH, row * len(methods) / height)
+    )
+    axes.grid(visible=False)
+    axes.set_facecolor("#f4f4f4")
+    axes.patch.set_hatch("////")
+    known = table[np.isfinite(table)]
+    norm = colours.LogNorm(1, max(2.0, float(known.max())))
+    shades = need("matplotlib").colormaps["cividis"]
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(table), cmap=shades, norm=norm, edgecolors="white", linewidth=1
+    )
+    if inside / len(layers) >= 0.27:
+        for (i, j), stride in np.ndenumerate(table):
+            if math.isnan(stride):
+                continue
+            text = (
+                f"{stride:.1f}"
+                if stride < 10
+                else f"{stride:.0f}"
+                if math.isfinite(stride)
+                else NEVER
+            )
+            dark = math.isfinite(stride) and norm(stride) < 0.5
+            small = 5.5 if text == NEVER and inside / len(layers) < 0.4 else 7
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=small,
+                color="white" if dark else "black",
+            )
+    axes.invert_yaxis()
+    axes.set_yticks(
+        np.arange(len(methods)) + 0.5,
+        ["\n".join(_wrapped(method)) for method in methods],
+        fontsize=_LABEL,
+        parse_math=False,
+    )
+    every = math.ceil(len(layers) / 16)
+    axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(n) for n in layers[::every]])
+    axes.tick_params(length=0)
+    axes.set_xlabel("layer")
+    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
+    side = figure.add_axes(
+        (
+            (_WIDTH - right + 0.12) / _WIDTH,
+            bottom / height,
+            0.12 / _WIDTH,
+            row * len(methods) / height,
+        )
+    )
+    bar = figure.colorbar(mesh, cax=side)
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick <= norm.vmax]
+    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+    bar.minorticks_off()
+    bar.outline.set_linewidth(0.4)
+    side.set_ylabel("stride")
+    return figure

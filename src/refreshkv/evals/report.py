@@ -1,0 +1,281 @@
+"""`report.html`: one file without a network, tables in the form of the paper's, plots, and one example a task.
+
+Everything that a model wrote goes through Jinja's escaping. The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refreshkv.evals import plots
+from refreshkv.evals.summary import (
+    Difference,
+    Record,
+    Summary,
+    average,
+    differences,
+    need,
+    scale,
+    summarize,
+    write_whole,
+)
+
+REPORT, CONFIG, TEMPLATE = "report.html", "config.json", "report.html.j2"
+_SHOWN = 4000  # characters of an output in the report
+_ABLATIONS = ("full", "snapkv-1", "refreshkv", "no-")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score with its interval, ready to be shown, and what it cost."""
+
+    score: str
+    interval: str
+    tokens: str
+    read: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods by tasks; a cell is `None` where there is no result."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An inline SVG and what it shows, for those who cannot see it."""
+
+    svg: str
+    caption: str
+
+
+def write_report(
+    directory: str | os.PathLike[str], records: Sequence[Record], summaries: Sequence[Summary]
+) -> Path:
+    """Write `report.html` into a run directory, whole or not at all; returns its path."""
+    path = Path(directory) / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    page = Path(directory) / REPORT
+    write_whole(page, render(records, summaries, config).encode())
+    return page
+
+
+def render(
+    records: Sequence[Record], summaries: Sequence[Summary], config: Mapping[str, Any]
+) -> str:
+    """The page."""
+    jinja2 = need("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(TEMPLATE).render(
+        facts=facts(records, config),
+        command=command(config),
+        warnings=[warning(found) for found in differences(records) if found.beats],
+        tables=list(tables(records, summaries)),
+        plots=list(all_plots(records, summaries)),
+        summaries=[(s, _cell(s, best=False)) for s in summaries],
+        share=_share,
+        examples=list(examples(records)),
+    )
+
+
+def facts(records: Sequence[Record], config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was run, as pairs of name and value."""
+    first = records[0] if records else {}
+    found = {**first, **config}
+    versions = found.get("versions", {})
+    names = ("model", "dtype", "device", "budget", "seed", "limit", "batch", "chat")
+    pairs = [(name, str(found[name])) for name in names if found.get(name) is not None]
+    return [*pairs, ("versions", ", ".join(f"{n} {v}" for n, v in versions.items()))]
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """The command that re-makes a run directory; empty where its settings are not known."""
+    if "tasks" not in config:
+        return ""
+    parts = ["refreshkv", "eval", "--model", config["model"]]
+    parts += ["--tasks", ",".join(config["tasks"]), "--methods", ",".join(config["methods"])]
+    for name in ("budget", "limit", "seed", "batch", "mode", "dtype"):
+        if config.get(name) is not None:
+            parts += [f"--{name}", str(config[name])]
+    for task, settings in config["tasks"].items():
+        for name, value in settings.items():
+            if value is not None:
+                parts += ["--task-option", f"{task}.{name}={value}"]
+    if config.get("chat"):
+        parts.append("--chat")
+    return shlex.join([*parts, "--out", "DIR"])
+
+
+def warning(found: Difference) -> str:
+    """What a reader has to know of a method that beats full attention."""
+    return (
+        f"{found.method} beats full attention on {found.task} ({found.mode}) by {found.gain:.3f}"
+        f" [{found.ci_low:.3f}, {found.ci_high:.3f}] over {found.examples} examples: suspect the"
+        " harness first"
+    )
+
+
+def tables(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[Table]:
+    """The paper's tables, as far as there are results for them."""
+    for mode, how in (("free", "free-running"), ("forced", "gold answer fed")):
+        own = [s for s in summaries if s.mode == mode]
+        kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+            ("Perplexity", "As the paper's table 1; lower is better.", _starts("perplexity")),
+            ("RULER", "As the paper's table 2.", _starts("ruler-")),
+            ("Summarisation", "As the paper's table 3.", _starts("summarization")),
+            (
+                f"Long outputs, {how}",
+                "As the paper's table 4.",
+                lambda t: not t.startswith(("perplexity", "ruler-", "summarization")),
+            ),
+        )
+        for title, note, wanted in kinds:
+            chosen = [s for s in own if wanted(s.task)]
+            if title == "RULER" and chosen:
+                ruler = [r for r in records if wanted(r["task"]) and r["mode"] == mode]
+                chosen = [*average(ruler, "average"), *chosen]
+            if chosen:
+                yield _table(title, note, chosen)
+        if any(s.method.startswith("no-") for s in own):
+            chosen = [
+                s
+                for s in own
+                if s.method.startswith(_ABLATIONS) and not s.task.startswith("ruler-")
+            ]
+            yield _table(f"Ablations, {how}", "As the paper's table 10.", chosen)
+
+
+def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[Plot]:
+    """Quality against KV read, quality by position, stride by layer; free and fed beside each other."""
+    look = plots.styles(s.method for s in summaries)
+    for task in dict.fromkeys(s.task for s in summaries):
+        for mode in dict.fromkeys(s.mode for s in summaries if s.task == task):
+            own = [r for r in records if r["task"] == task and r["mode"] == mode]
+            chosen = [s for s in summaries if s.task == task and s.mode == mode]
+            name = f"{task}, {mode}"
+            made = (
+                (plots.pareto(chosen, look, name), "quality against KV read"),
+                (plots.positions(own, look, name), "quality by position in the output"),
+            )
+            for kind, (figure, what) in enumerate(made):
+                if figure is not None:
+                    svg = plots.inline(figure, f"{task}-{mode}-{kind}")
+                    yield Plot(svg, f"{name}: {what}")
+    for mode in dict.fromkeys(r["mode"] for r in records):
+        figure = plots.strides(
+            [r for r in records if r["mode"] == mode], f"stride by layer, {mode}"
+        )
+        if figure is not None:
+            yield Plot(plots.inline(figure, f"stride-{mode}"), f"steps per full step, {mode}")
+
+
+def examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """The first example of each task and mode with what every method made of it."""
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        place = record["task"], record["mode"]
+        shown = chosen.setdefault(
+            place,
+            {
+                "task": record["task"],
+                "mode": record["mode"],
+                "example": record["example"],
+                "prompt": record.get("prompt_sha256", ""),
+                "outputs": [],
+            },
+        )
+        if record["example"] == shown["example"]:
+            text = str(record.get("output", ""))
+            text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+            score = f"{scale(record['task']) * record['score']:.1f}"
+            shown["outputs"].append((record["method"], score, text))
+    yield from chosen.values()
+
+
+def markdown_table(summaries: Sequence[Summary], mode: str = "free") -> str:
+    """Methods by tasks in Markdown: score, interval, KV read."""
+    own = [s for s in summaries if s.mode == mode]
+    table = _table("", "", own)
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
+    for method, cells in table.rows:
+        shown = ("-" if c is None else f"{c.score} ({c.interval}), KV {c.read}" for c in cells)
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_pareto(
+    path: str | os.PathLike[str], records: Sequence[Record], task: str, mode: str
+) -> None:
+    """The plot of one task as a file of its own, SVG or PNG by its name.
+
+    Raises:
+        ValueError: there is nothing to plot.
+    """
+    summaries = summarize(records)
+    look = plots.styles(s.method for s in summaries)
+    chosen = [s for s in summaries if s.task == task and s.mode == mode]
+    figure = plots.pareto(chosen, look, task) if chosen else None
+    if figure is None:
+        raise ValueError(f"no results of {task} ({mode}) to plot")
+    write_whole(path, plots.render(figure, Path(path).suffix.removeprefix(".")))
+
+
+def _starts(prefix: str) -> Callable[[str], bool]:
+    return lambda task: task.startswith(prefix)
+
+
+def _table(title: str, note: str, summaries: Sequence[Summary]) -> Table:
+    columns = tuple(dict.fromkeys(s.task for s in summaries))
+    by_place = {(s.method, s.task): s for s in summaries}
+    best = {task: _best([s for s in summaries if s.task == task]) for task in columns}
+    rows = []
+    for method in dict.fromkeys(s.method for s in summaries):
+        own = [by_place.get((method, task)) for task in columns]
+        cells = (
+            None if s is None else _cell(s, best=s.score == best[s.task] and method != "full")
+            for s in own
+        )
+        rows.append((method, tuple(cells)))
+    return Table(title, note, columns, tuple(rows))
+
+
+def _best(summaries: Sequence[Summary]) -> float | None:
+    """The best score besides full attention's."""
+    scores = [s.score for s in summaries if s.method != "full"]
+    if not scores:
+        return None
+    return min(scores) if summaries[0].task.startswith("perplexity") else max(scores)
+
+
+def _cell(s: Summary, *, best: bool) -> Cell:
+    factor = scale(s.task)
+    digits = 1 if factor == 100 else 2
+    low, high = factor * s.ci_low, factor * s.ci_high
+    return Cell(
+        score=f"{factor * s.score:.{digits}f}",
+        interval=f"{low:.{digits}f}-{high:.{digits}f}",
+        tokens=f"{s.output_tokens:.0f}",
+        read=_share(s.kv_read_share),
+        best=best,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"

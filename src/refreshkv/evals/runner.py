@@ -1,0 +1,217 @@
+"""A whole grid: check it, decode what is missing, one record an example, then the summary and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import refreshkv
+from refreshkv.evals import decoding
+from refreshkv.evals.grid import MODES, Cell, Grid, batches, make_cells
+from refreshkv.evals.launch import Team
+from refreshkv.evals.records import dtype_of, hash_of, records_of, settings_of, versions
+from refreshkv.evals.report import write_report
+from refreshkv.evals.store import Record, RunDirectory, cannot_write
+from refreshkv.evals.summary import Summary, summarize, write_csv
+from refreshkv.evals.task import Example
+from refreshkv.stats import RowStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from refreshkv import Session
+    from refreshkv.evals.grid import MethodSpec
+
+# Given the number of examples, something like a tqdm bar: update(n), set_description(text), close().
+Progress = Callable[[int], Any]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    out: Path,
+    *,
+    team: Team | None = None,
+    progress: Progress | None = None,
+) -> list[Summary]:
+    """Run what is missing of `grid` in the directory `out`, and write summary.csv and report.html.
+
+    Returns the summaries of everything in the directory; an empty list in a process that is not the main one.
+
+    Raises:
+        ValueError: see `prepare`.
+        RunError: a disk that is full, or a score that is not finite; what was written is kept.
+    """
+    with prepare(model, tokenizer, grid, out, team=team) as ready:
+        ready.decode(progress)
+        return ready.finish()
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    out: Path,
+    *,
+    team: Team | None = None,
+) -> Run:
+    """Make the examples and check everything that can be checked before the first token is decoded.
+
+    Raises:
+        ValueError: settings or data that cannot work, a prompt that does not fit the model, or a directory that was
+            made with other settings or data.
+        RunError: the disk is full.
+    """
+    team = Team() if team is None else team
+    cells = make_cells(grid, lambda text: len(decoding.answer_tokens(tokenizer, text)))
+    _check_prompts(model, tokenizer, grid, cells)
+    for method in grid.methods:
+        _attach(model, grid, method).detach()
+    config = {
+        "model": grid.model,
+        "dtype": dtype_of(model),
+        "device": model.device.type,
+        "seed": grid.seed,
+        "budget": grid.budget,
+        "chat": grid.chat,
+        "mode": grid.mode,
+        "limit": grid.limit,
+        "batch": grid.batch,
+        "tasks": {task.name: settings_of(task) for task in grid.tasks},
+        "methods": [method.text for method in grid.methods],
+        "versions": versions(),
+    }
+    directory = RunDirectory(out)
+    try:
+        if team.is_main:
+            directory.open(config)
+        team.wait()
+        done = directory.done()
+        _check_same_prompts(out, cells, done)
+    except BaseException:
+        directory.close()
+        raise
+    todo = batches(cells, done, grid.batch)[team.rank :: team.size]
+    return Run(model, tokenizer, grid, cells, todo, directory, team)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked grid: `decode`, then `finish`. A context manager; until it ends no other run has the directory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    grid: Grid
+    cells: Sequence[Cell]
+    todo: Sequence[tuple[Cell, Sequence[Example]]]
+    directory: RunDirectory
+    team: Team
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.directory.close()
+
+    def decode(self, progress: Progress | None = None) -> None:
+        """All batches of this process. Each is on the disk before the next begins.
+
+        Raises:
+            RunError: a record that could not be written, or a score that is not finite.
+        """
+        with ExitStack() as stack:
+            bar = None
+            if progress is not None and self.team.is_main:
+                bar = progress(sum(len(examples) for _, examples in self.todo))
+                stack.callback(bar.close)
+            rank = self.team.rank if self.team.size > 1 else None
+            lines = stack.enter_context(self.directory.lines(rank))
+            for cell, group in groupby(self.todo, key=lambda batch: batch[0]):
+                if bar is not None:
+                    bar.set_description(f"{cell.task.name}, {cell.method.text}")
+                with _attach(self.model, self.grid, cell.method) as session:
+                    for _, examples in group:
+                        records = records_of(session, self.tokenizer, self.grid, cell, examples)
+                        lines.append(list(records))
+                        if bar is not None:
+                            bar.update(len(examples))
+
+    def finish(self) -> list[Summary]:
+        """Merge what the processes wrote; summary and report are the main one's.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        self.team.wait()
+        if not self.team.is_main:
+            return []
+        records = self.directory.tidy(self._order())
+        summaries = summarize(records)
+        try:
+            write_csv(self.directory.path / "summary.csv", summaries)
+            write_report(self.directory.path, records, summaries)
+        except OSError as error:
+            raise cannot_write(self.directory.path, error) from error
+        return summaries
+
+    def _order(self) -> Callable[[Record], tuple[int, ...]]:
+        """Task, method, mode, example: the order of one process that was never stopped."""
+        tasks = list(self.directory.config["tasks"])
+        methods = self.directory.config["methods"]
+        places = {
+            cell.key(example): place
+            for cell in self.cells
+            for place, example in enumerate(cell.examples)
+        }
+        beyond = len(places)  # for examples of an earlier run with a higher limit
+
+        def order(record: Record) -> tuple[int, ...]:
+            return (
+                tasks.index(record["task"]),
+                methods.index(record["method"]),
+                MODES.index(record["mode"]),
+                places.get(record["key"], beyond),
+            )
+
+        return order
+
+
+def _attach(model: PreTrainedModel, grid: Grid, method: MethodSpec) -> Session:
+    settings = {"budget": grid.budget, **method.settings}
+    return refreshkv.attach(model, method=method.name, stats=RowStats(), **settings)
+
+
+def _check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    cells: Sequence[Cell],
+) -> None:
+    """Every prompt fits the model together with its output. No method changes either."""
+    for cell in {(cell.task.name, cell.mode): cell for cell in cells}.values():
+        for example in cell.examples:
+            tokens = len(decoding.encode(tokenizer, example.prompt, grid.chat))
+            if cell.mode == "forced":
+                room = len(decoding.answer_tokens(tokenizer, example.answer or ""))
+            else:
+                room = example.max_new_tokens
+            if room < 1:
+                raise ValueError(f"{cell.title(example)}: nothing to decode; check its data")
+            decoding.check_room(model, cell.title(example), tokens, room)
+
+
+def _check_same_prompts(out: Path, cells: Sequence[Cell], done: dict[str, str]) -> None:
+    """What is done already was done with the prompts of today."""
+    for cell in cells:
+        for example in cell.examples:
+            before = done.get(cell.key(example))
+            if before is not None and before != hash_of(example):
+                raise ValueError(
+                    f"run directory '{out}' holds {cell.title(example)} with another prompt: the data has changed;"
+                    " use another --out"
+                )

@@ -1,0 +1,290 @@
+"""From lines of results to one row per task, mode and method: the score, its 95 % interval, and what was read for it.
+
+Intervals are percentile bootstraps over examples (`scipy.stats.bootstrap`, seeded). A percentile interval moves with any
+growing function, so that of a perplexity is the exponential of that of its mean log-likelihood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = Mapping[str, Any]  # one line of results
+
+RESULTS = "results.jsonl"
+CONFIDENCE = 0.95
+RESAMPLES = 4999
+FEWEST = (
+    5  # the chance that all of four differences are positive by luck is 1/16: no 95 % statement
+)
+_REQUIRED = ("task", "mode", "method", "example", "score")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of `summary.csv`.
+
+    Attributes:
+        score: mean over examples; for perplexity exp(mean negative log-likelihood over documents).
+        ci_low, ci_high: ends of the 95 % interval; the score itself where nothing varies.
+        output_tokens, answer_tokens: means; `answer_tokens` over the examples that have an answer.
+        kv_read_share: KV bytes read / KV bytes of full attention, pooled: each example counts with the entries that
+            full attention would read in it, n * (prompt + n / 2) for n output tokens.
+        full_share, effective_stride: full steps / steps and its inverse, from the sums over layers and examples.
+    """
+
+    task: str
+    mode: str
+    method: str
+    metric: str
+    score: float
+    ci_low: float
+    ci_high: float
+    examples: int
+    output_tokens: float
+    answer_tokens: float | None
+    kv_read_share: float | None
+    full_share: float | None
+    effective_stride: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against the baseline on the same examples.
+
+    Attributes:
+        gain: mean difference, positive where the method is better; in the score's units, for perplexity in nats.
+        ci_low, ci_high: ends of the 95 % interval of the gain.
+    """
+
+    task: str
+    mode: str
+    method: str
+    gain: float
+    ci_low: float
+    ci_high: float
+    examples: int
+
+    @property
+    def beats(self) -> bool:
+        """Better than the baseline beyond the interval, on examples enough to say so."""
+        return self.examples >= FEWEST and self.ci_low > 0
+
+
+def read_results(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`; of lines with the same key the first. A half-written last line is dropped.
+
+    Raises:
+        ValueError: there is no such file, or a line before the last is not a line of results (its number is named).
+    """
+    path = Path(directory) / RESULTS
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}; give the --out of a run of 'refreshkv eval'"
+        ) from error
+    found: dict[Hashable, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, parse_constant=_refuse)
+            missing = [name for name in _REQUIRED if name not in record]
+            if missing:
+                raise ValueError(f"no {missing[0]!r}")
+            if not isinstance(record["score"], int | float):
+                raise ValueError(f"score is {record['score']!r}")
+        except (ValueError, TypeError) as error:  # bytes that are no UTF-8 are a ValueError too
+            if number == len(lines):  # the run was stopped while it wrote
+                continue
+            raise ValueError(
+                f"{path}, line {number}: not a line of results ({error}); delete the line"
+            ) from None
+        found.setdefault(identity(record), record)
+    return list(found.values())
+
+
+def summarize(records: Iterable[Record]) -> list[Summary]:
+    """One row per task, mode and method, in the order in which they are first seen.
+
+    The order of the examples and of the groups does not matter to any number.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["task"], record["mode"], record["method"]].append(record)
+    return [_summary(*key, [group]) for key, group in groups.items()]
+
+
+def average(records: Iterable[Record], name: str) -> list[Summary]:
+    """One row per mode and method over several tasks, called `name`: the mean of the tasks' means.
+
+    The bootstrap draws within each task. A method that lacks a task which another has in this mode gets no row.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    tasks: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        strata = groups.setdefault((record["mode"], record["method"]), {})
+        strata.setdefault(record["task"], []).append(record)
+        tasks[record["mode"]].add(record["task"])
+    return [
+        _summary(name, *key, list(strata.values()))
+        for key, strata in groups.items()
+        if len(strata) == len(tasks[key[0]])
+    ]
+
+
+def differences(records: Iterable[Record], baseline: str = "full") -> list[Difference]:
+    """Each method against `baseline` in the same task and mode, over the examples that both have."""
+    groups: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for record in records:
+        methods = groups.setdefault((record["task"], record["mode"]), {})
+        methods.setdefault(record["method"], {})[record["example"]] = record["score"]
+    found = []
+    for (task, mode), methods in groups.items():
+        base = methods.get(baseline, {})
+        sign = -1.0 if is_perplexity(task) else 1.0
+        for method, scores in methods.items():
+            both = sorted(scores.keys() & base.keys())
+            if method == baseline or not both:
+                continue
+            gains = np.array([sign * (scores[example] - base[example]) for example in both])
+            ends = interval([gains])
+            found.append(Difference(task, mode, method, float(gains.mean()), *ends, len(both)))
+    return found
+
+
+def interval(samples: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of the samples' means; the point itself where no sample varies."""
+    point = float(np.mean([sample.mean() for sample in samples]))
+    if all(np.ptp(sample) == 0 for sample in samples):
+        return point, point
+    # scipy wants two values a sample; one value twice is the same stratum without variance
+    data = tuple(sample if len(sample) > 1 else np.repeat(sample, 2) for sample in samples)
+    found = (
+        need("scipy.stats")
+        .bootstrap(
+            data,
+            lambda *drawn, axis: np.mean([sample.mean(axis=axis) for sample in drawn], axis=0),
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(seed),
+        )
+        .confidence_interval
+    )
+    return float(found.low), float(found.high)
+
+
+def write_csv(path: str | os.PathLike[str], summaries: Iterable[Summary]) -> None:
+    """`summary.csv`, whole or not at all. An unknown value is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Summary))
+    for summary in summaries:
+        writer.writerow(
+            f"{value:.8g}" if isinstance(value, float) else value for value in astuple(summary)
+        )
+    write_whole(path, text.getvalue().encode())
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write aside, then rename: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def need(module: str) -> Any:
+    """An optional module, imported. Raises `ModuleNotFoundError` with the command that installs it."""
+    package = module.split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != package:
+            raise  # the package is there, and broken
+        raise ModuleNotFoundError(
+            f"the evaluation needs {package}: pip install 'refreshkv[eval]'", name=package
+        ) from None
+
+
+def identity(record: Record) -> tuple[str, str, str, str]:
+    """What may stand in a run directory once."""
+    return record["task"], record["method"], record["mode"], record["example"]
+
+
+def is_perplexity(task: str) -> bool:
+    """Whether a task's score is a log-likelihood: shown as its exponential, and better where lower."""
+    return task.split()[0] == "perplexity"
+
+
+def scale(task: str) -> float:
+    """What a score is multiplied by for people: shares are shown in per cent."""
+    return 1.0 if is_perplexity(task) else 100.0
+
+
+def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float | None]:
+    """KV read share, share of full steps and effective stride, as `Summary` says."""
+    read = available = full = steps = 0.0
+    for record in records:
+        count = record.get("output_tokens") or 0
+        share = record.get("kv_read_share")
+        if share is not None:
+            weight = count * (record.get("prompt_tokens", 0) + count / 2)
+            read, available = read + weight * share, available + weight
+        for layer in record.get("layers", {}).values():
+            full, steps = full + layer["full_steps"], steps + layer["steps"]
+    return (
+        read / available if available else None,
+        full / steps if steps else None,
+        steps / full if full else None,
+    )
+
+
+def _summary(task: str, mode: str, method: str, strata: Sequence[Sequence[Record]]) -> Summary:
+    """One row over several tasks, or one."""
+    # A seeded bootstrap depends on the order of its data, and batches and processes end in any order.
+    strata = [sorted(group, key=lambda record: record["example"]) for group in strata]
+    records = [record for group in strata for record in group]
+    samples = [np.array([record["score"] for record in group], dtype=float) for group in strata]
+    numbers = (float(np.mean([sample.mean() for sample in samples])), *interval(samples))
+    if is_perplexity(task):
+        numbers = tuple(math.exp(number) for number in numbers)
+    answers = [r["answer_tokens"] for r in records if r.get("answer_tokens") is not None]
+    return Summary(
+        task,
+        mode,
+        method,
+        records[0].get("metric", "score"),
+        *numbers,
+        len(records),
+        float(np.mean([record.get("output_tokens", 0) for record in records])),
+        float(np.mean(answers)) if answers else None,
+        *pooled(records),
+    )
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

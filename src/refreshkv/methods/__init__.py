@@ -1,0 +1,51 @@
+"""The methods of a comparison, by name, all at the same K.
+
+A method is one file, with its record and, where it is not RefreshKV, its algorithm; and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from refreshkv.config import unknown
+from refreshkv.methods import h2o, oracle, pyramidkv, quest, refreshkv, snapkv, streaming_llm, tova
+from refreshkv.methods.method import Method
+
+# In the order of tables.
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            refreshkv.FULL,
+            streaming_llm.METHOD,
+            h2o.METHOD,
+            snapkv.SNAPKV,
+            snapkv.SNAPKV_1,
+            pyramidkv.METHOD,
+            tova.METHOD,
+            quest.METHOD,
+            oracle.METHOD,
+            refreshkv.REFRESHKV,
+            refreshkv.FIXED,
+            refreshkv.AS_IN_PAPER,
+            refreshkv.NO_REFRESH,
+            refreshkv.NO_FULL_ATTENTION,
+            refreshkv.NO_RESELECTION,
+        )
+    }
+)
+
+
+def find(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(unknown("method", name, METHODS))
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Method", "find"]

@@ -1,0 +1,142 @@
+"""RefreshKV in its variants, full attention, and the ablations of the paper."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from refreshkv.cache import LayerCache
+from refreshkv.config import PRESETS, RefreshConfig
+from refreshkv.methods.method import ALL_SETTINGS, Make, Method
+from refreshkv.step import (
+    Algorithm,
+    Attention,
+    FullStep,
+    decode_step,
+    full_step,
+    over_heads,
+    rebuild,
+)
+
+
+class Ablation(Algorithm):
+    """RefreshKV with another full step."""
+
+    def __init__(self, on_full: FullStep) -> None:
+        self.on_full = on_full
+
+    def step(
+        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+    ) -> Tensor:
+        return decode_step(cache, query, attention, visible, self.on_full)
+
+
+def refresh_only(
+    cache: LayerCache,
+    query: Tensor,
+    attention: Attention,
+    visible: Tensor | None,
+    heads: Tensor | None,
+) -> Tensor:
+    """Re-selects as `full_step` does, then attends to the new partial cache only."""
+    scores, lse = cache.backend.score(
+        query,
+        cache.store.keys,
+        **attention.options(over_heads(visible)),
+        reduction=cache.config.group_reduction,
+    )
+    rebuild(cache, query, scores, lse, visible, heads)
+    assert cache.partial is not None
+    keys, values, used = cache.partial.entries()
+    return cache.backend.attend(query, keys, values, **attention.options(used)).output
+
+
+def attend_only(
+    cache: LayerCache,
+    query: Tensor,
+    attention: Attention,
+    visible: Tensor | None,
+    heads: Tensor | None,
+) -> Tensor:
+    """Attends to everything and re-selects nothing: the partial cache goes on as after a partial step."""
+    if cache.partial is None:  # after a crop there is nothing to go on with
+        return full_step(cache, query, attention, visible, heads)
+    if heads is None:  # else the partial step has let the new token in
+        cache.partial.push()
+    return cache.backend.attend(
+        query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
+    ).output
+
+
+def _ablation(on_full: FullStep) -> Make:
+    def make(config: RefreshConfig, layer: int, layers: int) -> Algorithm:
+        return Ablation(on_full)
+
+    return make
+
+
+_PAPER = (
+    'Xu, Goyal and Choi, "RefreshKV: Updating Small KV Cache During Long-form Generation",'
+    " ACL 2025, arXiv 2411.05787"
+)
+_FIXED_STRIDE = tuple(name for name in ALL_SETTINGS if name not in ("threshold", "decide"))
+_NO_STRIDE = tuple(name for name in _FIXED_STRIDE if name != "stride")
+
+FULL = Method(
+    name="full",
+    label="full attention",
+    source="ordinary attention",
+    note="K does not matter; it is accepted so that a comparison can name one for all.",
+    settings={"mode": "full"},
+    uses=("budget",),
+)
+REFRESHKV = Method(
+    name="refreshkv",
+    label="RefreshKV",
+    source=f"{_PAPER}, section 3",
+    note='The preset "default".',
+)
+FIXED = Method(
+    name="refreshkv-fixed",
+    label="RefreshKV, fixed stride",
+    source=f"{_PAPER}, ablations",
+    note="Every due step is full, whatever the query.",
+    settings={"threshold": None},
+    uses=_FIXED_STRIDE,
+)
+AS_IN_PAPER = Method(
+    name="refreshkv-paper",
+    label="RefreshKV as in the paper",
+    source=f"{_PAPER}, section 3",
+    note='The preset "paper-llama": stride 5, full where the cosine is at most 0.85, decided per layer.',
+    settings=PRESETS["paper-llama"],
+)
+NO_REFRESH = Method(
+    name="no-refresh",
+    label="RefreshKV, never refreshed",
+    source=f"{_PAPER}, ablations",
+    note="The selection after the prompt, then the newest tokens: SnapKV with window 1.",
+    settings={"stride": None},
+    uses=_NO_STRIDE,
+)
+NO_FULL_ATTENTION = Method(
+    name="no-full-attention",
+    label="RefreshKV, no full attention",
+    source=f"{_PAPER}, ablations",
+    note=(
+        "As refreshkv-paper, but a step that re-selects attends to the new partial cache only. It needs all keys and"
+        " few values; it is counted as a full step that reads everything."
+    ),
+    settings=PRESETS["paper-llama"],
+    make=_ablation(refresh_only),
+)
+NO_RESELECTION = Method(
+    name="no-reselection",
+    label="RefreshKV, no re-selection",
+    source=f"{_PAPER}, ablations",
+    note=(
+        "As refreshkv-paper, but a full step only attends: the partial cache goes on from the selection after the"
+        " prompt, and queries are compared with the last of the prompt."
+    ),
+    settings=PRESETS["paper-llama"],
+    make=_ablation(attend_only),
+)

@@ -1,0 +1,108 @@
+"""Feeds a text to one layer under a method, and sees what it attends to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreshkv.cache import LayerCache
+from refreshkv.methods import METHODS
+from refreshkv.methods.kept import KeptEntries
+from refreshkv.stats import RowStats
+from refreshkv.step import Algorithm, Attention
+from tests.helpers import Held, Tokens
+
+KEPT = [
+    name
+    for name, m in METHODS.items()
+    if name not in ("no-full-attention", "no-reselection") and m.make
+]
+EVICTING = [name for name in KEPT if name not in ("quest", "oracle-topk")]
+
+
+class Driver:
+    """A prompt of `prompt` tokens, in chunks of `chunk`; then one token a step.
+
+    `seen` holds, after each step, the mask `[B, Hkv, L]` of what a `KeptEntries` chose.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        method: str,
+        prompt: int,
+        *,
+        chunk: int | None = None,
+        attention: Attention | None = None,
+        layer: int = 0,
+        layers: int = 1,
+        **settings: Any,
+    ) -> None:
+        self.tokens = tokens
+        self.prompt = prompt
+        self.attention = attention or Attention(tokens.keys.shape[-1] ** -0.5)
+        self.config = METHODS[method].config(**settings)
+        self.stats = RowStats()
+        self.cache = LayerCache(self.config, index=layer, stats=self.stats)
+        make = METHODS[method].make
+        self.algorithm = Algorithm() if make is None else make(self.config, layer, layers)
+        self.chosen: Tensor | None = None
+        if isinstance(self.algorithm, KeptEntries):
+            self._watch(self.algorithm)
+        for start in range(0, prompt, chunk or prompt):
+            self._observe(start, min(prompt, start + (chunk or prompt)))
+
+    def _watch(self, algorithm: KeptEntries) -> None:
+        choose = algorithm.choose
+
+        def watched(*args: Any) -> Tensor:
+            self.chosen = choose(*args)
+            return self.chosen
+
+        algorithm.choose = watched  # type: ignore[method-assign]
+
+    def _observe(self, start: int, end: int) -> None:
+        tokens = self.tokens
+        self.cache.append(tokens.keys[:, :, start:end], tokens.values[:, :, start:end])
+        queries = tokens.queries[:, :, start:end]
+        self.algorithm.observe(self.cache, queries, self.attention, tokens.seen(end))
+
+    def step(self) -> Tensor:
+        """`[B, Hq, D]`."""
+        now, tokens = self.cache.length, self.tokens
+        self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
+        query, seen = tokens.queries[:, :, now], tokens.seen(now + 1)
+        return self.algorithm.step(self.cache, query, self.attention, seen)
+
+    def run(self, steps: int) -> list[tuple[Tensor, Held]]:
+        """Output and positions attended to, of each step."""
+        return [(self.step(), self.held()) for _ in range(steps)]
+
+    def held(self) -> Held:
+        if self.chosen is None:
+            return []
+        return [[head.nonzero()[:, 0].tolist() for head in row] for row in self.chosen]
+
+    def take_rows(self, rows: Tensor) -> None:
+        self.cache.take_rows(rows)
+        self.algorithm.take_rows(rows)
+        self.tokens = self.tokens.rows(rows)
+
+
+def full_attention(tokens: Tokens, now: int, attention: Attention) -> Tensor:
+    """What token `now` gets from all tokens up to it, `[B, Hq, D]`."""
+    from refreshkv.kernels import reference
+
+    seen = tokens.seen(now + 1)
+    return reference.attend(
+        tokens.queries[:, :, now],
+        tokens.keys[:, :, : now + 1],
+        tokens.values[:, :, : now + 1],
+        **attention.options(None if seen is None else seen[:, None]),
+    ).output
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-4, atol=2e-6)
