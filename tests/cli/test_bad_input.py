@@ -5,9 +5,9 @@ The documentation is what is tested: a row without a case here fails, and so doe
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

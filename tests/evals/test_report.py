@@ -81,6 +81,13 @@ def test_generated_text_is_escaped(records: list[dict]) -> None:
     assert "&lt;script&gt;" in text
 
 
+def test_control_characters_do_not_get_into_the_page(records: list[dict]) -> None:
+    own = [dict(records[0], output="a\x00b\x1b[2J\tc\nd\ud800")]
+    text = report.render(own, summarize(own), CONFIG)
+    assert "a\ufffdb\ufffd[2J\tc\nd\ufffd" in text
+    text.encode()
+
+
 def test_the_papers_tables_and_their_numbers(page: str, records: list[dict]) -> None:
     for title in ("Perplexity", "RULER", "Summarisation", "Long outputs, free", "Ablations, free"):
         assert f"<h2>{title}" in page

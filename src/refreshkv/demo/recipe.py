@@ -16,7 +16,7 @@ class Stage:
     """`steps` optimiser steps on batches of `batch` windows of `length` positions.
 
     `mix` weighs what is taught (in the order of `windows.SUBJECTS`); `context_share` bounds the part of a
-    window that is context.
+    window that is context; `single_keys` is the share of key-value questions that ask for one key.
     """
 
     length: int
@@ -24,6 +24,7 @@ class Stage:
     steps: int
     mix: tuple[float, ...] = (1, 1, 2)
     context_share: tuple[float, float] = (0.4, 0.92)
+    single_keys: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -123,6 +124,18 @@ FULL = Recipe(
             ),
             peak_rate=0.8e-3,
             cool_share=0.8,
+        ),
+        Phase(
+            "finish",
+            # Single keys, which were rarely asked for so far; the rest so that nothing is lost.
+            (
+                Stage(512, 8, 50, mix=(1, 1, 2, 0.7), single_keys=0.5),
+                Stage(1024, 4, 70, mix=(1, 1, 2, 0.7), single_keys=0.5),
+                Stage(2048, 2, 100, mix=(1, 1, 2, 0.7), single_keys=0.5),
+                Stage(4096, 1, 100, mix=(1, 1, 2, 0.7), single_keys=0.5),
+            ),
+            peak_rate=0.6e-3,
+            cool_share=0.9,
         ),
     )
 )

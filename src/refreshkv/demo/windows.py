@@ -61,7 +61,9 @@ def make_batch(
     for b in range(size):
         task = SUBJECTS[rng.choice(len(stage.mix), p=chances)]
         share = rng.uniform(*stage.context_share)
-        row, wanted, context = training_window(rng, tokenizer, task, length + 1, share)
+        row, wanted, context = training_window(
+            rng, tokenizer, task, length + 1, share, stage.single_keys
+        )
         tokens[b, : len(row)], answer[b, : len(row)] = row, wanted
         room = tk.MAX_LENGTH - length
         if gaps and rng.random() < GAP_SHARE:
@@ -70,14 +72,23 @@ def make_batch(
 
 
 def training_window(
-    rng: np.random.Generator, tokenizer: Tokenizer, task: str, length: int, context_share: float
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    task: str,
+    length: int,
+    context_share: float,
+    single_keys: float = 0.0,
 ) -> tuple[list[int], list[bool], int]:
     """(token ids, loss here?, length of the context) of one window of at most `length` tokens."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    context, questions = _MAKERS[task](rng, int(length * context_share), lambda t: len(ids(t)))
+    budget = int(length * context_share)
+    if task == "key-value":
+        context, questions = _pairs(rng, budget, lambda t: len(ids(t)), single_keys)
+    else:
+        context, questions = _MAKERS[task](rng, budget, lambda t: len(ids(t)))
     eos = tokenizer.token_to_id(tk.EOS)
     assert eos is not None
     row = tokenizer.encode(context).ids  # with <bos>
@@ -127,8 +138,10 @@ def _html(rng: np.random.Generator, budget: int, count: chain.Count) -> tuple[st
     return html.page(tables), [(html.request(table), table.tsv()) for table in tables]
 
 
-def _pairs(rng: np.random.Generator, budget: int, count: chain.Count) -> tuple[str, list[Question]]:
-    """Every line is asked for once, up to `MOST_KEYS` at a time."""
+def _pairs(
+    rng: np.random.Generator, budget: int, count: chain.Count, single: float
+) -> tuple[str, list[Question]]:
+    """Every line is asked for once, up to `MOST_KEYS` at a time; a share `single` of the questions asks for one."""
     seen: set[str] = set()
     lines: list[str] = []
     left = budget - count(pairs.INTRO)
@@ -140,6 +153,8 @@ def _pairs(rng: np.random.Generator, budget: int, count: chain.Count) -> tuple[s
     while order:
         # The larger of two draws: going to the next key is the hard part, ask for many.
         size = int(rng.integers(1, MOST_KEYS + 1, 2).max())
+        if single and rng.random() < single:
+            size = 1
         questions.append((pairs.request(order[:size]), "".join(order[:size])))
         order = order[size:]
     return pairs.INTRO + "".join(lines), questions
@@ -159,7 +174,9 @@ def _needles(
     left = budget - count(intro(True, False)) - 4
     while not hidden or left > 0:
         # Text and noise are thin hay: two or three sentences between needles.
-        chaff = [] if hay == "needles" else stuff(len(lines) + int(rng.integers(2, 4)))[len(lines) :]
+        chaff = (
+            [] if hay == "needles" else stuff(len(lines) + int(rng.integers(2, 4)))[len(lines) :]
+        )
         hidden.append((draw_key(rng, seen, keys), draw_value(rng, seen, codes)))
         lines += [*chaff, needle(*hidden[-1])]
         left -= sum(count(line) + 1 for line in lines[-len(chaff) - 1 :])
@@ -171,6 +188,5 @@ def _needles(
 _MAKERS = {
     "chain-of-key": _chain,
     "html-to-tsv": _html,
-    "key-value": _pairs,
     "needles": _needles,
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from refreshkv.evals.summary import (
 
 REPORT, CONFIG, TEMPLATE = "report.html", "config.json", "report.html.j2"
 _SHOWN = 4000  # characters of an output in the report
+# What HTML does not allow: control characters besides tab and line breaks, and lone surrogates.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _ABLATIONS = ("full", "snapkv-1", "refreshkv", "no-")
 
 
@@ -203,6 +206,7 @@ def examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         )
         if record["example"] == shown["example"]:
             text = str(record.get("output", ""))
+            text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
             text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
             score = f"{scale(record['task']) * record['score']:.1f}"
             shown["outputs"].append((record["method"], score, text))

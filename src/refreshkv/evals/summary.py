@@ -1,6 +1,6 @@
 """From lines of results to one row per task, mode and method: the score, its 95 % interval, and what was read for it.
 
-Intervals are percentile bootstraps over examples (`scipy.stats.bootstrap`, seeded). A percentile interval moves with any
+Intervals are percentile bootstraps over examples (`scipy.stats.bootstrap`, seeded). Such an interval moves with any
 growing function, so that of a perplexity is the exponential of that of its mean log-likelihood.
 """
 

@@ -28,7 +28,21 @@ CONTEXT = "Context:\n"
 LINE = "Name of key: "
 CHAIN, KEYS = "Chain of ", " keys:\n"
 PHRASES = (RULE, WRITE, KEYS_OF, EXAMPLE, CONTEXT, LINE, CHAIN, KEYS)
-_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 _EXAMPLE_KEYS = 10
 
 
