@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refreshkv.evals.task import Count, Example, Score, Task, generator
+from refreshkv.evals.tasks.key_value import INTRO, request
 from refreshkv.evals.words import draw_word
 
 
@@ -24,12 +25,15 @@ class Toy(Task):
         for index in range(3 if limit is None else limit):
             rng = generator(self.name, seed, index + self.start)
             drawn = [draw_word(rng) for _ in range(self.words + 5 * (index % 3))]
-            prompt = "".join(f"{word}:{word[::-1]}\n" for word in drawn)
+            lines = [f"{word}:{word[::-1]}\n" for word in drawn]
+            # A request that the bundled model knows: it answers, instead of ending at once.
+            prompt = INTRO + "".join(lines) + request(lines[:2])
             answer = f"{drawn[0]}\n{drawn[1]}\n" if self.answers else None
             yield Example(f"{index:04d}", prompt, 4 + index % 3, answer)
 
     def score(self, example: Example, output: str) -> Score:
-        parts = tuple(float(a == b) for a, b in zip(example.prompt[:3], output, strict=False))
+        first = example.prompt.rsplit(" ", 1)[1]
+        parts = tuple(float(a == b) for a, b in zip(first[:3], output, strict=False))
         return Score(sum(parts) / 3, parts)
 
 

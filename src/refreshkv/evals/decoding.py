@@ -6,9 +6,10 @@ decode steps. Rows are padded on the left; no method sees the padding.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from refreshkv import Session
+
+
+_SMALL = 50_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,18 @@ def generate(
     tokens, mask = _left_padded(rows, pad, model.device)
     width, started = tokens.shape[1], time.perf_counter()
     session.stats.reset()
-    sequences = model.generate(
-        input_ids=tokens,
-        attention_mask=mask,
-        max_new_tokens=max(max_new_tokens),
-        stopping_criteria=[_OwnCap(width, max_new_tokens, model.device)],
-        pad_token_id=pad,
-        # Plain greedy, whatever the checkpoint recommends.
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-    )
+    with _threads(model) as prompts_done:
+        sequences = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max(max_new_tokens),
+            stopping_criteria=[_OwnCap(width, max_new_tokens, model.device, prompts_done)],
+            pad_token_id=pad,
+            # Plain greedy, whatever the checkpoint recommends.
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+        )
     new = sequences[:, width:].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(rows)
     ends = _end_tokens(model)
@@ -158,7 +163,8 @@ def feed(
     gold_tokens = gold_tokens.to(model.device)
     started = time.perf_counter()
     session.stats.reset()
-    logprobs, best = _feed_loop(model, session, tokens, mask, gold_tokens)
+    with _threads(model) as prompts_done:
+        logprobs, best = _feed_loop(model, session, tokens, mask, gold_tokens, prompts_done)
     seconds = (time.perf_counter() - started) / len(rows)
     fed = []
     for i, (row, gold) in enumerate(zip(rows, golds, strict=True)):
@@ -229,18 +235,50 @@ def lines_right(
 
 
 class _OwnCap(StoppingCriteria):
-    """Each row ends at its own number of tokens."""
+    """Each row ends at its own number of tokens. Also tells when the prompts are through."""
 
-    def __init__(self, width: int, caps: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        caps: Sequence[int],
+        device: torch.device,
+        prompts_done: Callable[[], None],
+    ) -> None:
         self.ends = torch.tensor([width + cap for cap in caps], device=device)
+        self.prompts_done = prompts_done
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """`[B]` bool: done."""
+        self.prompts_done()
         return self.ends <= input_ids.shape[1]
 
 
+@contextlib.contextmanager
+def _threads(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
+    """Yields what to call when the prompts are through: a small model on a CPU decodes with one thread.
+
+    Its steps gain nothing from a second, and wait for it on a busy machine; its prompts do gain.
+    """
+    before = torch.get_num_threads()
+    small = model.device.type == "cpu" and model.num_parameters() < _SMALL
+
+    def prompts_done() -> None:
+        if small:
+            torch.set_num_threads(1)
+
+    try:
+        yield prompts_done
+    finally:
+        torch.set_num_threads(before)
+
+
 def _feed_loop(
-    model: PreTrainedModel, session: Session, tokens: Tensor, mask: Tensor, gold: Tensor
+    model: PreTrainedModel,
+    session: Session,
+    tokens: Tensor,
+    mask: Tensor,
+    gold: Tensor,
+    prompts_done: Callable[[], None],
 ) -> tuple[list[list[float]], list[list[int]]]:
     """Log-probabilities of `gold` `[B, n]` after the prompts, and the most probable tokens in its place."""
     width, steps = tokens.shape[1], gold.shape[1]
@@ -262,6 +300,7 @@ def _feed_loop(
         return output.logits[:, -1].float()
 
     now = logits(tokens, 0)
+    prompts_done()
     logprobs, best = [], []
     for step in range(steps):
         if step:
