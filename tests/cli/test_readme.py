@@ -68,11 +68,12 @@ def parse(arguments: list[str]) -> None:
 
 
 def cheap(line: str) -> bool:
-    """Runs in seconds and offline: one answer of the bundled model, a printed prompt, or `info`."""
+    """Runs in seconds and offline: one answer of the bundled model, a few short ones, a printed prompt, or `info`."""
     return all(
         call[:1] == ["info"]
         or "--print-prompt" in call
         or (call[:1] == ["generate"] and "demo" in call)
+        or (call[:1] == ["eval"] and "512" in call)
         for call in calls(line)
     )
 

@@ -8,6 +8,7 @@ import torch
 from refreshkv.demo import MODEL_PATH, load
 from refreshkv.demo.prompts import TASKS, demo_task, make_prompt
 from refreshkv.evals.task import Example
+from refreshkv.evals.tasks import make_task
 
 FILES = {
     "config.json",
@@ -76,3 +77,28 @@ def test_loads_by_auto_classes() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH, local_files_only=True)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert tokenizer("banana").input_ids == load()[1]("banana").input_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2048, 4096])
+@pytest.mark.parametrize(
+    ("task", "options", "bar"),
+    [
+        ("chain-of-key", {}, 0.95),
+        ("html-to-tsv", {}, 0.95),
+        ("key-value", {"keys": 5}, 0.98),
+        ("key-value", {"keys": 1}, 0.98),
+    ],
+)
+def test_reaches_its_bars(bundled, task: str, options: dict, bar: float, length: int) -> None:
+    """The bars hold for the mean over many prompts; a sample of 40 may fall short by its noise."""
+    made = make_task(task, length=length, **options)
+    count = bundled[1]
+    examples = list(
+        made.examples(lambda t: len(count(t, add_special_tokens=False).input_ids), 0, 40)
+    )
+    outputs = [
+        t for i in range(0, 40, 10) for t in generate_answers(*bundled, examples[i : i + 10])
+    ]
+    mean = sum(made.score(*pair).value for pair in zip(examples, outputs, strict=True)) / 40
+    assert mean >= bar - 0.03

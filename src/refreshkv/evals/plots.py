@@ -1,4 +1,4 @@
-"""The three plots of a run: quality against KV read, quality by position in the output, effective stride per layer.
+"""The plots of a run: quality against KV read, and quality by position in the output (strides: `stride_plot`).
 
 A plot is a matplotlib `Figure` made without pyplot, so nothing stays open. Colours are the families of methods, from
 Okabe and Ito's palette, which colour-blind readers can tell apart; within a family the marker and the dashes differ.
@@ -8,7 +8,6 @@ The same records give the same bytes.
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 10  # of the output, where its length differs between examples
-NEVER = "never"
-_WIDTH, _HEIGHT = 6.0, 3.9  # inches of a panel
-_LABEL = 7.5  # points
-_LINE = 1.32 * _LABEL / 72  # inches a line of a label
-_LETTER = 0.64 * _LABEL / 72  # inches a letter, DejaVu Sans, on the wide side
+WIDTH, _HEIGHT = 6.0, 3.9  # inches of a panel
+LABEL = 7.5  # points
+LINE = 1.32 * LABEL / 72  # inches a line of a label
+LETTER = 0.64 * LABEL / 72  # inches a letter, DejaVu Sans, on the wide side
 _RC = {
     "font.family": "sans-serif",
     "font.size": 8.5,
@@ -90,7 +88,7 @@ def pareto(summaries: Sequence[Summary], look: dict[str, Style], title: str) -> 
     points = [s for s in summaries if s.kv_read_share]
     if not points:
         return None
-    with _settings():
+    with settings():
         factor = scale(points[0].task)
         figure, axes, room = _panel([s.method for s in points], title)
         for s in points:
@@ -131,7 +129,7 @@ def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> 
         return None
     counted = len(lengths) == 1
     methods = [method for method in dict.fromkeys(r["method"] for r in records) if method in parts]
-    with _settings():
+    with settings():
         figure, axes, room = _panel(methods, title)
         ends = []
         for method in methods:
@@ -162,43 +160,6 @@ def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> 
         return figure
 
 
-def strides(records: Iterable[Record], title: str) -> Figure | None:
-    """Effective stride of each layer (steps / full steps, summed over examples), for the methods that mix both.
-
-    A layer without a full step shows as "never". `None` where every method is always full or never.
-    """
-    counts = layer_counts(records)
-    methods = mixed(counts)
-    if not methods:
-        return None
-    layers = sorted({layer for method in methods for layer in counts[method]})
-    table = np.full((len(methods), len(layers)), np.nan)
-    for i, method in enumerate(methods):
-        for layer, (full, steps) in counts[method].items():
-            table[i, layers.index(layer)] = steps / full if full else np.inf
-    with _settings():
-        return _heat(table, methods, layers, title)
-
-
-def layer_counts(records: Iterable[Record]) -> dict[str, dict[int, tuple[float, float]]]:
-    """Method -> layer -> (full steps, steps), summed over examples."""
-    counts: dict[str, dict[int, tuple[float, float]]] = {}
-    for record in records:
-        layers = counts.setdefault(record["method"], {})
-        for name, layer in record.get("layers", {}).items():
-            full, steps = layers.get(int(name), (0.0, 0.0))
-            layers[int(name)] = full + layer["full_steps"], steps + layer["steps"]
-    return counts
-
-
-def mixed(counts: dict[str, dict[int, tuple[float, float]]]) -> list[str]:
-    """The methods with full steps and others."""
-    sums = {
-        method: np.sum(list(layers.values()), axis=0) for method, layers in counts.items() if layers
-    }
-    return [method for method, (full, steps) in sums.items() if 0 < full < steps]
-
-
 def rebin(parts: Sequence[float], bins: int) -> np.ndarray:
     """The step function of `parts` over [0, 1], averaged in `bins` equal bins. [bins]"""
     whole = np.concatenate([[0.0], np.cumsum(parts)]) / len(parts)
@@ -209,7 +170,7 @@ def rebin(parts: Sequence[float], bins: int) -> np.ndarray:
 def render(figure: Figure, kind: str = "svg", dpi: int = 160) -> bytes:
     """The figure as a file: "svg" or "png", without a date."""
     file = io.BytesIO()
-    with _settings():
+    with settings():
         if kind == "svg":
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
         else:
@@ -224,23 +185,23 @@ def inline(figure: Figure, prefix: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
 
 
-def _settings() -> Any:
+def settings() -> Any:
     """Our settings of matplotlib, and everybody else's again afterwards."""
     return need("matplotlib").rc_context(_RC)
 
 
 def _panel(methods: Sequence[str], title: str) -> tuple[Figure, Axes, float]:
     """A figure whose axes leave room for labels on the right; also that room in inches."""
-    longest = max(len(line) for method in methods for line in _wrapped(method))
-    room = min(0.45 * _WIDTH, longest * _LETTER + 0.3)
-    lines = sum(len(_wrapped(method)) for method in methods)
-    height = max(_HEIGHT, lines * _LINE + 1.1)
-    figure = need("matplotlib.figure").Figure(figsize=(_WIDTH, height))
+    longest = max(len(line) for method in methods for line in wrapped(method))
+    room = min(0.45 * WIDTH, longest * LETTER + 0.3)
+    lines = sum(len(wrapped(method)) for method in methods)
+    height = max(_HEIGHT, lines * LINE + 1.1)
+    figure = need("matplotlib.figure").Figure(figsize=(WIDTH, height))
     left, bottom, top = 0.62, 0.52, 0.36
     box = (
-        left / _WIDTH,
+        left / WIDTH,
         bottom / height,
-        (_WIDTH - left - room) / _WIDTH,
+        (WIDTH - left - room) / WIDTH,
         (height - bottom - top) / height,
     )
     axes = figure.add_axes(box)
@@ -257,7 +218,7 @@ def _label(
     to_axes = axes.transData + axes.transAxes.inverted()
     spots = [(method, *to_axes.transform((x, y))) for method, x, y in ends]
     spots.sort(key=lambda spot: (spot[2], -ends.index(next(e for e in ends if e[0] == spot[0]))))
-    sizes = [len(_wrapped(method)) * _LINE / height for method, _, _ in spots]
+    sizes = [len(wrapped(method)) * LINE / height for method, _, _ in spots]
     wanted = [min(1.0, max(0.0, y)) for _, _, y in spots]
     column = 1 + 0.22 / width
     for (method, x, y), middle in zip(spots, spread(wanted, sizes), strict=True):
@@ -286,10 +247,10 @@ def _label(
         axes.text(
             column + 0.03 / width,
             middle,
-            "\n".join(_wrapped(method)),
+            "\n".join(wrapped(method)),
             transform=axes.transAxes,
             color=style.colour,
-            fontsize=_LABEL,
+            fontsize=LABEL,
             verticalalignment="center_baseline",
             linespacing=1.1,
             parse_math=False,
@@ -308,7 +269,7 @@ def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
     return list(np.clip(free, 0, slack) + below if slack > 0 else below + slack / 2)
 
 
-def _wrapped(method: str) -> list[str]:
+def wrapped(method: str) -> list[str]:
     """A method's spec in lines of at most about 24 letters."""
     lines: list[str] = []
     for piece in method.split(":"):
@@ -342,75 +303,3 @@ def _axis_of_scores(axes: Axes, task: str, metric: str, scores: Sequence[float])
             axes.set_ylim(-4, 104)
         else:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min(scores) < 5 else None)
-
-
-def _heat(table: np.ndarray, methods: list[str], layers: list[int], title: str) -> Figure:
-    """Methods x layers, numbers in the cells where there is room for them."""
-    colours = need("matplotlib.colors")
-    longest = max(len(line) for method in methods for line in _wrapped(method))
-    left, top, bottom, right = longest * _LETTER + 0.15, 0.36, 0.5, 0.75
-    row = max(0.26, max(len(_wrapped(method)) for method in methods) * _LINE + 0.08)
-    height = top + bottom + row * len(methods)
-    figure = need("matplotlib.figure").Figure(figsize=(_WIDTH, height))
-    inside = _WIDTH - left - right
-    axes = figure.add_axes(
-        (left / _WIDTH, bottom / height, inside / _WIDTH, row * len(methods) / height)
-    )
-    axes.grid(visible=False)
-    axes.set_facecolor("#f4f4f4")
-    axes.patch.set_hatch("////")
-    known = table[np.isfinite(table)]
-    norm = colours.LogNorm(1, max(2.0, float(known.max())))
-    shades = need("matplotlib").colormaps["cividis"]
-    mesh = axes.pcolormesh(
-        np.ma.masked_invalid(table), cmap=shades, norm=norm, edgecolors="white", linewidth=1
-    )
-    if inside / len(layers) >= 0.27:
-        for (i, j), stride in np.ndenumerate(table):
-            if math.isnan(stride):
-                continue
-            text = (
-                f"{stride:.1f}"
-                if stride < 10
-                else f"{stride:.0f}"
-                if math.isfinite(stride)
-                else NEVER
-            )
-            dark = math.isfinite(stride) and norm(stride) < 0.5
-            small = 5.5 if text == NEVER and inside / len(layers) < 0.4 else 7
-            axes.text(
-                j + 0.5,
-                i + 0.5,
-                text,
-                ha="center",
-                va="center",
-                fontsize=small,
-                color="white" if dark else "black",
-            )
-    axes.invert_yaxis()
-    axes.set_yticks(
-        np.arange(len(methods)) + 0.5,
-        ["\n".join(_wrapped(method)) for method in methods],
-        fontsize=_LABEL,
-        parse_math=False,
-    )
-    every = math.ceil(len(layers) / 16)
-    axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(n) for n in layers[::every]])
-    axes.tick_params(length=0)
-    axes.set_xlabel("layer")
-    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
-    side = figure.add_axes(
-        (
-            (_WIDTH - right + 0.12) / _WIDTH,
-            bottom / height,
-            0.12 / _WIDTH,
-            row * len(methods) / height,
-        )
-    )
-    bar = figure.colorbar(mesh, cax=side)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick <= norm.vmax]
-    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-    bar.minorticks_off()
-    bar.outline.set_linewidth(0.4)
-    side.set_ylabel("stride")
-    return figure

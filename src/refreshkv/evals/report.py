@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.evals import plots
+from refreshkv.evals.stride_plot import strides
 from refreshkv.evals.summary import (
     Difference,
     Record,
@@ -182,9 +183,7 @@ def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterat
                     svg = plots.inline(figure, f"{task}-{mode}-{kind}")
                     yield Plot(svg, f"{name}: {what}")
     for mode in dict.fromkeys(r["mode"] for r in records):
-        figure = plots.strides(
-            [r for r in records if r["mode"] == mode], f"stride by layer, {mode}"
-        )
+        figure = strides([r for r in records if r["mode"] == mode], f"stride by layer, {mode}")
         if figure is not None:
             yield Plot(plots.inline(figure, f"stride-{mode}"), f"steps per full step, {mode}")
 
