@@ -111,9 +111,8 @@ def test_two_processes_give_the_numbers_of_one(
     args: Any, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
-    launch = (
-        "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    )
+    # With --cpu, accelerate starts one process, whatever --num_processes says.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [
         sys.executable,
         "-m",
@@ -124,7 +123,7 @@ def test_two_processes_give_the_numbers_of_one(
         "refreshkv.cli",
     ]
     done = subprocess.run(
-        [*command, *args(two, "--json", limit=5, batch=2, mode="both")],
+        [*command, *args(two, "--json", "--device", "cpu", limit=5, batch=2, mode="both")],
         env={**ENVIRONMENT, "MASTER_PORT": "0"},
         capture_output=True,
         text=True,
@@ -132,6 +131,7 @@ def test_two_processes_give_the_numbers_of_one(
     )
     assert done.returncode == 0, done.stderr
     assert run(*args(one, limit=5, mode="both")).exit_code == 0
+    assert [json.loads((d / "config.json").read_text())["processes"] for d in (two, one)] == [2, 1]
     assert lines(two) == lines(one)
     assert (two / "summary.csv").read_bytes() == (one / "summary.csv").read_bytes()
     assert done.stdout.count("Report:") == 1  # the main process alone speaks

@@ -82,6 +82,7 @@ def prepare(
         "mode": grid.mode,
         "limit": grid.limit,
         "batch": grid.batch,
+        "processes": team.size,
         "tasks": {task.name: settings_of(task) for task in grid.tasks},
         "methods": [method.text for method in grid.methods],
         "versions": versions(),
