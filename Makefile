@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu crosscheck clean
+.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu report crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,17 @@ GPU_PYTHON := $(BIN)/python
 else
 GPU_PYTHON := PYTHONPATH=src $(PYTHON)
 endif
+
+# The reports of docs/evaluation.md: on two cores about 25 minutes.
+GRID := $(BIN)/torchrun --nproc_per_node 2 -m refreshkv.cli eval --device cpu --model demo --dtype bfloat16 \
+	--tasks chain-of-key,html-to-tsv --length 4096 --batch 8
+EVERY := full,oracle-topk,quest,refreshkv,refreshkv:stride=10,refreshkv-fixed:stride=2,refreshkv-fixed:stride=5,$\
+	refreshkv-fixed:stride=10,no-full-attention,no-reselection,no-refresh,snapkv-1,snapkv,pyramidkv,h2o,tova,streaming-llm
+FED := full,refreshkv,refreshkv:stride=10,refreshkv:stride=5:threshold=0.5,refreshkv-fixed:stride=5,$\
+	refreshkv-fixed:stride=6,refreshkv-fixed:stride=7,no-full-attention,no-refresh
+report: $(STAMP)  ## evaluate every method on the bundled model again, into out/
+	OMP_NUM_THREADS=1 $(GRID) --methods $(EVERY) --limit 30 --out out/demo-4096-free
+	OMP_NUM_THREADS=1 $(GRID) --methods $(FED) --limit 16 --mode forced --out out/demo-4096-forced
 
 # A second environment, because kvpress wants a transformers of its own.
 CROSS := .venv-crosscheck/bin/python

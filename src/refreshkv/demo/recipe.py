@@ -137,6 +137,16 @@ FULL = Recipe(
             peak_rate=0.6e-3,
             cool_share=0.9,
         ),
+        Phase(
+            "tables",
+            # At 4,096 tokens rows with dates, whose n-grams repeat, lost their place.
+            (
+                Stage(2048, 2, 50, mix=(1, 5, 1, 0.5), single_keys=0.5),
+                Stage(4096, 1, 130, mix=(1, 5, 1, 0.5), single_keys=0.5),
+            ),
+            peak_rate=0.6e-3,
+            cool_share=0.9,
+        ),
     )
 )
 
