@@ -147,6 +147,16 @@ FULL = Recipe(
             peak_rate=0.6e-3,
             cool_share=0.9,
         ),
+        Phase(
+            "together",
+            # Tables and several keys at full length at once: a phase for one cost the other 2 %.
+            (
+                Stage(2048, 2, 60, mix=(1, 3, 3, 0.5), single_keys=0.3),
+                Stage(4096, 1, 240, mix=(1, 3, 3, 0.5), single_keys=0.3),
+            ),
+            peak_rate=0.6e-3,
+            cool_share=0.9,
+        ),
     )
 )
 
