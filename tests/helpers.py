@@ -112,7 +112,7 @@ class Decoder:
         if trigger is not None:
             self.cache.trigger = trigger
         self.cache.append(tokens.keys[:, :, :prompt], tokens.values[:, :, :prompt])
-        self.cache.await_selection(tokens.queries[:, :, prompt - 1])
+        self.cache.await_selection(tokens.queries[:, :, :prompt])
 
     def step(self) -> Step:
         now, tokens = self.cache.length, self.tokens

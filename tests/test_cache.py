@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.selection import Selection
+from refreshkv.selection import FREE, Selection
 from refreshkv.step import Attention, decode_step
+from tests.helpers import PROPERTY, Decoder, random_tokens
 
 HEADS = 2
 
@@ -66,7 +71,7 @@ def test_the_reserve_reaches_the_store(cache: LayerCache) -> None:
 
 def test_the_query_that_waits_is_a_copy(cache: LayerCache) -> None:
     queries = torch.zeros(2, HEADS, 3, 4)
-    cache.await_selection(queries[:, :, -1])
+    cache.await_selection(queries)
     queries.fill_(1)
     assert float(cache.pending.abs().max()) == 0.0
 
@@ -86,3 +91,57 @@ def test_a_share_after_a_crop_before_any_decode_step_is_one_of_the_prompt() -> N
     cache.append(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
     decode_step(cache, torch.ones(1, 1, 4), Attention(scale=1.0))
     assert cache.budget is not None and cache.budget.tolist() == [3]
+
+
+@PROPERTY
+@given(window=st.integers(1, 12), chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_the_last_queries_wait_however_the_prompt_is_cut(window: int, chunks: list[int]) -> None:
+    cache, queries = LayerCache(RefreshConfig(window=window)), torch.randn(2, 4, sum(chunks), 8)
+    for chunk in queries.split(chunks, 2):
+        cache.await_selection(chunk)
+    assert cache.pending is not None
+    assert torch.equal(cache.pending, queries[:, :, -window:])
+
+
+ANCHORED = RefreshConfig(budget=8, anchor=0.5, stride=3, threshold=None)
+
+
+def anchored(**changes: Any) -> LayerCache:
+    """Three rows of 20 tokens, the first ones of two rows padding, that have decoded two."""
+    decoder = Decoder(random_tokens(rows=3, pads=(0, 9, 4), **changes), ANCHORED, 20)
+    decoder.run(2)
+    return decoder.cache
+
+
+def test_anchors_follow_their_row() -> None:
+    cache = anchored()
+    before, rows = cache.anchors, [2, 0, 2, 1]
+    assert before is not None and before.shape == (3, 2, 4)
+    assert len({tuple(row.flatten().tolist()) for row in before}) == 3
+    cache.take_rows(torch.tensor(rows))
+    assert cache.anchors is not None and torch.equal(cache.anchors, before[rows])
+
+
+@pytest.mark.parametrize("length", [5, 12, 19, 21])
+def test_a_crop_forgets_the_anchors_behind_it(length: int) -> None:
+    cache = anchored()
+    before = cache.anchors
+    assert before is not None
+    cache.crop(length)
+    assert cache.anchors is not None
+    left = cache.anchors != FREE
+    assert torch.equal(left, before < length)
+    assert torch.equal(cache.anchors[left], before[left])
+
+
+def test_a_reset_and_another_prompt_forget_the_anchors() -> None:
+    cache, again = anchored(), anchored(seed=1)
+    expected = again.anchors
+    cache.append(again.store.keys[:, :, :1], again.store.values[:, :, :1])
+    cache.await_selection(torch.zeros(3, 4, 1, 16))  # attends to all alike: the newest are the best
+    cache.append(again.store.keys[:, :, :1], again.store.values[:, :, :1])
+    decode_step(cache, torch.zeros(3, 4, 16), Attention(1.0))
+    assert cache.anchors is not None and cache.anchors.tolist() == [[[22, 21, 20, 19]] * 2] * 3
+    assert not torch.equal(cache.anchors, expected)
+    cache.reset()
+    assert cache.anchors is None

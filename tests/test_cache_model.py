@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def end_prompt(self) -> None:
         last = [row.tokens[-1] for row in self.rows]
-        self.cache.await_selection(torch.tensor(last, dtype=torch.float32)[:, None, None])
+        self.cache.await_selection(torch.tensor(last, dtype=torch.float32)[:, None, None, None])
         for row in self.rows:
             row.pending, row.rings = row.tokens[-1], None
 
@@ -140,7 +140,8 @@ class CacheMachine(RuleBasedStateMachine):
     def partial_steps(self, count: int) -> None:
         for _ in range(count):
             self.add(1, [[True]] * len(self.rows))
-            self.cache.partial.push()
+            store = self.cache.store
+            self.cache.partial.push(store.keys[:, :, -1], store.values[:, :, -1], store.length - 1)
             for row in self.rows:
                 for ring in row.rings:
                     ring.push(self.length - 1, row.budget)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from refreshkv.config import PRESETS, RefreshConfig, make_config
+from refreshkv.config import PRESETS, SCHEDULE, RefreshConfig, make_config
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,13 @@ from refreshkv.config import PRESETS, RefreshConfig, make_config
         *[("decide", v) for v in ("heads", None, ["layer"])],
         *[("group_reduction", v) for v in ("sum", None)],
         *[("mode", v) for v in ("partial", None, True)],
+        *[("recent", v) for v in (-1, 1.0, True, "16", None)],
+        *[("successor", v) for v in (-1, 2.0, True, None)],
+        *[("window", v) for v in (0, -32, 32.0, True, None)],
+        *[("anchor", v) for v in (-0.01, 1.01, 2, math.nan, math.inf, True, "0.25", None)],
+        *[("trigger", v) for v in ("lse", None, True, ["query"])],
+        *[("drop", v) for v in (0, 0.0, -4.0, math.nan, True, "4", None)],
+        *[("draft", v) for v in (0, -8, 8.0, True, None)],
     ],
 )
 def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
@@ -39,7 +46,14 @@ def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
         *[("pool_kernel", v) for v in (1, 7, 63)],
         *[("decide", v) for v in ("layer", "head")],
         *[("group_reduction", v) for v in ("max", "mean")],
-        *[("mode", v) for v in ("refresh", "full")],
+        *[("mode", v) for v in ("refresh", "exact", "full")],
+        *[("recent", v) for v in (0, 16, 10**6)],
+        *[("successor", v) for v in (0, 2, 10**6)],
+        *[("window", v) for v in (1, 32, 10**6)],
+        *[("anchor", v) for v in (0, 0.0, 0.25, 1, 1.0)],
+        *[("trigger", v) for v in ("query", "lse-drop")],
+        *[("drop", v) for v in (1e-9, 4, 4.0, math.inf)],
+        *[("draft", v) for v in (1, 8, 1000)],
     ],
 )
 def test_the_edges_of_every_range_are_valid(setting: str, value: Any) -> None:
@@ -99,6 +113,57 @@ def test_settings_replace_those_of_the_preset() -> None:
     assert (changed.stride, changed.threshold, changed.mode) == (10, 0.95, "full")
     with pytest.raises(ValueError, match="budget"):
         make_config("paper-qwen", budget=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("stride", 5),
+        ("stride", None),
+        ("threshold", 0.9),
+        ("threshold", None),
+        ("decide", "head"),
+        ("trigger", "lse-drop"),
+        ("drop", 2.0),
+        ("score_only", True),
+        ("score_only", False),
+    ],
+)
+def test_the_schedule_belongs_to_the_lossy_mode(setting: str, value: Any) -> None:
+    """It asks for that mode where no preset is named, and has no place in the other."""
+    assert make_config(**{setting: value}) == make_config("paper-llama", **{setting: value})
+    assert getattr(make_config("fast", **{setting: value}), setting) == value
+    message = f"^{setting} has no effect in mode 'exact'; leave it out, or set mode='refresh'$"
+    for lossless in ({"preset": "default"}, {"mode": "exact"}):
+        with pytest.raises(ValueError, match=message):
+            make_config(**lossless, **{setting: value})
+    assert getattr(make_config("default", mode="refresh", **{setting: value}), setting) == value
+    assert getattr(make_config(mode="full", **{setting: value}), setting) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "budget"),
+    [
+        ({}, "exact", 0.0625),
+        ({"mode": "exact"}, "exact", 0.0625),
+        ({"budget": 64}, "exact", 64),
+        ({"draft": 3, "confidence": 0.5}, "exact", 0.0625),
+        ({"window": 8, "anchor": 0.0, "recent": 1, "successor": 0}, "exact", 0.0625),
+        ({"mode": "full"}, "full", 0.0625),
+        ({"mode": "refresh"}, "refresh", 0.125),
+        ({"stride": 5, "budget": 64}, "refresh", 64),
+    ],
+)
+def test_the_preset_that_is_meant_where_none_is_named(
+    given: dict[str, Any], mode: str, budget: int | float
+) -> None:
+    config = make_config(**given)
+    assert (config.mode, config.budget) == (mode, budget)
+    assert config == make_config("paper-llama" if mode == "refresh" else "default", **given)
+
+
+def test_every_setting_of_the_schedule_is_one() -> None:
+    assert set(SCHEDULE) < {field.name for field in dataclasses.fields(RefreshConfig)}
 
 
 def test_an_unknown_preset_names_its_nearest_neighbour() -> None:

@@ -15,12 +15,12 @@ SOURCE = Path(refreshkv.__file__).parent
 # From the ground up. The parts of one floor do not import each other, except for those in NEIGHBOURS.
 FLOORS = [
     {"config"},
-    {"selection", "schedule", "stats"},
+    {"selection", "schedule", "speculation", "stats"},
     {"kernels", "store"},
     {"partial"},
     {"cache"},
     {"step"},
-    {"methods"},
+    {"exact", "methods"},
     {"integrations"},
     {"bench", "evals", "training", "demo"},
     {"cli"},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.kernels import CPU, REFERENCE, Backend
 from refreshkv.partial import PartialCache
 from refreshkv.selection import FREE, Selection
 from refreshkv.store import DenseStore
-from tests.helpers import held
+from tests.helpers import PROPERTY, held
 
 HEADS = 2
 
@@ -54,7 +56,9 @@ class Ring:
     def push(self, count: int) -> None:
         for _ in range(count):
             self.append(1)
-            self.partial.push()
+            self.partial.push(
+                self.store.keys[:, :, -1], self.store.values[:, :, -1], self.store.length - 1
+            )
 
     def check(self, *expected: list[int]) -> None:
         """Every head of row i holds the positions `expected[i]`, with the store's keys and values."""
@@ -187,3 +191,129 @@ def test_rows_keep_their_own_ring(backend: Backend, rows: list[int]) -> None:
     ring.check(*[[[0, 10], [0, 1, 2, 3, 10]][row] for row in rows])
     ring.push(1)
     ring.check(*[[[10, 11], [0, 1, 2, 10, 11]][row] for row in rows])
+
+
+def everywhere(ring: Ring, *positions: int) -> tuple[Tensor, Tensor]:
+    """The arguments with which `fetch` brings `positions` into every ring."""
+    wanted = torch.tensor(positions).expand(ring.rows, HEADS, -1)
+    return wanted, torch.ones_like(wanted, dtype=torch.bool)
+
+
+def test_what_is_fetched_replaces_the_lowest_and_is_no_step(backend: Backend) -> None:
+    ring = Ring(backend, [4], 10)
+    ring.refresh(rising=False)  # 3, 2, 1, 0
+    ring.push(1)  # over 3
+    ring.partial.fetch(*everywhere(ring, 5, 7))  # over 2 and 1
+    ring.check([0, 5, 7, 10])
+    assert ring.partial.steps.tolist() == [[1, 1]]
+    assert ring.partial.pushed.tolist() == [[3, 3]]
+    assert ring.partial.newest.tolist() == [[0, 0]]
+    ring.push(1)  # over 0, and then the oldest that came later
+    ring.push(1)
+    ring.check([5, 7, 11, 12])
+
+
+def test_what_is_there_is_not_fetched_again(backend: Backend) -> None:
+    ring = Ring(backend, [4], 10)
+    ring.refresh(rising=False)
+    ring.partial.fetch(*everywhere(ring, 1, 3))
+    ring.check([0, 1, 2, 3])
+    assert ring.partial.pushed.tolist() == [[0, 0]]
+
+
+def test_each_head_fetches_for_itself(backend: Backend) -> None:
+    ring = Ring(backend, [3], 10)
+    ring.refresh(rising=False)  # 2, 1, 0
+    positions = torch.tensor([[[7, 8], [2, 9]]])
+    ring.partial.fetch(positions, torch.tensor([[[False, True], [True, True]]]))
+    assert held(ring.partial) == [[[0, 1, 8], [0, 1, 9]]]
+    ring.partial.fetch(positions, torch.tensor([[[True, True], [False, False]]]))
+    assert held(ring.partial) == [[[0, 7, 8], [0, 1, 9]]]
+    ring.push(1)
+    assert held(ring.partial) == [[[7, 8, 10], [0, 9, 10]]]
+    ring.check_copies()
+
+
+def test_fetching_fills_free_slots_first(backend: Backend) -> None:
+    ring = Ring(backend, [6, 20], 10)
+    four = Selection(torch.tensor([[[3, 2, 1, 0]] * HEADS] * 2), torch.full((2, HEADS), 4))
+    ring.partial.refresh(four)
+    ring.partial.fetch(*everywhere(ring, 7, 8, 9))
+    ring.check([0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 7, 8, 9])
+
+
+def test_fetching_nothing_changes_nothing(backend: Backend) -> None:
+    ring = Ring(backend, [3, 7], 5)
+    ring.refresh(rising=False)
+    ring.push(2)
+    names = ("keys", "values", "positions", "filled", "pushed", "steps", "newest", "used")
+    before = {name: getattr(ring.partial, name).clone() for name in names}
+    positions, wanted = everywhere(ring, 0, 4)
+    ring.partial.fetch(positions, ~wanted)
+    for name, content in before.items():
+        held_now = getattr(ring.partial, name)
+        assert torch.equal(
+            held_now[:, :, : content.shape[2]] if content.dim() > 2 else held_now, content
+        )
+
+
+def test_a_token_that_is_not_in_the_store_may_be_pushed(backend: Backend) -> None:
+    """The lossless mode drafts at a place of its own in every row."""
+    ring = Ring(backend, [3, 3], 10)
+    ring.refresh(rising=False)
+    keys, values = torch.randn(2, HEADS, 4), torch.randn(2, HEADS, 6)
+    ring.partial.push(keys, values, torch.tensor([[11], [14]]))
+    assert held(ring.partial) == [[[0, 1, 11]] * HEADS, [[0, 1, 14]] * HEADS]
+    slot = ring.partial.newest[0, 0]
+    assert torch.equal(ring.partial.keys[:, :, slot], keys)
+    assert torch.equal(ring.partial.values[:, :, slot], values)
+
+
+@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=lambda backend: backend.name)
+@PROPERTY
+@given(
+    budget=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    length=st.integers(1, 9),
+    data=st.data(),
+)
+def test_a_ring_is_a_queue_that_starts_sorted(
+    kernels: Backend, budget: list[int], length: int, data: st.DataObject
+) -> None:
+    """Refreshes of some heads, pushes and fetches against one list for every head, lowest first."""
+    ring = Ring(kernels, budget, length)
+    ring.refresh(rising=True)
+    queues = [[list(range(max(0, length - k), length)) for _ in range(HEADS)] for k in budget]
+    pairs = [(row, head) for row in range(len(budget)) for head in range(HEADS)]
+
+    def enter(row: int, head: int, position: int) -> None:
+        queues[row][head] = [*queues[row][head], position][-budget[row] :]
+
+    flags = st.lists(st.booleans(), min_size=len(pairs), max_size=len(pairs))
+    for what in data.draw(st.lists(st.sampled_from(["push", "fetch", "refresh"]), max_size=10)):
+        count = ring.store.length
+        if what == "push":
+            ring.push(1)
+            for row, head in pairs:
+                enter(row, head, count)
+            at_newest = ring.partial.positions.gather(-1, ring.partial.newest[..., None])
+            assert bool((at_newest == count).all())
+        elif what == "fetch":
+            tokens = st.integers(0, count - 1)
+            some = st.lists(tokens, unique=True, min_size=min(2, count), max_size=min(2, count))
+            drawn = [(data.draw(some), data.draw(st.booleans())) for _ in pairs]
+            for (row, head), (positions, wanted) in zip(pairs, drawn, strict=True):
+                missing = [p for p in positions if wanted and p not in queues[row][head]]
+                for position in missing:
+                    enter(row, head, position)
+            positions = torch.tensor([positions for positions, _ in drawn])
+            wanted = torch.tensor([wanted for _, wanted in drawn])[:, None].expand_as(positions)
+            shape = (len(budget), HEADS, -1)
+            ring.partial.fetch(positions.view(shape), wanted.reshape(shape))
+        else:
+            heads = torch.tensor(data.draw(flags)).view(len(budget), HEADS)
+            ring.refresh(rising=False, heads=heads)
+            for row, head in heads.nonzero().tolist():
+                queues[row][head] = list(range(min(budget[row], count)))[::-1]
+        assert held(ring.partial) == [[sorted(queue) for queue in row] for row in queues]
+        assert ring.partial.used.tolist() == [[len(queue) for queue in row] for row in queues]
+        ring.check_copies()

@@ -1,6 +1,8 @@
-"""Triggers on hand-made queries, and the `after` seam with a trigger that this file brings along."""
+"""Triggers on hand-made queries, and within decode steps the one that looks after the partial step."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import reference
-from refreshkv.schedule import FixedStride, QueryComparison, Trigger, trigger_for
+from refreshkv.schedule import FixedStride, LseDrop, QueryComparison, Trigger, trigger_for
 from refreshkv.step import Attention
-from tests.helpers import Decoder, Tokens, random_tokens
+from tests.helpers import Decoder, Step, Tokens, random_tokens
 
 KV_HEADS, GROUP, DIM = 2, 2, 4
 HEADS = KV_HEADS * GROUP
@@ -45,6 +47,8 @@ QUERY = torch.tensor([[[1.0, 2.0, 0.0, 1.0]] * HEADS])
         (RefreshConfig(stride=3, threshold=None), FixedStride(3)),
         (RefreshConfig(stride=3, threshold=0.9), QueryComparison(3, 0.9, "layer")),
         (RefreshConfig(stride=3, threshold=0.9, decide="head"), QueryComparison(3, 0.9, "head")),
+        (RefreshConfig(trigger="lse-drop", drop=6, stride=None), LseDrop(6)),
+        (RefreshConfig(trigger="lse-drop", stride=9, threshold=None), LseDrop(4.0, 9)),
     ],
 )
 def test_the_configuration_names_its_trigger(config: RefreshConfig, expected: Trigger) -> None:
@@ -109,18 +113,55 @@ def test_each_row_and_each_due_head_decides_alone(decide: str) -> None:
     assert fires(trigger, now, then, steps(10, 9, rows=2)) == [[False, False], [True, False]]
 
 
-class LogSumExpDrop(Trigger):
-    """Full where a query head's log-sum-exp falls `nats` below what it was at the last full step."""
+REMEMBERED = torch.tensor([[[5.0, 1.0], [0.0, 9.0]]])  # [B, Hkv, G]
 
-    def __init__(self, nats: float) -> None:
-        self.nats = nats
-        self.fired: list[Tensor] = []
 
-    def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
-        return lse.unflatten(1, (kv_heads, -1))
+@pytest.mark.parametrize(
+    ("lse", "fired"),
+    [
+        ([5.0, 1.0, 0.0, 9.0], [False, False]),
+        ([3.1, -0.9, -1.9, 7.1], [False, False]),
+        ([3.0, 1.0, 0.0, 9.0], [False, False]),  # by exactly the drop: not more
+        ([2.9, 1.0, 0.0, 9.0], [True, False]),
+        ([5.0, 1.0, 9.9, 6.9], [False, True]),  # one head of the group is enough, another may rise
+        ([0.0, 0.0, -9.0, 0.0], [True, True]),
+        ([99.0, 99.0, 99.0, 99.0], [False, False]),
+    ],
+)
+def test_a_drop_fires_where_one_head_of_the_group_fell_further(
+    lse: list[float], fired: list[bool]
+) -> None:
+    decision = LseDrop(2.0).after(steps(), torch.tensor([lse]), REMEMBERED)
+    assert decision.tolist() == [fired]
+    rows = LseDrop(2.0).after(
+        steps(rows=2), torch.tensor([lse, [5.0, 1.0, 0.0, 9.0]]), REMEMBERED.expand(2, -1, -1)
+    )
+    assert rows.tolist() == [fired, [False, False]]
+
+
+def test_a_drop_remembers_the_log_sum_exp_of_every_query_head() -> None:
+    lse = torch.arange(8.0).view(2, HEADS)
+    remembered = LseDrop(1.0).reference(torch.zeros(2, HEADS, DIM), lse, KV_HEADS)
+    assert remembered.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("stride", "fired"), [(None, [False, False]), (7, [False, True]), (6, [True, True])]
+)
+def test_a_stride_caps_the_steps_without_a_refresh(stride: int | None, fired: list[bool]) -> None:
+    decision = LseDrop(2.0, stride).before(steps(6, 8), QUERY, REMEMBERED)
+    assert decision.tolist() == [fired]
+
+
+class Watched(LseDrop):
+    """Remembers which heads fired."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__(drop)
+        self.__dict__["fired"] = []  # the class is frozen
 
     def after(self, step: Tensor, lse: Tensor, reference: Tensor) -> Tensor:
-        self.fired.append((lse.view_as(reference) < reference - self.nats).any(-1))
+        self.fired.append(super().after(step, lse, reference))
         return self.fired[-1]
 
 
@@ -141,7 +182,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
     tokens.queries[:, 2:, prompt] = torch.eye(8)[1] * 3  # the second KV head changes its topic
     tokens.keys[:, :, prompt] = 0  # and the new token speaks of neither
     config = RefreshConfig(budget=budget, pool_kernel=1)
-    trigger = LogSumExpDrop(2.0)
+    trigger = Watched(2.0)
     decoder = Decoder(tokens, config, prompt, trigger=trigger, attention=Attention(1.0))
     step = decoder.step()
 
@@ -157,7 +198,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
 
 def test_a_fired_head_gives_full_attention_and_the_others_partial() -> None:
     tokens = random_tokens(rows=3, kv_heads=2, group=2, length=60, pads=(0, 7, 3))
-    trigger = LogSumExpDrop(2.0)
+    trigger = Watched(2.0)
     decoder = Decoder(tokens, RefreshConfig(budget=6), 30, trigger=trigger)
     for now in range(30, 60):
         step = decoder.step()
@@ -176,3 +217,57 @@ def test_a_fired_head_gives_full_attention_and_the_others_partial() -> None:
             torch.testing.assert_close(step.output[row, queries], expected)
     share = torch.stack(trigger.fired).float().mean()
     assert 0.2 < share < 0.8  # both cases were seen
+
+
+def test_only_a_head_that_fires_remembers_anew() -> None:
+    tokens = random_tokens(rows=2, pads=(0, 7), length=60)
+    decoder = Decoder(tokens, RefreshConfig(budget=6), 30, trigger=(trigger := Watched(2.0)))
+    cache, mixed = decoder.cache, 0
+    decoder.step()
+    for now in range(31, 60):
+        before = cache.reference.clone()
+        decoder.step()
+        fired = trigger.fired[-1]
+        options = decoder.attention.options(tokens.visible[:, None, : now + 1])
+        keys, values = tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1]
+        full = reference.attend(tokens.queries[:, :, now], keys, values, **options).lse
+        torch.testing.assert_close(cache.reference[fired], full.view_as(before)[fired])
+        assert torch.equal(cache.reference[~fired], before[~fired])
+        mixed += bool(fired.any()) and not bool(fired.all())
+    assert mixed > 5
+
+
+def drop_run(**settings: Any) -> tuple[Decoder, list[Step]]:
+    tokens = random_tokens(rows=2, pads=(0, 7), length=60)
+    decoder = Decoder(tokens, RefreshConfig(budget=6, **settings), 30)
+    return decoder, decoder.run(30)
+
+
+def test_a_huge_drop_never_fires_and_a_tiny_one_nearly_always() -> None:
+    _, never = drop_run(stride=None)
+    decoder, huge = drop_run(stride=None, trigger="lse-drop", drop=1e9)
+    assert decoder.cache.stats.full_share == 0.0
+    for ours, plain in zip(huge, never, strict=True):
+        assert ours.held == plain.held and torch.equal(ours.output, plain.output)
+    decoder, _ = drop_run(stride=None, trigger="lse-drop", drop=1e-9)
+    assert decoder.cache.stats.full_share > 0.9
+
+
+def test_a_huge_drop_with_a_stride_is_that_fixed_stride() -> None:
+    _, fixed = drop_run(stride=4, threshold=None)
+    _, capped = drop_run(stride=4, trigger="lse-drop", drop=1e9)
+    for ours, plain in zip(capped, fixed, strict=True):
+        assert ours.held == plain.held and torch.equal(ours.output, plain.output)
+
+
+def test_a_stride_counts_from_the_refresh_that_a_drop_asked_for() -> None:
+    tokens = two_topics(30, 6)
+    tokens.queries[:, :, 22:] = torch.eye(8)[1] * 3  # the third step looks for the other topic
+    tokens.keys[:, :, 20:] = 0
+    config = RefreshConfig(budget=6, pool_kernel=1, trigger="lse-drop", drop=2.0, stride=4)
+    decoder = Decoder(tokens, config, 20, attention=Attention(1.0))
+    since = []
+    for _ in range(9):
+        decoder.step()
+        since.append(int(decoder.cache.partial.steps[0, 0]))
+    assert since == [1, 2, 0, 1, 2, 3, 0, 1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class Scores:
     budget: list[int]
     kernel: int
 
-    def run(self, select: Select, *, masked: bool = True, **options: torch.Tensor) -> Selection:
+    def run(self, select: Select, *, masked: bool = True, **options: Any) -> Selection:
         visible = torch.tensor(self.visible) if masked else None
         return select(
             torch.tensor(self.values),
@@ -138,3 +139,116 @@ def test_a_group_agrees_on_one_score(reduction: str, expected: list[float]) -> N
     weights = torch.tensor([[[0.2], [0.6], [0.1], [0.5]]])  # two KV heads of two query heads
     reduced = selection.reduce_group(weights, 2, reduction)  # type: ignore[arg-type]
     torch.testing.assert_close(reduced, torch.tensor(expected).view(1, 2, 1))
+
+
+def slow_ruled(
+    case: Scores, row: int, head: int, *, recent: int, anchors: list[int], end: int
+) -> list[int]:
+    """As `slow_select`, with the newest tokens before `end` above all and anchors above the rest."""
+    shown = [seen and place < end for place, seen in enumerate(case.visible[row])]
+    scores = case.values[row][head]
+    unruled = slow_select(scores, len(scores), case.kernel, shown)  # every visible token, in order
+    anchored = [place for place in unruled if place in anchors and place < end - recent]
+    newest = [place for place in range(end) if place >= end - recent and shown[place]]
+    others = [place for place in unruled if place not in anchored + newest]
+    return [*others, *anchored, *newest][-case.budget[row] :]
+
+
+@both
+@PROPERTY
+@given(case=scores(), data=st.data())
+def test_rules_rank_above_scores_as_in_the_slow_definition(
+    select: Select, case: Scores, data: st.DataObject
+) -> None:
+    rows, heads, length = torch.tensor(case.values).shape
+    # Float32 keeps ten bits of a score that is lifted by a rule.
+    case.values = [[[round(v * 1024) / 1024 for v in head] for head in row] for row in case.values]
+    recent = data.draw(st.integers(0, length + 2), "recent")
+    some = st.lists(st.integers(0, length - 1), unique=True, min_size=2, max_size=length)
+    none = st.just([])
+    anchors = [
+        [data.draw(none if length < 2 else some | none) for _ in range(heads)] for _ in range(rows)
+    ]
+    ends = data.draw(st.lists(st.integers(1, length), min_size=rows, max_size=rows), "ends")
+    ragged = data.draw(st.booleans(), "ragged")
+    padded = [[[*head, *[FREE] * (length - len(head))] for head in row] for row in anchors]
+    chosen = case.run(
+        select,
+        recent=recent,
+        anchors=torch.tensor(padded),
+        ends=torch.tensor(ends) if ragged else None,
+    )
+    for row in range(rows):
+        for head in range(heads):
+            end = ends[row] if ragged else length
+            expected = slow_ruled(
+                case, row, head, recent=recent, anchors=anchors[row][head], end=end
+            )
+            found = chosen.positions[row, head]
+            assert found[found != FREE].tolist() == expected
+            assert found.tolist()[: len(expected)] == expected
+            assert chosen.filled[row, head] == len(expected)
+
+
+@both
+@PROPERTY
+@given(case=scores())
+def test_no_rule_changes_nothing(select: Select, case: Scores) -> None:
+    rows, heads, length = torch.tensor(case.values).shape
+    plain, idle = (
+        case.run(select),
+        case.run(
+            select,
+            recent=0,
+            anchors=torch.full((rows, heads, 2), FREE),
+            ends=torch.full((rows,), length),
+        ),
+    )
+    assert torch.equal(plain.positions, idle.positions)
+    assert torch.equal(plain.filled, idle.filled)
+
+
+FALLING = torch.tensor([[[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]]])
+
+
+@both
+@pytest.mark.parametrize(
+    ("budget", "recent", "anchors", "end", "expected"),
+    [
+        (4, 2, [], 8, [1, 0, 6, 7]),
+        (4, 4, [], 8, [4, 5, 6, 7]),
+        (4, 6, [], 8, [4, 5, 6, 7]),  # more than fit: the newest
+        (4, 0, [5, 6], 8, [1, 0, 6, 5]),  # anchors in the order of their scores
+        (4, 1, [5, 6], 8, [0, 6, 5, 7]),
+        (4, 3, [5, 6], 8, [0, 5, 6, 7]),  # an anchor may be recent
+        (2, 1, [5, 6], 8, [5, 7]),  # recent tokens come first, then the better anchor
+        (2, 2, [5, 6], 8, [6, 7]),
+        (4, 2, [6], 5, [1, 0, 3, 4]),  # a row that ends earlier; what follows is not there
+    ],
+)
+def test_worked_examples_of_the_rules(
+    select: Select, budget: int, recent: int, anchors: list[int], end: int, expected: list[int]
+) -> None:
+    chosen = select(
+        FALLING,
+        torch.tensor([budget]),
+        pool_kernel=1,
+        recent=recent,
+        anchors=torch.tensor([[[*anchors, FREE]]]),
+        ends=torch.tensor([end]),
+    )
+    assert chosen.positions.tolist() == [[expected]]
+
+
+@both
+def test_padding_stays_out_whatever_the_rules_say(select: Select) -> None:
+    visible = left_padding([6], 8)
+    chosen = select(
+        FALLING,
+        torch.tensor([4]),
+        visible=visible,
+        recent=5,
+        anchors=torch.tensor([[[0, 1]]]),
+    )
+    assert chosen.positions.tolist() == [[[6, 7, FREE, FREE]]]
+    assert chosen.filled.tolist() == [[2]]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.store import DenseStore, is_identity
+from tests.helpers import PROPERTY
 
 ROWS, HEADS, DIM, VALUE_DIM = 3, 2, 4, 6
 
@@ -78,6 +81,54 @@ def test_a_reserve_is_allocated_at_once() -> None:
 def test_a_reserve_for_a_whole_context_is_not_allocated_for_a_short_prompt() -> None:
     store = filled(100, reserve=10**9)
     assert store.keys.untyped_storage().nbytes() < 5000 * ROWS * HEADS * DIM * 4
+
+
+writes = st.tuples(st.lists(st.integers(0, 15), min_size=ROWS, max_size=ROWS), st.integers(1, 400))
+
+
+@PROPERTY
+@given(prompt=st.integers(0, 300), drafts=st.lists(writes, min_size=1, max_size=5))
+def test_each_row_is_written_at_its_own_place(
+    prompt: int, drafts: list[tuple[list[int], int]]
+) -> None:
+    """Over old content, past the end and past the capacity, against a list for every row."""
+    store = filled(prompt) if prompt else DenseStore()
+    rows = [[1000.0 * row + token for token in range(prompt)] for row in range(ROWS)]
+    for number, (back, count) in enumerate(drafts):
+        starts = [max(0, len(row) - step) for row, step in zip(rows, back, strict=True)]
+        new = torch.arange(ROWS * count).view(ROWS, 1, count, 1) + 1e5 * (number + 1)
+        keys, values = new.expand(-1, HEADS, -1, DIM), -new.expand(-1, HEADS, -1, VALUE_DIM)
+        store.write(keys, values, torch.tensor(starts))
+        for row, start, written in zip(rows, starts, new[:, 0, :, 0].tolist(), strict=True):
+            row[start : start + count] = written
+    assert store.length == max(map(len, rows))
+    for index, row in enumerate(rows):
+        label = torch.tensor(row)[:, None]
+        assert torch.equal(store.keys[index, :, : len(row)], label.expand(HEADS, -1, DIM))
+        assert torch.equal(store.values[index, :, : len(row)], -label.expand(HEADS, -1, VALUE_DIM))
+
+
+def test_a_write_within_the_room_is_in_place_and_one_beyond_it_grows() -> None:
+    store = filled(10)
+    before = addresses(store)
+    store.write(*tokens(3, start=9), torch.tensor([9, 9, 9]))
+    assert_holds(store, 12)
+    assert addresses(store) == before
+    store.write(*tokens(600, start=12), torch.tensor([12, 12, 12]))
+    assert_holds(store, 612)
+    assert addresses(store) != before
+
+
+def test_places_behind_a_shorter_row_hold_finite_numbers() -> None:
+    """A masked kernel multiplies them by zero; uninitialised memory may be NaN."""
+    store = filled(10)
+    everything = torch.full((ROWS, HEADS, 100, DIM), torch.nan)
+    values = torch.full((ROWS, HEADS, 100, VALUE_DIM), torch.nan)
+    store.append(everything, values)
+    store.crop(10)
+    store.write(*tokens(2), torch.tensor([10, 40, 3]))
+    assert store.length == 42
+    assert bool(store.keys.isfinite().all()) and bool(store.values.isfinite().all())
 
 
 @pytest.mark.parametrize(("length", "left"), [(4, 4), (0, 0), (9, 9), (10, 10), (99, 10)])

@@ -9,7 +9,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.kernels import Backend, backend_for
 from refreshkv.partial import PartialCache
 from refreshkv.schedule import trigger_for
-from refreshkv.selection import Selection
+from refreshkv.selection import FREE, Selection
 from refreshkv.stats import Stats
 from refreshkv.store import DenseStore, is_identity
 
@@ -17,7 +17,7 @@ from refreshkv.store import DenseStore, is_identity
 class LayerCache:
     """Everything RefreshKV keeps for one layer. `step.py` drives it; this class only keeps it consistent.
 
-    Two things can stand in for a missing partial cache. After a prompt, `pending` is the last prompt query, from which
+    Two things can stand in for a missing partial cache. After a prompt, `pending` holds its last queries, from which
     the first decode step selects: chunked prefill and scoring passes pay nothing. After a crop there is neither, and
     the next decode step is full.
 
@@ -30,7 +30,9 @@ class LayerCache:
     Attributes:
         store: the full cache.
         partial: the partial cache, or `None` when there is no valid one.
-        pending: `[B, Hq, D]`, the last prompt query, not yet selected from.
+        pending: `[B, Hq, T, D]`, the last prompt queries, at most `config.window`, not yet selected from.
+        anchors: `[B, Hkv, A]` int64, the best of the selection after the prompt, `FREE` for none; every later one
+            keeps them.
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
         hidden: `[B]` int64, padding tokens of each row.
@@ -46,6 +48,7 @@ class LayerCache:
         self.store = DenseStore(reserve)
         self.partial: PartialCache | None = None
         self.pending: Tensor | None = None
+        self.anchors: Tensor | None = None
         self.reference: Tensor | None = None
         self.budget: Tensor | None = None
         self.hidden: Tensor | None = None
@@ -100,10 +103,13 @@ class LayerCache:
                         )
         self.store.append(keys, values)
 
-    def await_selection(self, query: Tensor) -> None:
-        """A prompt ended with `query` `[B, Hq, D]`: the next decode step will select from it."""
+    def await_selection(self, queries: Tensor) -> None:
+        """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them."""
+        last = queries[:, :, -self.config.window :]
+        if self.pending is not None:
+            last = torch.cat([self.pending, last], 2)[:, :, -self.config.window :]
         # A view would keep the queries of the whole prompt alive.
-        self.pending = query.detach().clone()
+        self.pending = last.detach().clone()
         self.partial = None
 
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
@@ -140,7 +146,9 @@ class LayerCache:
         if length >= self.length:
             return
         self.store.crop(length)
-        self._forget_selection()
+        self.forget_selection()
+        if self.anchors is not None:
+            self.anchors = self.anchors.masked_fill(self.anchors >= length, FREE)
         self.hidden = None  # padding may be among what is gone
 
     def take_rows(self, rows: Tensor) -> None:
@@ -156,7 +164,7 @@ class LayerCache:
         self.store.take_rows(rows)
         if self.partial is not None:
             self.partial.take_rows(rows)
-        for name in ("pending", "reference", "budget", "hidden"):
+        for name in ("pending", "anchors", "reference", "budget", "hidden"):
             state = getattr(self, name)
             if state is not None:
                 setattr(self, name, state.index_select(0, rows))
@@ -164,8 +172,9 @@ class LayerCache:
     def reset(self) -> None:
         """Back to empty; the statistics stay."""
         self.store.reset()
-        self._forget_selection()
-        self.budget = self.hidden = None
+        self.forget_selection()
+        self.anchors = self.budget = self.hidden = None
 
-    def _forget_selection(self) -> None:
+    def forget_selection(self) -> None:
+        """The next decode step is full, unless a prompt comes first."""
         self.partial = self.pending = self.reference = None

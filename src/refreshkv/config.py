@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-Mode = Literal["refresh", "full"]
+Mode = Literal["refresh", "exact", "full"]
+TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
 
@@ -29,7 +30,23 @@ class RefreshConfig:
             "head" averages within a GQA group and decides per KV head (ours).
         group_reduction: how the query heads of a GQA group agree on one score per token (paper: max).
         pool_kernel: odd width of the max-pooling over neighbouring tokens (paper: 7). 1 turns it off.
-        mode: "refresh" is the method; "full" is ordinary attention through the same code.
+        recent: the newest tokens that every selection keeps (ours; paper: 0, they win on score or not at all).
+        successor: how many of the most attended entries of a partial step fetch the token that follows them (ours;
+            paper: 0). Copying moves on by one token a step, and pooling reaches three.
+        window: the last prompt queries that vote on the first selection (paper: 1; SnapKV: 32).
+        anchor: share of the budget that stays with the best of the first selection through every refresh (ours;
+            paper: 0).
+        trigger: what asks for a full step. "query" is the paper's comparison, by `stride` and `threshold`; "lse-drop"
+            (ours) looks at every partial step of every KV head, and `stride` only caps the steps without a refresh.
+        drop: nats by which the log-sum-exp of a query head falls below that of its last full step before "lse-drop"
+            asks for another.
+        score_only: a full step reads the keys only, selects, and attends to what it selected (the paper's ablation "no
+            full attention").
+        mode: "refresh" is the method; "exact" drafts with partial steps and verifies the drafts with a full one, so
+            that the output is that of full attention (ours; only in `generate`); "full" is ordinary attention through
+            the same code.
+        confidence: a draft ends after a token of which the drafting model is less sure than this probability.
+        draft: most tokens that "exact" drafts before it verifies them; fewer where fewer have been right.
     """
 
     budget: int | float = 0.125
@@ -38,7 +55,16 @@ class RefreshConfig:
     decide: Decide = "layer"
     group_reduction: Reduction = "max"
     pool_kernel: int = 7
+    recent: int = 0
+    successor: int = 0
+    window: int = 1
+    anchor: float = 0.0
+    trigger: TriggerName = "query"
+    drop: float = 4.0
+    score_only: bool = False
     mode: Mode = "refresh"
+    draft: int = 8
+    confidence: float = 0.0
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
@@ -53,7 +79,24 @@ class RefreshConfig:
                 )
         if not _is_int(self.pool_kernel) or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be an odd integer >= 1; got {self.pool_kernel!r}")
-        for name, allowed in (("decide", Decide), ("group_reduction", Reduction), ("mode", Mode)):
+        for name, least in (("recent", 0), ("successor", 0), ("window", 1), ("draft", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}; got {value!r}")
+        if not _is_number(self.anchor) or not 0.0 <= self.anchor <= 1.0:
+            raise ValueError(f"anchor is a share of the budget in [0, 1]; got {self.anchor!r}")
+        if not _is_number(self.confidence) or not 0.0 <= self.confidence <= 1.0:
+            raise ValueError(f"confidence is a probability in [0, 1]; got {self.confidence!r}")
+        if not _is_number(self.drop) or not self.drop > 0.0:
+            raise ValueError(f"drop is a number of nats > 0; got {self.drop!r}")
+        if not isinstance(self.score_only, bool):
+            raise ValueError(f"score_only must be True or False; got {self.score_only!r}")
+        for name, allowed in (
+            ("decide", Decide),
+            ("group_reduction", Reduction),
+            ("trigger", TriggerName),
+            ("mode", Mode),
+        ):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be {_either(get_args(allowed))}; got {value!r}")
@@ -66,30 +109,48 @@ class RefreshConfig:
         return self.budget
 
 
+_SELECTION = {"recent": 16, "successor": 2, "window": 32, "anchor": 0.5}
+_EXACT = {"mode": "exact", "budget": 0.0625, "draft": 16, "confidence": 0.9}
+_FAST = {"trigger": "lse-drop", "drop": 3.0, "stride": None, "score_only": True}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper-llama": MappingProxyType({"stride": 5, "threshold": 0.85}),
         "paper-qwen": MappingProxyType({"stride": 5, "threshold": 0.95}),
-        # Will become the lossless mode once that exists.
-        "default": MappingProxyType({"stride": 5, "threshold": 0.85}),
+        # Measured in docs/fidelity.md.
+        "default": MappingProxyType({**_EXACT, **_SELECTION}),
+        "fast": MappingProxyType({**_FAST, **_SELECTION}),
     }
 )
+# What decides on full steps. The lossless mode has no use for it.
+SCHEDULE = ("stride", "threshold", "decide", "trigger", "drop", "score_only")
 
 
 def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
-    """A preset (`None` is "default") with some settings replaced.
+    """A preset with some settings replaced.
+
+    Without a preset it is "default", which is lossless; settings of the schedule (`SCHEDULE`), or `mode="refresh"`,
+    ask for the lossy mode and start from "paper-llama".
 
     Raises:
-        ValueError: an unknown preset or setting, named with its nearest neighbour, or a value out of range.
+        ValueError: an unknown preset or setting, named with its nearest neighbour, a value out of range, or a setting
+            of the schedule where nothing is scheduled.
     """
-    name = "default" if preset is None else preset
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(unknown("preset", name, PRESETS))
     fields = [field.name for field in dataclasses.fields(RefreshConfig)]
     for key in overrides:
         if key not in fields:
             raise ValueError(unknown("setting", key, fields))
-    return RefreshConfig(**{**PRESETS[name], **overrides})
+    scheduled = [key for key in SCHEDULE if key in overrides]
+    if preset is None:
+        lossy = overrides.get("mode", "refresh" if scheduled else "exact") == "refresh"
+        preset = "paper-llama" if lossy else "default"
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(unknown("preset", preset, PRESETS))
+    config = RefreshConfig(**{**PRESETS[preset], **overrides})
+    if scheduled and config.mode == "exact":
+        raise ValueError(
+            f"{scheduled[0]} has no effect in mode 'exact'; leave it out, or set mode='refresh'"
+        )
+    return config
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> str:

@@ -20,12 +20,17 @@ class PartialCache:
     lowest, and so on. So after j partial steps a full ring holds the K-j best of the last refresh and the j
     newest tokens. Attention does not care about the order of slots, because RoPE is already applied.
 
+    Entries that follow the most attended ones may be fetched in between (`fetch`); they too push out the lowest.
+
     Attributes:
         keys, values: `[B, Hkv, C, D]`; C <= K grows with what is stored, so that a generous budget costs no memory.
         positions: `[B, Hkv, C]` int64, the place of each entry in the full store, `FREE` where there is none.
         budget: `[B]` int64, K of each row.
         filled: `[B, Hkv]` int64, n at the last refresh.
-        pushed: `[B, Hkv]` int64, tokens pushed since then.
+        pushed: `[B, Hkv]` int64, entries pushed since then, fetched ones included.
+        steps: `[B, Hkv]` int64, partial steps since then.
+        newest: `[B, Hkv]` int64, the slot of the token pushed last.
+        fetched: `[B, Hkv]` int64, entries fetched since then.
     """
 
     def __init__(self, store: DenseStore, budget: Tensor, backend: Backend) -> None:
@@ -38,9 +43,13 @@ class PartialCache:
         self.positions = torch.empty(rows, heads, 0, dtype=torch.int64, device=budget.device)
         self.filled = torch.zeros(rows, heads, dtype=torch.int64, device=budget.device)
         self.pushed = torch.zeros_like(self.filled)
+        self.steps = torch.zeros_like(self.filled)
+        self.newest = torch.zeros_like(self.filled)
+        self.fetched = torch.zeros_like(self.filled)
         self._largest = int(budget.max())
         self._most = 0  # no head uses more slots than this; known without asking the device
         self._uniform = False  # every head uses exactly `_most`
+        self._full = False  # every ring is full, as far as is known
 
     @property
     def used(self) -> Tensor:
@@ -61,11 +70,13 @@ class PartialCache:
         if heads is None:
             self.filled = selection.filled.clone()
             self.pushed = torch.zeros_like(self.filled)
+            self.steps = torch.zeros_like(self.filled)
             self.positions.fill_(FREE)
             self.positions[:, :, :slots] = selection.positions
         else:
             self.filled = torch.where(heads, selection.filled, self.filled)
             self.pushed = self.pushed.masked_fill(heads, 0)
+            self.steps = self.steps.masked_fill(heads, 0)
             new = torch.full_like(self.positions, FREE)
             new[:, :, :slots] = selection.positions
             self.positions = torch.where(heads[..., None], new, self.positions)
@@ -73,28 +84,87 @@ class PartialCache:
         self._backend.gather(self._store.values, selection.positions, self.values, heads)
         self._measure()
 
-    def push(self) -> None:
-        """The newest token of the store enters every ring, over the lowest-scored entry where there is no free slot."""
+    def push(self, keys: Tensor, values: Tensor, positions: Tensor | int) -> None:
+        """The token being decoded enters every ring, over the lowest-scored entry where there is no free slot.
+
+        Args:
+            keys, values: `[B, Hkv, D]`.
+            positions: its place in the full store, for all or `[B, 1]` for each row.
+        """
         self._most = min(self._most + 1, self._largest)
         self._reserve(self._most)
-        slot = (self.filled + self.pushed) % self.budget[:, None]
-        rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        heads = torch.arange(slot.shape[1], device=slot.device)
-        self.keys[rows, heads, slot] = self._store.keys[:, :, -1]
-        self.values[rows, heads, slot] = self._store.values[:, :, -1]
-        self.positions[rows, heads, slot] = self._store.length - 1
+        self.newest = self._next_slot()
+        self._write(self.newest, keys, values, positions)
         self.pushed += 1
+        self.steps += 1
+        self.fetched = torch.zeros_like(self.pushed)
+
+    def fetch(self, positions: Tensor, wanted: Tensor) -> None:
+        """Tokens of the store enter as pushed ones do, but those that are there already, and `~wanted`, do not.
+
+        `positions` and `wanted` `[B, Hkv, m]`. It is not a step. With m fetched a step a ring has turned over after
+        K / (m + 1) steps without a refresh.
+        """
+        there = (self.positions[:, :, None] == positions[..., None]).any(-1)
+        missing = wanted & ~there
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        heads = torch.arange(positions.shape[1], device=positions.device)
+        if not self._full:
+            self._reserve(min(self._most + positions.shape[2], self._largest))
+        # One after the other, so that each has a slot of its own; where nothing is missing the slot keeps its entry.
+        for position, enters in zip(positions.unbind(-1), missing.unbind(-1), strict=True):
+            slot, source = self._next_slot(), position.masked_fill(~enters, 0)
+            chosen = enters[..., None]
+            self._write(
+                slot,
+                torch.where(
+                    chosen, self._store.keys[rows, heads, source], self.keys[rows, heads, slot]
+                ),
+                torch.where(
+                    chosen, self._store.values[rows, heads, source], self.values[rows, heads, slot]
+                ),
+                torch.where(enters, position, self.positions[rows, heads, slot]),
+            )
+            self.pushed += enters
+        self.fetched = missing.sum(-1)
+        if not self._full:
+            self._measure()
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the old row `rows[i]`. `[B']` int64."""
-        for name in ("keys", "values", "positions", "budget", "filled", "pushed"):
+        for name in (
+            "keys",
+            "values",
+            "positions",
+            "budget",
+            "filled",
+            "pushed",
+            "steps",
+            "newest",
+            "fetched",
+        ):
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self._measure()
+
+    def _next_slot(self) -> Tensor:
+        return (self.filled + self.pushed) % self.budget[:, None]
+
+    def _write(self, slot: Tensor, keys: Tensor, values: Tensor, positions: Tensor | int) -> None:
+        """One entry into `slot` `[B, Hkv]` of every ring."""
+        rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        heads = torch.arange(slot.shape[1], device=slot.device)
+        self.keys[rows, heads, slot] = keys
+        self.values[rows, heads, slot] = values
+        if isinstance(positions, int):
+            self.positions[rows, heads, slot] = positions
+        else:
+            self.positions[rows, heads, slot] = positions.expand_as(slot)
 
     def _measure(self) -> None:
         used = self.used
         self._largest = int(self.budget.max())
         self._most = int(used.max())
+        self._full = bool((used == self.budget[:, None]).all())
         self._uniform = bool((used == self._most).all()) and bool(
             (self.budget == self.budget[0]).all()
         )

@@ -81,8 +81,35 @@ class QueryComparison(Trigger):
         return query.unflatten(1, (kv_heads, -1)).mean(2)
 
 
+@dataclass(frozen=True)
+class LseDrop(Trigger):
+    """Ours: a KV head is full as soon as what one of its query heads looks for is no longer in its partial cache.
+
+    The log-sum-exp over the partial cache falls more than `drop` nats below that of the head's last full step. It
+    costs no read and no memory of queries, and positional heads, whose queries always drift, do not fire. A head that
+    idles on a sink and should now find something new does not fire either. With `stride` the S-th step is full.
+    """
+
+    drop: float
+    stride: int | None = None
+
+    def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+        return lse.unflatten(1, (kv_heads, -1)).float()
+
+    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+        if self.stride is None:
+            return super().before(step, query, reference)
+        return step >= self.stride
+
+    def after(self, step: Tensor, lse: Tensor, reference: Tensor) -> Tensor | None:
+        fallen = reference - lse.float().unflatten(1, (reference.shape[1], -1))
+        return (fallen > self.drop).any(-1)
+
+
 def trigger_for(config: RefreshConfig) -> Trigger:
     """The trigger that a configuration asks for."""
+    if config.trigger == "lse-drop":
+        return LseDrop(config.drop, config.stride)
     if config.stride is None:
         return Trigger()
     if config.threshold is None:

@@ -16,6 +16,9 @@ from torch import Tensor
 from refreshkv.config import Reduction
 
 FREE = -1  # the position of a slot that holds no token
+# Attention weights are at most 1. What is kept by rule ranks above: anchors by their score, then the newest tokens.
+_ANCHOR = 2.0
+_RECENT = 4.0
 
 
 class Selection(NamedTuple):
@@ -31,7 +34,7 @@ class Selection(NamedTuple):
 
 
 def reduce_group(weights: Tensor, kv_heads: int, reduction: Reduction) -> Tensor:
-    """Attention weights of the query heads `[B, Hq, L]` -> one score per KV head `[B, Hkv, L]`."""
+    """Attention weights of the query heads `[B, Hq, ...]` -> one score per KV head `[B, Hkv, ...]`."""
     grouped = weights.unflatten(1, (kv_heads, -1))
     return grouped.amax(2) if reduction == "max" else grouped.mean(2)
 
@@ -44,22 +47,41 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
 
 
 def candidates(
-    scores: Tensor, budget: Tensor, pool_kernel: int, visible: Tensor | None
+    scores: Tensor,
+    budget: Tensor,
+    pool_kernel: int,
+    visible: Tensor | None,
+    recent: int = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled scores with padding at -1, below every token, `[B, Hkv, L]`; and how many slots to fill, `[B, Hkv]`.
+    """What a selection ranks, `[B, Hkv, L]` float32, and how many slots to fill, `[B, Hkv]`; arguments as for `select`.
 
-    Padding neither enters nor lends its neighbours a score. A row fills min(K, visible tokens) slots.
+    Pooled scores, padding at -1 below every token, anchors and the newest tokens above all others. Padding neither
+    enters nor lends its neighbours a score. A row fills min(K, visible tokens) slots.
     """
     rows, kv_heads, length = scores.shape
+    places = torch.arange(length, device=scores.device)
+    if ends is not None:
+        within = places < ends[:, None]
+        visible = within if visible is None else visible & within
     tokens = torch.full((rows,), length, device=scores.device)
     if visible is None:
-        pooled = pool(scores, pool_kernel)
+        pooled = pool(scores, pool_kernel).float()
     else:
         padding = ~visible[:, None]
-        pooled = pool(scores.masked_fill(padding, 0.0), pool_kernel).masked_fill(padding, -1.0)
+        pooled = pool(scores.masked_fill(padding, 0.0), pool_kernel).float()
         tokens = visible.sum(-1)
+    if anchors is not None:
+        extra = torch.where(anchors == FREE, 0.0, _ANCHOR)
+        pooled = pooled.scatter_add(-1, anchors.clamp(min=0), extra)
+    if recent:
+        last = tokens.new_full((rows,), length) if ends is None else ends
+        pooled = pooled.masked_fill((places >= last[:, None] - recent)[:, None], _RECENT)
+    if visible is not None:
+        pooled = pooled.masked_fill(padding, -1.0)
     filled = torch.minimum(budget, tokens)[:, None].expand(-1, kv_heads).contiguous()
-    return pooled.float().contiguous(), filled
+    return pooled.contiguous(), filled
 
 
 def rank_keys(scores: Tensor) -> Tensor:
@@ -80,6 +102,9 @@ def select(
     pool_kernel: int = 7,
     visible: Tensor | None = None,
     heads: Tensor | None = None,
+    recent: int = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Selection:
     """The K best tokens of each KV head after pooling.
 
@@ -89,8 +114,11 @@ def select(
         pool_kernel: width of the max-pooling.
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
+        recent: how many of the newest tokens are kept whatever their score.
+        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none.
+        ends: `[B]` int64, where each row ends; `None`: all at L.
     """
-    pooled, filled = candidates(scores, budget, pool_kernel, visible)
+    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
     keys = rank_keys(pooled)
     most = min(int(budget.max()), scores.shape[-1])
     best_first = keys.topk(most, dim=-1, sorted=True).values & 0xFFFFFFFF

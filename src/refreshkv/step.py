@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from refreshkv.cache import LayerCache
+from refreshkv.kernels.reference import Attended
+from refreshkv.partial import PartialCache
+from refreshkv.selection import FREE
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,16 @@ def decode_step(
         query: `[B, Hq, D]`, after RoPE and QK-norm.
         attention: scale, softcap, sinks.
         visible: `[B, L]` bool, False for padding; `None` when there is none. The new token is visible in every row.
-        on_full: what a full step does; `None` is `full_step`. Ablations put theirs here.
+        on_full: what a full step does; `None` is `full_step`. An ablation puts its own here.
 
     Returns:
         `[B, Hq, D]`.
     """
-    if cache.config.mode == "full":
+    # Outside of the loop in `exact.py`, "exact" is full attention.
+    if cache.config.mode != "refresh":
         return _ordinary_step(cache, query, attention, visible)
     if cache.pending is not None:
-        _first_selection(cache, cache.pending, attention, visible)
+        first_selection(cache, cache.pending, attention, without_newest(visible), cache.length - 1)
     elif cache.hidden is None:
         count_again(cache, visible)
     partial, full = cache.partial, _full_at_once(cache, query)
@@ -71,11 +75,12 @@ def decode_step(
         return output
 
     # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
-    partial.push()
-    keys, values, used = partial.entries()
-    output, lse = cache.backend.attend(query, keys, values, **attention.options(used))
-    partial_read = partial.used.masked_fill(full, 0).sum(-1)
-    fired = cache.trigger.after(partial.pushed, lse, _reference(cache))
+    newest = cache.length - 1
+    partial.push(cache.store.keys[:, :, -1], cache.store.values[:, :, -1], newest)
+    used = partial.used
+    output, lse = attend_partial(cache, query, attention, newest)
+    partial_read = (used + partial.fetched).masked_fill(full, 0).sum(-1)
+    fired = cache.trigger.after(partial.steps, lse, _reference(cache))
     if fired is not None:
         full = full | fired
     if bool(full.any()):
@@ -91,30 +96,80 @@ def _full_at_once(cache: LayerCache, query: Tensor) -> Tensor:
     if cache.partial is None:
         shape = (cache.rows, cache.kv_heads)
         return torch.ones(shape, dtype=torch.bool, device=query.device)
-    return cache.trigger.before(cache.partial.pushed + 1, query, _reference(cache))
+    return cache.trigger.before(cache.partial.steps + 1, query, _reference(cache))
 
 
-def _first_selection(
-    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-) -> None:
-    """Select from the last prompt query, over the prompt: all tokens but the one being decoded."""
-    visible = _without_newest(visible)
-    prompt = cache.length - 1
-    cache.resolve_budget(visible, prompt)
-    scores, lse = cache.backend.score(
+def attend_partial(
+    cache: LayerCache, query: Tensor, attention: Attention, end: Tensor | int
+) -> Attended:
+    """Attention over the partial cache; then what follows the most attended entries is fetched (`config.successor`).
+
+    The token being decoded has been pushed. `end`, for all or `[B]`: the store holds only the places before it.
+    """
+    partial, config = cache.partial, cache.config
+    assert partial is not None
+    keys, values, used = partial.entries()
+    if not config.successor:
+        return cache.backend.attend(query, keys, values, **attention.options(used))
+    attended, best = cache.backend.attend_and_rank(
         query,
+        keys,
+        values,
+        **attention.options(used),
+        reduction=config.group_reduction,
+        newest=partial.newest,
+        count=config.successor,
+    )
+    found = partial.positions.gather(-1, best)
+    before_end = found + 1 < (end if isinstance(end, int) else end[:, None, None])
+    partial.fetch(found + 1, (found != FREE) & before_end)
+    return attended
+
+
+def first_selection(
+    cache: LayerCache,
+    queries: Tensor,
+    attention: Attention,
+    visible: Tensor | None,
+    prompt: int,
+) -> None:
+    """Select from the last queries of the prompt, over the prompt; what its anchors are is decided here.
+
+    Args:
+        queries: `[B, Hq, T, D]`, T at most `config.window`.
+        visible: `[B, prompt]` bool; `None` when everything is.
+        prompt: tokens of the prompt, padding included; the store may hold more.
+    """
+    cache.resolve_budget(visible, prompt)
+    scores, lse = cache.backend.vote(
+        queries,
         cache.store.keys[:, :, :prompt],
+        starts=torch.full((cache.rows,), prompt - queries.shape[2], device=queries.device),
         **attention.options(over_heads(visible)),
         reduction=cache.config.group_reduction,
     )
-    rebuild(cache, query, scores, lse, visible, heads=None)
+    cache.anchors = None
+    rebuild(cache, queries[:, :, -1], scores, lse[..., -1], visible, heads=None)
     cache.pending = None
+    if cache.config.anchor:
+        assert cache.partial is not None and cache.budget is not None
+        # Rounded as in `resolve_budget`: in float32 13 % of 900 would be 116.
+        share = (cache.budget.double() * cache.config.anchor).round(decimals=9).long()
+        cache.anchors = _best(cache.partial, share)
+
+
+def _best(partial: PartialCache, counts: Tensor) -> Tensor:
+    """Positions of the `counts` `[B]` best entries of a fresh selection, best first, `[B, Hkv, A]`; `FREE` for none."""
+    places = torch.arange(int(counts.max()), device=counts.device)
+    slots = partial.filled[..., None] - 1 - places
+    wanted = (slots >= 0) & (places < counts[:, None, None])
+    return partial.positions.gather(-1, slots.clamp(min=0)).masked_fill(~wanted, FREE)
 
 
 def count_again(cache: LayerCache, visible: Tensor | None) -> None:
     """After a crop the budget stays that of the prompt, if anything was decoded since."""
     if cache.budget is None:
-        cache.resolve_budget(_without_newest(visible), cache.length - 1)
+        cache.resolve_budget(without_newest(visible), cache.length - 1)
     else:
         cache.count_padding(visible)
 
@@ -128,8 +183,22 @@ def full_step(
 ) -> Tensor:
     """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores.
 
+    With `config.score_only` the keys alone are read, and the step attends to the new partial cache: the paper's
+    ablation "no full attention", which costs nothing measurable there.
     `heads` `[B, Hkv]` bool: the others have done their partial step and keep what they have; `None`: every head.
     """
+    if cache.config.score_only:
+        scores, lse = cache.backend.score(
+            query,
+            cache.store.keys,
+            **attention.options(over_heads(visible)),
+            reduction=cache.config.group_reduction,
+            heads=heads,
+        )
+        rebuild(cache, query, scores, lse, visible, heads)
+        assert cache.partial is not None
+        keys, values, used = cache.partial.entries()
+        return cache.backend.attend(query, keys, values, **attention.options(used)).output
     (output, _), (scores, lse) = cache.backend.attend_and_score(
         query,
         cache.store.keys,
@@ -153,7 +222,13 @@ def rebuild(
     """The partial cache and the reference of `heads` (`None`: all), from the scores of this query."""
     assert cache.budget is not None
     selection = cache.backend.select(
-        scores, cache.budget, pool_kernel=cache.config.pool_kernel, visible=visible, heads=heads
+        scores,
+        cache.budget,
+        pool_kernel=cache.config.pool_kernel,
+        visible=visible,
+        heads=heads,
+        recent=cache.config.recent,
+        anchors=cache.anchors,
     )
     cache.refresh(selection, heads)
     reference = cache.trigger.reference(query, lse, cache.kv_heads)
@@ -182,7 +257,8 @@ def _reference(cache: LayerCache) -> Tensor:
     return cache.reference
 
 
-def _without_newest(visible: Tensor | None) -> Tensor | None:
+def without_newest(visible: Tensor | None) -> Tensor | None:
+    """The mask of what was there before the token being decoded."""
     return None if visible is None else visible[:, :-1]
 
 
@@ -198,7 +274,13 @@ def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | Non
     tokens = cache.length - cache.hidden  # [B]
     available = tokens * cache.kv_heads
     full_heads = None if full is None else full.sum(-1)
-    read = available if full_heads is None else full_heads * tokens
+    if cache.config.score_only and cache.partial is not None:
+        # Keys only, which are half of an entry, and then the new partial cache.
+        chosen = cache.partial.used if full is None else cache.partial.used.masked_fill(~full, 0)
+        read = (cache.kv_heads if full_heads is None else full_heads) * (tokens + 1) // 2
+        read = read + chosen.sum(-1)
+    else:
+        read = available if full_heads is None else full_heads * tokens
     cache.stats.record(
         cache.index,
         kv_heads=cache.kv_heads,
@@ -228,7 +310,7 @@ class Algorithm:
             attention: scale, softcap, sinks.
             visible: `[B, L]` bool, False for padding; `None` when there is none.
         """
-        cache.await_selection(queries[:, :, -1])
+        cache.await_selection(queries)
 
     def step(
         self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None

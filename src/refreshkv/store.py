@@ -56,6 +56,23 @@ class DenseStore:
         self._values[:, :, self.length : end] = values
         self.length = end
 
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+        """Tokens `[B, Hkv, n, D]` of row i go to the places `starts[i]` and after, `[B]` int64, over what is there.
+
+        The store is as long as its longest row; a shorter row ends in zeros, or in what it held there before.
+        """
+        end = int(starts.max()) + keys.shape[2]
+        self._keys = self._with_room(self._keys, keys, end)
+        self._values = self._with_room(self._values, values, end)
+        # A kernel may multiply a hidden place by zero, and unused room may hold NaN.
+        self._keys[:, :, self.length : end] = 0
+        self._values[:, :, self.length : end] = 0
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        places = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
+        self._keys[rows, :, places] = keys.transpose(1, 2)
+        self._values[rows, :, places] = values.transpose(1, 2)
+        self.length = max(self.length, end)
+
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on; their room is used again.
 

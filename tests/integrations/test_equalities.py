@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,17 @@ from .prompts import NEW, greedy, left_padded, logits, refreshed, tokens
 
 RAGGED = [50, 37, 21]
 
+# Everything of ours past the paper, for a prompt of some dozens of tokens.
+OURS = {
+    "recent": 3,
+    "successor": 2,
+    "window": 32,
+    "anchor": 0.25,
+    "trigger": "lse-drop",
+    "drop": 1.0,
+}
+EVERY_OPTION = RefreshConfig(budget=0.25, stride=7, **OURS)
+
 FULL_BY = {
     "budget": RefreshConfig(budget=1000, stride=5, threshold=None),
     "budget, never refreshed": RefreshConfig(budget=50 + NEW, stride=None),
@@ -21,6 +34,15 @@ FULL_BY = {
     "stride 1, per head": RefreshConfig(budget=4, stride=1, threshold=1.0, decide="head"),
     "fixed stride 1": RefreshConfig(budget=4, stride=1, threshold=None),
     "mode full": RefreshConfig(mode="full"),
+    **{
+        f"budget, {name}": RefreshConfig(budget=1000, **{name: OURS[name]})
+        for name in ("recent", "successor", "window", "anchor", "trigger")
+    },
+    "budget, every option": replace(EVERY_OPTION, budget=1000),
+    "stride 1, every option": replace(EVERY_OPTION, budget=4, stride=1),
+    "stride 1, threshold 1, every option": replace(
+        EVERY_OPTION, budget=4, stride=1, threshold=1.0, trigger="query"
+    ),
 }
 
 
@@ -28,6 +50,14 @@ FULL_BY = {
 def test_full_attention_tokens(model: PreTrainedModel, config: RefreshConfig) -> None:
     inputs = left_padded(RAGGED)
     assert torch.equal(refreshed(model, inputs, config), greedy(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["budget, every option", "stride 1, every option"])
+def test_full_attention_beams(model: PreTrainedModel, name: str) -> None:
+    inputs, beams = left_padded(RAGGED[1:]), {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(
+        refreshed(model, inputs, FULL_BY[name], **beams), greedy(model, inputs, **beams)
+    )
 
 
 def test_logits_of_full_steps_are_those_of_full_attention(model: PreTrainedModel) -> None:
@@ -60,8 +90,9 @@ def test_a_small_budget_is_not_full_attention(model: PreTrainedModel) -> None:
         RefreshConfig(budget=0.25, stride=3, threshold=None),
         RefreshConfig(budget=0.25, stride=2, threshold=0.5),
         RefreshConfig(budget=12, stride=2, threshold=0.5, decide="head"),
+        EVERY_OPTION,
     ],
-    ids=["never", "fixed stride", "query comparison", "per head"],
+    ids=["never", "fixed stride", "query comparison", "per head", "every option"],
 )
 def test_a_batch_equals_its_rows_alone(model: PreTrainedModel, config: RefreshConfig) -> None:
     inputs = left_padded(RAGGED)
@@ -72,12 +103,34 @@ def test_a_batch_equals_its_rows_alone(model: PreTrainedModel, config: RefreshCo
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 13, 39, 40])
-def test_the_chunk_size_of_prefill_changes_nothing(model: PreTrainedModel, chunk: int) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [RefreshConfig(budget=0.25, stride=3, threshold=None), EVERY_OPTION],
+    ids=["fixed stride", "every option"],
+)
+def test_the_chunk_size_of_prefill_changes_nothing(
+    model: PreTrainedModel, config: RefreshConfig, chunk: int
+) -> None:
     ids = tokens(2, 40)  # 13 leaves a last chunk of one token, which looks like a decode step
-    config = RefreshConfig(budget=0.25, stride=3, threshold=None)
     assert torch.equal(
         refreshed(model, ids, config, prefill_chunk_size=chunk), refreshed(model, ids, config)
     )
+
+
+@pytest.mark.parametrize("length", [1, 5, 31, 32])
+def test_a_prompt_may_be_shorter_than_the_window(llama: PreTrainedModel, length: int) -> None:
+    ids = tokens(2, length)
+    wide = refreshed(llama, ids, replace(EVERY_OPTION, window=1000))
+    assert torch.equal(refreshed(llama, ids, EVERY_OPTION), wide)
+    full = replace(EVERY_OPTION, budget=1000)
+    assert torch.equal(refreshed(llama, ids, full), greedy(llama, ids))
+
+
+def test_a_huge_drop_is_never_to_refresh(model: PreTrainedModel) -> None:
+    inputs = left_padded(RAGGED)
+    never = refreshed(model, inputs, RefreshConfig(budget=8, stride=None))
+    huge = RefreshConfig(budget=8, stride=None, trigger="lse-drop", drop=1e6)
+    assert torch.equal(refreshed(model, inputs, huge), never)
 
 
 class WindowOneSnapKV:

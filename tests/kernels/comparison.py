@@ -23,6 +23,9 @@ TOLERANCE = {
 }
 
 
+QUERIES = 5  # of a row, where an operation takes several
+
+
 @dataclass(frozen=True)
 class Case:
     """Inputs of an attention; `hidden` is the mask: none, left padding, holes, or holes that differ by KV head."""
@@ -59,6 +62,17 @@ class Case:
         }
         return query, keys, values, options
 
+    def several(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """As `inputs`, with T queries `[B, Hq, T, D]` and where they start: at the end, and earlier from row to row."""
+        _, keys, values, options = self.inputs()
+        gen = torch.Generator().manual_seed(self.length + 1)
+        queries = min(QUERIES, self.length)
+        shape = (self.rows, self.kv_heads * self.group, queries, self.dim)
+        query = torch.randn(*shape, generator=gen).to(self.dtype)
+        latest = self.length - queries
+        options["starts"] = torch.tensor([latest // (row + 1) for row in range(self.rows)])
+        return query, keys, values, options
+
     def with_spare(self, content: Tensor) -> Tensor:
         """The view that a store gives out: what lies behind it must never be read."""
         rows, heads, length, dim = content.shape
@@ -80,7 +94,7 @@ class Case:
 PLAIN = Case()
 CASES = [
     PLAIN,
-    *[Case(group=group) for group in (1, 2, 8)],
+    *[Case(group=group) for group in (1, 2, 3, 8)],
     *[Case(length=length) for length in (1, 2, 63, 64, 1000, 5000)],
     *[Case(dim=dim) for dim in (80, 128, 256)],
     *[Case(value_dim=48, length=length) for length in (65, 5000)],
@@ -143,10 +157,110 @@ def check_attend_and_score(attend_and_score: Callable[..., Any], case: Case) -> 
         check_scored(scored, expected_scored, case)
 
 
+def check_attend_and_rank(attend_and_rank: Callable[..., Any], case: Case) -> None:
+    """The most attended entry is the newest. In 16 bits a rank may swap with one that is nearly as good."""
+    query, keys, values, options = case.inputs()
+    attended = reference.attend(*in_float32(case), **options)
+    for reduction in ("max", "mean"):
+        scores = reference.score(*in_float32(case)[:2], **options, reduction=reduction).scores
+        newest = scores.argmax(-1)
+        count = max(1, min(8, case.length - 1))
+        actual, best = attend_and_rank(
+            query, keys, values, **options, reduction=reduction, newest=newest, count=count
+        )
+        close(actual.output, attended.output, case, "output")
+        close(actual.lse, attended.lse, case, "lse")
+        assert best.dtype == torch.int64 and best.shape == (*newest.shape, count)
+        if case.length == 1:
+            assert bool((best == 0).all())
+            continue
+        assert bool((best.sort(-1).values.diff(dim=-1) > 0).all())
+        left = scores.scatter(-1, newest[..., None], -1.0)
+        close(left.gather(-1, best), left.topk(count).values, case, "scores")
+
+
+def textbook(case: Case, counts: Tensor, reduction: str, window: int | None) -> tuple[Any, Any]:
+    """`verify` one query after the other: each attends to what lies before it, and to itself."""
+    query, keys, values, options = case.several()
+    starts, visible = options.pop("starts"), options.pop("visible")
+    places = torch.arange(case.length)
+    shape = (case.rows, case.kv_heads, case.length)
+    shown = torch.ones(shape, dtype=torch.bool) if visible is None else visible.expand(shape)
+    outputs, lses, votes = [], [], torch.zeros(shape, dtype=torch.float32)
+    for index in range(query.shape[2]):
+        own = (starts + index)[:, None, None]
+        seen = shown & (places <= own)
+        if window is not None:
+            seen = seen & (places > own - window)
+        options["visible"] = seen
+        one, all_keys = query[:, :, index].float(), keys.float()
+        attended = reference.attend(one, all_keys, values.float(), **options)
+        given = reference.score(one, all_keys, **options, reduction=reduction).scores
+        votes += torch.where((index < counts)[:, None, None], given, 0.0)
+        outputs.append(attended.output)
+        lses.append(attended.lse)
+    votes /= counts.clamp(min=1)[:, None, None]
+    lse = torch.stack(lses, 2)
+    return reference.Attended(torch.stack(outputs, 2), lse), reference.Scored(votes, lse)
+
+
+def check_votes(actual: Any, expected: Any, case: Case, counts: Tensor) -> None:
+    """As `check_scored`; a query may see nothing, and a row without votes may have any log-sum-exp."""
+    voting = counts > 0
+    assert not actual.scores[~voting].any(), (
+        "scores of a row without votes is off by more than nothing"
+    )
+    actual, expected = (type(s)(s.scores[voting], s.lse[voting]) for s in (actual, expected))
+    seen = expected.lse.isfinite()
+    assert torch.equal(actual.lse.isneginf(), ~seen)
+    check_scored(
+        actual._replace(lse=actual.lse[seen]), expected._replace(lse=expected.lse[seen]), case
+    )
+
+
+def counted(case: Case) -> tuple[Tensor, Tensor]:
+    """Every query votes, and some do: in one row none."""
+    everyone = torch.full((case.rows,), min(QUERIES, case.length))
+    return everyone, torch.tensor([3, 0, 1])[: case.rows].clamp(max=int(everyone[0]))
+
+
+def check_vote(vote: Callable[..., Any], case: Case) -> None:
+    query, keys, _, options = case.several()
+    everyone, some = counted(case)
+    for reduction, counts in (("max", everyone), ("mean", some)):
+        given = None if counts is everyone else counts
+        actual = vote(query, keys, **options, counts=given, reduction=reduction)
+        check_votes(actual, textbook(case, counts, reduction, None)[1], case, counts)
+
+
+def check_verify(verify: Callable[..., Any], case: Case) -> None:
+    query, keys, values, options = case.several()
+    everyone, some = counted(case)
+    for reduction, counts, window in (
+        ("max", everyone, None),
+        ("mean", some, None),
+        ("max", some, 7),
+        ("mean", everyone, 1),
+    ):
+        given = None if counts is everyone else counts
+        attended, scored = verify(
+            query, keys, values, **options, counts=given, reduction=reduction, window=window
+        )
+        expected, expected_scored = textbook(case, counts, reduction, window)
+        assert attended.output.dtype == case.dtype
+        assert torch.equal(attended.lse, scored.lse)
+        voting = counts > 0
+        close(attended.output[voting], expected.output[voting], case, "output")
+        check_votes(scored, expected_scored, case, counts)
+
+
 ATTENTION_CHECKS = {
     "attend": check_attend,
     "score": check_score,
     "attend_and_score": check_attend_and_score,
+    "attend_and_rank": check_attend_and_rank,
+    "vote": check_vote,
+    "verify": check_verify,
 }
 
 
@@ -174,3 +288,6 @@ def check_select(select: Callable[..., Any]) -> None:
     assert chosen.positions.tolist() == [[[1, 2, 4, 6]]]
     chosen = select(scores, torch.tensor([4]), pool_kernel=3, visible=visible)
     assert chosen.positions.tolist() == [[[2, 4, 5, 6]]]
+    rules = {"recent": 1, "anchors": torch.tensor([[[2, FREE]]]), "ends": torch.tensor([6])}
+    chosen = select(scores, torch.tensor([4]), pool_kernel=1, visible=visible, **rules)
+    assert chosen.positions.tolist() == [[[1, 4, 2, 5]]]

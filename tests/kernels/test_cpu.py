@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import CPU, REFERENCE, backend_for, cpu
+from refreshkv.kernels import CPU, REFERENCE, Backend, backend_for, cpu
 from refreshkv.selection import Selection
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
@@ -24,9 +24,10 @@ from tests.kernels.comparison import (
     check_attend,
     check_gather,
     check_select,
+    check_verify,
 )
 
-OPS = ("attend", "attend_and_score", "score", "gather", "select")
+OPS = [field.name for field in fields(Backend) if field.name != "name"]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -48,14 +49,16 @@ def test_equals_the_reference(op: str, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", PER_HEAD, ids=str)
-def test_a_ring_may_mask_each_head_differently(case: Case) -> None:
-    check_attend(cpu.attend, case)
+@pytest.mark.parametrize("op", ATTENTION_CHECKS)
+def test_each_head_may_be_masked_differently(op: str, case: Case) -> None:
+    ATTENTION_CHECKS[op](getattr(CPU, op), case)
 
 
 @pytest.mark.parametrize("case", [PLAIN, EVERYTHING, *CASES[-2:]], ids=str)
 def test_without_the_fused_kernel_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_flash", None)
+    monkeypatch.setattr(cpu, "flash", None)
     check_attend(cpu.attend, case)
+    check_verify(CPU.verify, case)
 
 
 def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
@@ -88,6 +91,10 @@ BREAKS: dict[str, Callable[[Any], Any]] = {
     "sinks": lambda sinks: sinks + 0.25,
     "visible": lambda visible: None,
     "reduction": lambda reduction: "max" if reduction == "mean" else "mean",
+    "newest": lambda newest: newest * 0,
+    "starts": lambda starts: starts - 1,
+    "counts": lambda counts: None,
+    "window": lambda window: None if window is None else window + 1,
 }
 
 
@@ -98,12 +105,12 @@ BREAKS: dict[str, Callable[[Any], Any]] = {
         (op, option)
         for op in ATTENTION_CHECKS
         for option in BREAKS
-        if (op, option) != ("attend", "reduction")
+        if option in inspect.signature(getattr(CPU, op)).parameters
     ],
 )
 def test_a_wrong_option_is_noticed(op: str, option: str, dtype: torch.dtype) -> None:
     def broken(*tensors: Tensor, **options: Any) -> Any:
-        return getattr(cpu, op)(*tensors, **options | {option: BREAKS[option](options[option])})
+        return getattr(CPU, op)(*tensors, **options | {option: BREAKS[option](options[option])})
 
     with pytest.raises(AssertionError, match="is off by"):
         ATTENTION_CHECKS[op](broken, replace(EVERYTHING, dtype=dtype))
@@ -137,8 +144,19 @@ def _earlier_token_wins(
         lambda scores, budget, **o: cpu.select(scores, budget, **o | {"pool_kernel": 1}),
         lambda scores, budget, **o: cpu.select(scores, budget - 1, **o),
         _earlier_token_wins,
+        lambda scores, budget, **o: cpu.select(scores, budget, **o | {"recent": 0}),
+        lambda scores, budget, **o: cpu.select(scores, budget, **o | {"anchors": None}),
+        lambda scores, budget, **o: cpu.select(scores, budget, **o | {"ends": None}),
     ],
-    ids=["mask ignored", "not pooled", "one too few", "earlier token wins"],
+    ids=[
+        "mask ignored",
+        "not pooled",
+        "one too few",
+        "earlier token wins",
+        "recent ignored",
+        "anchors ignored",
+        "ends ignored",
+    ],
 )
 def test_a_wrong_selection_is_noticed(broken: Callable[..., Selection]) -> None:
     with pytest.raises(AssertionError):

@@ -7,7 +7,16 @@ import torch
 
 from refreshkv.kernels import CPU, REFERENCE, Backend, reference
 from refreshkv.step import Attention
-from tests.kernels.comparison import EVERYTHING, PLAIN, Case, check_gather, check_select
+from tests.kernels.comparison import (
+    ATTENTION_CHECKS,
+    CASES,
+    EVERYTHING,
+    PER_HEAD,
+    PLAIN,
+    Case,
+    check_gather,
+    check_select,
+)
 from tests.slow import slow_logits, slow_weights
 
 both = pytest.mark.parametrize("backend", [CPU, REFERENCE], ids=lambda backend: backend.name)
@@ -35,6 +44,12 @@ def test_equals_the_textbook(case: Case, reduction: str) -> None:
         torch.testing.assert_close(attended.lse[row, members], lse.float())
         torch.testing.assert_close(scored.scores[row, head, shown], score.float())
         assert bool((scored.scores[row, head, ~shown] == 0).all())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES + PER_HEAD if c.length < 5000], ids=str)
+@pytest.mark.parametrize("op", ["attend_and_rank", "vote", "verify"])
+def test_several_queries_equal_the_textbook_one_by_one(op: str, case: Case) -> None:
+    ATTENTION_CHECKS[op](getattr(REFERENCE, op), case)
 
 
 @both

@@ -19,8 +19,10 @@ NAMES = [
     "pyramidkv",
     "tova",
     "quest",
+    "token-select",
     "oracle-topk",
     "refreshkv",
+    "refreshkv-fast",
     "refreshkv-fixed",
     "refreshkv-paper",
     "no-refresh",
@@ -34,6 +36,15 @@ SETTINGS: dict[str, Any] = {
     "decide": "head",
     "group_reduction": "mean",
     "pool_kernel": 3,
+    "recent": 5,
+    "successor": 1,
+    "window": 8,
+    "anchor": 0.3,
+    "trigger": "lse-drop",
+    "drop": 2.0,
+    "score_only": True,
+    "draft": 3,
+    "confidence": 0.4,
 }
 
 
@@ -48,8 +59,10 @@ def test_a_method_says_where_it_comes_from_and_takes_the_settings_it_uses(name: 
     assert method.label and method.source and method.note
     assert len({m.label for m in METHODS.values()}) == len(METHODS)
     given = {key: SETTINGS[key] for key in method.uses}
-    expected = make_config(**{**method.settings, **given})
-    assert method.config(**given) == expected
+    config = method.config(**given)
+    assert {key: getattr(config, key) for key in given} == given
+    kept = {key: value for key, value in method.settings.items() if key not in given}
+    assert {key: getattr(config, key) for key in kept} == kept
     assert "budget" in method.uses
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "other"  # type: ignore[misc]
@@ -93,10 +106,15 @@ def test_what_the_variants_set() -> None:
     found = {name: find(name).config() for name in NAMES}
     assert found["full"].mode == "full"
     assert found["refreshkv"] == default
-    assert found["refreshkv-fixed"] == dataclasses.replace(default, threshold=None)
-    assert found["no-refresh"] == dataclasses.replace(default, stride=None)
-    for name in ("refreshkv-paper", "no-full-attention", "no-reselection"):
+    assert found["refreshkv-fast"] == make_config("fast")
+    assert found["refreshkv-fixed"] == dataclasses.replace(paper, threshold=None)
+    assert found["no-refresh"] == dataclasses.replace(paper, stride=None)
+    assert found["no-full-attention"] == dataclasses.replace(paper, score_only=True)
+    for name in ("refreshkv-paper", "no-reselection"):
         assert found[name] == paper
+    for name in NAMES:
+        if find(name).make is not None:
+            assert found[name].mode == "refresh"
     assert find("refreshkv").config("paper-qwen", stride=10) == RefreshConfig(
         stride=10, threshold=0.95
     )

@@ -133,7 +133,7 @@ def _caches(model: LlamaForCausalLM, job: Job, skip: tuple[str, ...]) -> dict[st
     for index in range(config.num_hidden_layers):
         keys = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
         values = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
-        query = noise(job.batch, config.num_attention_heads, config.head_dim)
+        query = noise(job.batch, config.num_attention_heads, 1, config.head_dim)
         shared = None
         for name, cache in caches.items():
             if name in ("static", "default"):
@@ -210,8 +210,8 @@ def _time(
     return times
 
 
-def _query(model: LlamaForCausalLM) -> tuple[int, int]:
-    return model.config.num_attention_heads, model.config.head_dim
+def _query(model: LlamaForCausalLM) -> tuple[int, int, int]:
+    return model.config.num_attention_heads, 1, model.config.head_dim
 
 
 def _record(

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from refreshkv import selection
-from refreshkv.kernels import cpu, reference
+from refreshkv.kernels import cpu, cpu_verify, reference
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,36 @@ class Backend:
     name: str
     attend: Callable[..., reference.Attended]
     attend_and_score: Callable[..., tuple[reference.Attended, reference.Scored]]
+    attend_and_rank: Callable[..., tuple[reference.Attended, Tensor]]
     score: Callable[..., reference.Scored]
+    verify: Callable[..., tuple[reference.Attended, reference.Scored]]
+    vote: Callable[..., reference.Scored]
     select: Callable[..., selection.Selection]
     gather: Callable[..., None]
 
 
 REFERENCE = Backend(
-    "reference",
-    reference.attend,
-    reference.attend_and_score,
-    reference.score,
-    selection.select,
-    reference.gather,
+    name="reference",
+    attend=reference.attend,
+    attend_and_score=reference.attend_and_score,
+    attend_and_rank=reference.attend_and_rank,
+    score=reference.score,
+    verify=reference.verify,
+    vote=reference.vote,
+    select=selection.select,
+    gather=reference.gather,
 )
-CPU = Backend("cpu", cpu.attend, cpu.attend_and_score, cpu.score, cpu.select, cpu.gather)
+CPU = Backend(
+    name="cpu",
+    attend=cpu.attend,
+    attend_and_score=cpu.attend_and_score,
+    attend_and_rank=cpu.attend_and_rank,
+    score=cpu.score,
+    verify=cpu_verify.verify,
+    vote=cpu_verify.vote,
+    select=cpu.select,
+    gather=cpu.gather,
+)
 
 _BY_DEVICE = {"cpu": CPU}
 

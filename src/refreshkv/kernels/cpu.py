@@ -21,7 +21,7 @@ from refreshkv.selection import FREE, Selection, candidates
 _BLOCK = 4096  # rows of keys, half a megabyte of them: a block stays in the second-level cache
 
 # Attention with its log-sum-exp; `scaled_dot_product_attention` runs this very kernel but keeps the log-sum-exp.
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def attend(
@@ -35,7 +35,7 @@ def attend(
     visible: Tensor | None = None,
 ) -> Attended:
     """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
-    if _flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
+    if flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
         options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
         if keys.shape[2] < _BLOCK:  # too short for a loop over heads to pay
             return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
@@ -45,10 +45,10 @@ def attend(
     if visible is not None:
         mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
         mask = mask[:, :, None].expand(*packed.shape[:3], -1)
-    output, lse = _flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+    output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     output, lse = output.flatten(1, 2), lse.flatten(1, 2)
     if sinks is not None:
-        output = output * _share_beside_sink(lse, sinks)[..., None].to(output.dtype)
+        output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
     return Attended(output, lse)
 
 
@@ -79,9 +79,40 @@ def score(
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
     reduction: Reduction = "max",
+    heads: Tensor | None = None,
 ) -> Scored:
     """See `reference.score`."""
-    return _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, None)
+    return _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, heads)
+
+
+def attend_and_rank(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+    newest: Tensor,
+    count: int,
+) -> tuple[Attended, Tensor]:
+    """See `reference.attend_and_rank`. In 16-bit dtypes the ranks come from logits rounded to that dtype."""
+    attended = attend(
+        query, keys, values, scale=scale, softcap=softcap, sinks=sinks, visible=visible
+    )
+    # Within a KV head only: a sink, which scales a query head's weights, does count among those of a group.
+    logits = (query * scale).unflatten(1, (keys.shape[1], -1)) @ keys.transpose(-1, -2)
+    logits = logits.float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    total = attended.lse if sinks is None else torch.logaddexp(attended.lse, sinks.float())
+    weights = (logits - total.unflatten(1, (keys.shape[1], -1))[..., None]).exp_()
+    scores = weights.amax(2) if reduction == "max" else weights.mean(2)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, 0.0)
+    return attended, reference.top_slots(scores, newest, count)
 
 
 def select(
@@ -91,9 +122,12 @@ def select(
     pool_kernel: int = 7,
     visible: Tensor | None = None,
     heads: Tensor | None = None,
+    recent: int = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Selection:
     """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
-    pooled, filled = candidates(scores, budget, pool_kernel, visible)
+    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
     most = min(int(budget.max()), scores.shape[-1])
     positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
     counts = filled.tolist()
@@ -145,12 +179,12 @@ def _score(
     new = torch.empty if visible is None and heads is None else torch.zeros
     scores = new(rows, kv_heads, length, dtype=torch.float32)
     lses = torch.zeros(rows, kv_heads, group, dtype=torch.float32)
-    spans = _spans(visible, rows, length)
-    own_span = len(spans[0]) > 1  # else the heads of a row share one
+    seen_from = spans(visible, rows, length)
+    own_span = len(seen_from[0]) > 1  # else the heads of a row share one
     scaled = (query * scale).to(query.dtype)  # on G x D numbers instead of G x L
     for row, head in _pairs(keys, heads):
         members = slice(head * group, (head + 1) * group)
-        first, hidden = spans[row][head if own_span else 0]
+        first, hidden = seen_from[row][head if own_span else 0]
         columns = _tall_matmul(keys[row, head, first:], scaled[row, members].T.contiguous())
         # Column by column: several times faster than `.T.contiguous()`.
         logits = torch.stack(columns.unbind(1)).float()
@@ -168,7 +202,7 @@ def _score(
         lse = (mass.log() + top)[:, 0]
         lses[row, head] = lse
         if sinks is not None:
-            weights *= _share_beside_sink(lse, sinks[members])[:, None]
+            weights *= share_beside_sink(lse, sinks[members])[:, None]
         reduce = torch.amax if reduction == "max" else torch.mean
         reduce(weights, 0, out=scores[row, head, first:])
         if values is not None and output is not None:
@@ -196,12 +230,12 @@ def _tall_matmul(tall: Tensor, narrow: Tensor) -> Tensor:
     return out
 
 
-def _share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
+def share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
     """What is left for the tokens: a sink only adds to the denominator. exp(lse) / (exp(lse) + exp(sink))."""
     return torch.sigmoid(lse - sinks.float())
 
 
-def _spans(visible: Tensor | None, rows: int, length: int) -> list[list[tuple[int, Tensor | None]]]:
+def spans(visible: Tensor | None, rows: int, length: int) -> list[list[tuple[int, Tensor | None]]]:
     """Per row and head: the first visible token, and what is hidden after it (`None` where nothing is, as usual).
 
     `visible` is `[B or 1, Hkv or 1, L]`; one head stands for all. Left padding is cut off rather than masked: it costs

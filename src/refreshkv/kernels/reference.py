@@ -1,7 +1,7 @@
-"""One decode step of attention in short, readable float32: the definition every fast kernel is tested against.
+"""Attention of a decode step in short, readable float32: the definition every fast kernel is tested against.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, L tokens, D head dim, K slots of a partial cache.
-Source: RefreshKV, sections 2 and 3. The query is that of a single new token; RoPE is already applied everywhere.
+Source: RefreshKV, sections 2 and 3; `attend_and_rank`, `verify` and `vote` are ours. RoPE is already applied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.selection import reduce_group
+from refreshkv.selection import rank_keys, reduce_group
 
 
 class Attended(NamedTuple):
@@ -89,11 +89,99 @@ def score(
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
     reduction: Reduction = "max",
+    heads: Tensor | None = None,
 ) -> Scored:
-    """The attention that each token receives from this query, without touching the values."""
+    """The attention that each token receives from this query, without touching the values.
+
+    `heads` is as in `attend_and_score`.
+    """
     logits = _logits(query, keys, scale, softcap, visible)
     lse = logits.logsumexp(-1)
     return Scored(reduce_group(_weights(logits, lse, sinks), keys.shape[1], reduction), lse)
+
+
+def attend_and_rank(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+    newest: Tensor,
+    count: int,
+) -> tuple[Attended, Tensor]:
+    """The partial step, and the slots of the most attended entries, best first, `[B, Hkv, count]` int64.
+
+    `newest` `[B, Hkv]` is the slot of the token being decoded, which is left out unless there are too few others.
+    """
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    attended = attend(query, keys, values, **options)  # type: ignore[arg-type]
+    scores = score(query, keys, **options, reduction=reduction).scores  # type: ignore[arg-type]
+    return attended, top_slots(scores, newest, count)
+
+
+def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
+    """The `count` best of `scores` `[B, Hkv, K]` without `newest`; ties go to the later slot."""
+    left = scores.scatter(-1, newest[..., None], -1.0)
+    return rank_keys(left).topk(min(count, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF
+
+
+def verify(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+    window: int | None = None,
+) -> tuple[Attended, Scored]:
+    """Full attention of the T newest tokens of each row, causal among them, and the scores that they give together.
+
+    Args:
+        query: `[B, Hq, T, D]`.
+        keys, values: `[B, Hkv, L, D]`.
+        starts: `[B]` int64, the place of each row's first query; query t sees the places up to `starts + t` < L.
+        counts: `[B]` int64, how many of a row's queries vote; `None`: all T. What others give may be anything.
+        visible: `[B or 1, Hkv or 1, L]` bool, for all queries; `None` when everything is.
+        window: a query sees no more than this many places, its own included. The rest is as in `attend`.
+
+    Returns:
+        output `[B, Hq, T, D]` and lse `[B, Hq, T]`; scores `[B, Hkv, L]` float32, the mean over the voting queries of
+        the group-reduced attention.
+    """
+    logits = _causal_logits(query, keys, starts, scale, softcap, visible, window)
+    lse = logits.logsumexp(-1)
+    weights = _weights(logits, lse, None if sinks is None else sinks[:, None])
+    output = weights.unflatten(1, (keys.shape[1], -1)) @ values.float()[:, :, None]
+    scores = _mean_votes(weights, keys.shape[1], counts, reduction)
+    return Attended(output.flatten(1, 2).to(values.dtype), lse), Scored(scores, lse)
+
+
+def vote(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    visible: Tensor | None = None,
+    reduction: Reduction = "max",
+) -> Scored:
+    """The scores of `verify` without touching the values."""
+    logits = _causal_logits(query, keys, starts, scale, softcap, visible)
+    lse = logits.logsumexp(-1)
+    weights = _weights(logits, lse, None if sinks is None else sinks[:, None])
+    return Scored(_mean_votes(weights, keys.shape[1], counts, reduction), lse)
 
 
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
@@ -123,7 +211,43 @@ def _logits(
     return logits.flatten(1, 2)
 
 
+def _causal_logits(
+    query: Tensor,
+    keys: Tensor,
+    starts: Tensor,
+    scale: float,
+    softcap: float | None,
+    visible: Tensor | None,
+    window: int | None = None,
+) -> Tensor:
+    """`[B, Hq, T, L]` float32, -inf where a query does not see a token."""
+    places = torch.arange(keys.shape[2], device=keys.device)
+    last = starts[:, None] + torch.arange(query.shape[2], device=keys.device)
+    seen = (places <= last[..., None])[:, None]
+    if window is not None:
+        seen = seen & (places > last[..., None] - window)[:, None]
+    if visible is not None:
+        seen = seen & visible[:, :, None]
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    logits = grouped @ keys.float().transpose(-1, -2)[:, :, None] * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits.masked_fill(~seen[:, :, None], float("-inf")).flatten(1, 2)
+
+
+def _mean_votes(
+    weights: Tensor, kv_heads: int, counts: Tensor | None, reduction: Reduction
+) -> Tensor:
+    """`[B, Hq, T, L]` -> `[B, Hkv, L]`: reduced over the group, then averaged over the first `counts` queries."""
+    reduced = reduce_group(weights, kv_heads, reduction)
+    if counts is None:
+        return reduced.mean(2)
+    voting = torch.arange(weights.shape[2], device=weights.device) < counts[:, None]
+    total = reduced.masked_fill(~voting[:, None, :, None], 0.0).sum(2)
+    return total / counts.clamp(min=1)[:, None, None]
+
+
 def _weights(logits: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the tokens, and over the head's sink where there is one. `[B, Hq, L]`; 0 where none is visible."""
+    """Softmax over the tokens, and over the head's sink where there is one, like `logits`; 0 where none is visible."""
     total = lse if sinks is None else torch.logaddexp(lse, sinks.float())
     return (logits - total.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp()

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from refreshkv.config import unknown
-from refreshkv.methods import h2o, oracle, pyramidkv, quest, refreshkv, snapkv, streaming_llm, tova
+from refreshkv.methods import (
+    h2o,
+    oracle,
+    pyramidkv,
+    quest,
+    refreshkv,
+    snapkv,
+    streaming_llm,
+    token_select,
+    tova,
+)
 from refreshkv.methods.method import Method
 
 # In the order of tables.
@@ -25,8 +35,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             pyramidkv.METHOD,
             tova.METHOD,
             quest.METHOD,
+            token_select.METHOD,
             oracle.METHOD,
             refreshkv.REFRESHKV,
+            refreshkv.FAST,
             refreshkv.FIXED,
             refreshkv.AS_IN_PAPER,
             refreshkv.NO_REFRESH,

@@ -57,7 +57,7 @@ class KeptEntries(Algorithm, ABC):
         if cache.pending is not None:
             prompt = None if visible is None else visible[:, :-1]
             cache.resolve_budget(prompt, cache.length - 1)
-            self.begin(cache, cache.pending, attention, prompt)
+            self.begin(cache, cache.pending[:, :, -1], attention, prompt)
             cache.pending = None
         elif cache.hidden is None:
             count_again(cache, visible)

@@ -12,7 +12,7 @@ from refreshkv.step import Algorithm
 # `(settings, place of the layer among the served ones, number of served layers)` -> what drives that layer.
 Make = Callable[[RefreshConfig, int, int], Algorithm]
 
-# Every setting but the mode, which "full" alone sets.
+# Every setting but the mode, which belongs to the method.
 ALL_SETTINGS = tuple(f.name for f in fields(RefreshConfig) if f.name != "mode")
 
 
@@ -52,4 +52,6 @@ class Method:
         for key in overrides:
             if key not in self.uses:
                 raise ValueError(unknown(f"setting of {self.name}:", key, self.uses))
+        if self.make is not None:  # presets are RefreshKV's
+            return RefreshConfig(**{**self.settings, **overrides})
         return make_config(preset, **{**self.settings, **overrides})

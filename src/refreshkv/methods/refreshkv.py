@@ -14,7 +14,6 @@ from refreshkv.step import (
     decode_step,
     full_step,
     over_heads,
-    rebuild,
 )
 
 
@@ -30,26 +29,6 @@ class Ablation(Algorithm):
         return decode_step(cache, query, attention, visible, self.on_full)
 
 
-def refresh_only(
-    cache: LayerCache,
-    query: Tensor,
-    attention: Attention,
-    visible: Tensor | None,
-    heads: Tensor | None,
-) -> Tensor:
-    """Re-selects as `full_step` does, then attends to the new partial cache only."""
-    scores, lse = cache.backend.score(
-        query,
-        cache.store.keys,
-        **attention.options(over_heads(visible)),
-        reduction=cache.config.group_reduction,
-    )
-    rebuild(cache, query, scores, lse, visible, heads)
-    assert cache.partial is not None
-    keys, values, used = cache.partial.entries()
-    return cache.backend.attend(query, keys, values, **attention.options(used)).output
-
-
 def attend_only(
     cache: LayerCache,
     query: Tensor,
@@ -61,7 +40,9 @@ def attend_only(
     if cache.partial is None:  # after a crop there is nothing to go on with
         return full_step(cache, query, attention, visible, heads)
     if heads is None:  # else the partial step has let the new token in
-        cache.partial.push()
+        cache.partial.push(
+            cache.store.keys[:, :, -1], cache.store.values[:, :, -1], cache.length - 1
+        )
     return cache.backend.attend(
         query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
     ).output
@@ -78,7 +59,9 @@ _PAPER = (
     'Xu, Goyal and Choi, "RefreshKV: Updating Small KV Cache During Long-form Generation",'
     " ACL 2025, arXiv 2411.05787"
 )
-_FIXED_STRIDE = tuple(name for name in ALL_SETTINGS if name not in ("threshold", "decide"))
+_FIXED_STRIDE = tuple(
+    name for name in ALL_SETTINGS if name not in ("threshold", "decide", "trigger", "drop")
+)
 _NO_STRIDE = tuple(name for name in _FIXED_STRIDE if name != "stride")
 
 FULL = Method(
@@ -93,7 +76,14 @@ REFRESHKV = Method(
     name="refreshkv",
     label="RefreshKV",
     source=f"{_PAPER}, section 3",
-    note='The preset "default".',
+    note='The preset "default": drafts over the partial cache, verified by full attention.',
+)
+FAST = Method(
+    name="refreshkv-fast",
+    label="RefreshKV, fast",
+    source="ours",
+    note='The preset "fast": lossy, full where the log-sum-exp of a head has dropped.',
+    settings=PRESETS["fast"],
 )
 FIXED = Method(
     name="refreshkv-fixed",
@@ -123,11 +113,10 @@ NO_FULL_ATTENTION = Method(
     label="RefreshKV, no full attention",
     source=f"{_PAPER}, ablations",
     note=(
-        "As refreshkv-paper, but a step that re-selects attends to the new partial cache only. It needs all keys and"
-        " few values; it is counted as a full step that reads everything."
+        "As refreshkv-paper, but a step that re-selects reads the keys only and attends to the new partial cache; it is"
+        " counted as a full step that reads half."
     ),
-    settings=PRESETS["paper-llama"],
-    make=_ablation(refresh_only),
+    settings={**PRESETS["paper-llama"], "score_only": True},
 )
 NO_RESELECTION = Method(
     name="no-reselection",
