@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from refreshkv.stats import RowStats, Stats
+from refreshkv.stats import DraftCounts, RowStats, Stats
 
 ONE_STEP = {"kv_heads": 2, "entry_bytes": 64, "full": 0, "steps": 2, "read": 8, "available": 200}
 FULL_STEP = ONE_STEP | {"full": 2, "read": 200}
@@ -174,3 +174,47 @@ def test_counts_without_rows_are_those_of_one_row() -> None:
     for counts in (ONE_STEP, FULL_STEP):
         stats.record(0, **counts)
     assert stats.row(0).as_dict() == stats.as_dict()
+
+
+CYCLES = [
+    [DraftCounts(4, 4, 5, 1, 5), DraftCounts(4, 1, 2, 1, 5), DraftCounts(0, 0, 0, 0, 0)],
+    [DraftCounts(2, 0, 1, 1, 3), DraftCounts(0, 0, 1, 1, 1), DraftCounts(3, 3, 2, 1, 4)],
+]
+
+
+def test_cycles_of_the_lossless_mode_add_up() -> None:
+    stats = Stats()
+    assert stats.acceptance is stats.tokens_per_full_pass is stats.passes_per_token is None
+    for rows in CYCLES:
+        stats.record_drafts(rows)
+    assert vars(stats.drafts) == {"drafted": 13, "accepted": 8, "yielded": 11, "full": 5, "all": 18}
+    assert stats.acceptance == 8 / 13
+    assert stats.tokens_per_full_pass == 11 / 5
+    assert stats.passes_per_token == 18 / 11
+    found = stats.as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["acceptance"] == stats.acceptance
+    stats.reset()
+    assert stats.as_dict() == Stats().as_dict()
+
+
+def test_rows_of_the_lossless_mode_add_up() -> None:
+    stats = RowStats()
+    for rows in CYCLES:
+        stats.record_drafts(rows)
+    rows = [stats.row(row).drafts for row in range(3)]
+    assert vars(rows[1]) == {"drafted": 4, "accepted": 1, "yielded": 3, "full": 2, "all": 6}
+    for name, count in vars(stats.drafts).items():
+        assert sum(getattr(row, name) for row in rows) == count
+    assert vars(CYCLES[0][0]) == vars(DraftCounts(4, 4, 5, 1, 5))  # what was given is left alone
+    stats.reset()
+    assert vars(stats.row(0).drafts) == vars(DraftCounts())
+
+
+def test_the_line_for_people_in_the_lossless_mode() -> None:
+    stats = two_layers()
+    for rows in CYCLES:
+        stats.record_drafts(rows)
+    line = str(stats)
+    assert "2.2 tokens per full pass" in line and "1.64 passes per token" in line
+    assert "61.5% of the drafts" in line and "\n" not in line

@@ -30,15 +30,38 @@ class LayerCounts:
 
 
 @dataclass
+class DraftCounts:
+    """Sums over the cycles of the lossless mode and rows.
+
+    `drafted` tokens, of which the full passes `accepted` some; `yielded` tokens, those that a full pass gives itself
+    among them; `full` and `all` forward passes of the model, as many as the row needed. A batch takes those of its
+    longest.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    yielded: int = 0
+    full: int = 0
+    all: int = 0
+
+    def add(self, other: DraftCounts) -> None:
+        """Add the counts of another."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass
 class Stats:
     """Counts of the layers that RefreshKV serves, over all decode steps since creation or `reset`.
 
     A decode step is a pass over one token with a non-empty cache. Passes over several tokens (prefill, verification of
-    a draft) are ordinary full attention and are not counted; nor is the first selection, which belongs to prefill.
-    Sliding-window layers are not served and not counted.
+    another's draft) are ordinary full attention and are not counted; nor is the first selection, which belongs to
+    prefill. In the lossless mode a token is a step, the pass that verifies is its full one, and what drafting read is
+    counted with it. Sliding-window layers are not served and not counted.
     """
 
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     def record(
         self,
@@ -63,9 +86,30 @@ class Stats:
         counts.read += _over_rows(read)
         counts.available += _over_rows(available)
 
+    def record_drafts(self, rows: list[DraftCounts]) -> None:
+        """Add one cycle of the lossless mode, the counts of each row."""
+        for counts in rows:
+            self.drafts.add(counts)
+
     def reset(self) -> None:
         """Forget everything."""
         self.layers.clear()
+        self.drafts = DraftCounts()
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that stood; `None` outside of the lossless mode."""
+        return _ratio(self.drafts.accepted, self.drafts.drafted)
+
+    @property
+    def tokens_per_full_pass(self) -> float | None:
+        """New tokens for each verification; `None` outside of the lossless mode."""
+        return _ratio(self.drafts.yielded, self.drafts.full)
+
+    @property
+    def passes_per_token(self) -> float | None:
+        """Forward passes of the model for each new token; `None` outside of the lossless mode."""
+        return _ratio(self.drafts.all, self.drafts.yielded)
 
     @property
     def full_steps(self) -> float:
@@ -116,6 +160,9 @@ class Stats:
             "full_share": self.full_share,
             "kv_read_share": self.kv_read_share,
             "effective_stride": self.effective_stride,
+            "acceptance": self.acceptance,
+            "tokens_per_full_pass": self.tokens_per_full_pass,
+            "passes_per_token": self.passes_per_token,
             "kv_bytes_read": self.kv_bytes_read,
             "kv_bytes_full": self.kv_bytes_full,
             "layers": {
@@ -130,6 +177,12 @@ class Stats:
     def __str__(self) -> str:
         if not self.layers:
             return "no decode step yet"
+        if self.drafts.full:
+            return (
+                f"{self.tokens_per_full_pass:.1f} tokens per full pass, {self.passes_per_token:.2f} passes per token"
+                f" ({_percent(self.acceptance)} of the drafts stood),"
+                f" KV read {_percent(self.kv_read_share)} of full attention"
+            )
         stride = self.effective_stride
         return (
             f"full steps {self.full_share:.1%} of {_whole(self.full_steps + self.partial_steps)} layer steps"
@@ -149,6 +202,7 @@ class RowStats(Stats):
         super().__init__()
         # Layer -> blocks `[n, 4, B]` of n steps: full, steps, read, available. Reading joins them.
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
+        self._drafts: list[DraftCounts] = []
 
     def record(self, layer: int, **counts: Any) -> None:
         """See `Stats.record`. A number is shared evenly by the rows.
@@ -172,9 +226,21 @@ class RowStats(Stats):
         ]
         blocks.append(torch.stack(step)[None])
 
+    def record_drafts(self, rows: list[DraftCounts]) -> None:
+        """See `Stats.record_drafts`."""
+        super().record_drafts(rows)
+        self._drafts = self._drafts or [DraftCounts() for _ in rows]
+        for total, counts in zip(self._drafts, rows, strict=True):
+            total.add(counts)
+
     def row(self, row: int, steps: int | None = None) -> Stats:
-        """The counts of one row over its first `steps` decode steps (`None`: all of them)."""
+        """The counts of one row over its first `steps` decode steps (`None`: all of them).
+
+        In the lossless mode a block is a cycle of one token or more, and a row that has ended adds nothing.
+        """
         alone = Stats()
+        if self._drafts:
+            alone.drafts.add(self._drafts[row])
         for layer, blocks in self._blocks.items():
             blocks[:] = [torch.cat(blocks)]
             full, taken, read, available = blocks[0][:steps, :, row].sum(0).tolist()
@@ -187,6 +253,7 @@ class RowStats(Stats):
     def reset(self) -> None:
         super().reset()
         self._blocks.clear()
+        self._drafts.clear()
 
 
 def _is_per_row(count: Count) -> bool:
@@ -199,6 +266,10 @@ def _over_rows(count: Count) -> Count:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _whole(number: float) -> int | float:

@@ -44,6 +44,18 @@ def test_leaving_restores_the_model(model: PreTrainedModel) -> None:
     assert appearance(model) == before
 
 
+@pytest.mark.parametrize("ending", ["by itself", "by an exception"])
+def test_leaving_the_lossless_mode_restores_the_model(llama: PreTrainedModel, ending: str) -> None:
+    before = appearance(llama)
+    with refreshkv.attach(llama, mode="exact", budget=8):
+        assert "generate" in vars(llama)
+        greedy(llama, tokens(1, 20), new=3)
+        if ending == "by an exception":
+            with pytest.raises(ValueError, match="guidance"):
+                greedy(llama, tokens(1, 20), guidance_scale=2.0)
+    assert appearance(llama) == before
+
+
 def test_leaving_by_an_exception_restores_the_model(llama: PreTrainedModel) -> None:
     before = appearance(llama)
     with pytest.raises(KeyError), refreshkv.attach(llama):
@@ -68,6 +80,49 @@ def test_nested_sessions(llama: PreTrainedModel) -> None:
         assert first.stats.full_share is None and second.stats.full_share > 0
         assert torch.equal(greedy(llama, ids), expected[0])
     assert appearance(llama) == before
+
+
+@pytest.mark.parametrize("order", ["exact inside", "exact outside", "exact in exact"])
+def test_nested_sessions_of_the_lossless_mode(llama: PreTrainedModel, order: str) -> None:
+    ids, before = tokens(1, 40), appearance(llama)
+    exact = RefreshConfig(mode="exact", budget=6, draft=3)
+    other = RefreshConfig(mode="refresh", budget=6, stride=None)
+    outer, inner = {
+        "exact inside": (other, exact),
+        "exact outside": (exact, other),
+        "exact in exact": (exact, RefreshConfig(mode="exact", budget=1000)),
+    }[order]
+    vanilla = greedy(llama, ids)
+    expected = {
+        config: vanilla if config.mode == "exact" else refreshed(llama, ids, config)
+        for config in (outer, inner)
+    }
+    with refreshkv.attach(llama, outer) as first:
+        with refreshkv.attach(llama, inner) as second:
+            assert torch.equal(greedy(llama, ids), expected[inner])
+            assert not first.stats.layers and second.stats.layers
+            assert (second.stats.acceptance is None) == (inner.mode == "refresh")
+        assert torch.equal(greedy(llama, ids), expected[outer])
+        assert (first.stats.acceptance is None) == (outer.mode == "refresh")
+    assert appearance(llama) == before
+
+
+def test_a_generate_patched_by_somebody_else_is_called(llama: PreTrainedModel) -> None:
+    calls: list[int] = []
+    original = llama.generate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    llama.generate = counted
+    try:
+        with refreshkv.attach(llama, RefreshConfig(mode="exact", budget=6)) as session:
+            greedy(llama, tokens(1, 20), new=4)
+        assert calls == [1] and vars(llama)["generate"] is counted
+        assert session.stats.acceptance is not None
+    finally:
+        del llama.generate
 
 
 def test_a_method_patched_by_somebody_else_survives(llama: PreTrainedModel) -> None:
@@ -125,11 +180,12 @@ def test_a_forward_pass_without_our_cache_is_ordinary(model: PreTrainedModel) ->
             assert torch.equal(model(**inputs).logits, vanilla)
 
 
-def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("mode", ["refresh", "exact"])
+def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel, mode: str) -> None:
     import gc
     import weakref
 
-    with refreshkv.attach(llama, budget=6) as session:
+    with refreshkv.attach(llama, mode=mode, budget=6) as session:
         out = llama.generate(tokens(1, 20), max_new_tokens=3, return_dict_in_generate=True)
         cache = weakref.ref(out.past_key_values.layers[0].inner.store)
         gc.disable()
@@ -140,7 +196,7 @@ def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel) -> None:
             )
         finally:
             gc.enable()
-        assert session.stats.partial_steps > 0
+        assert session.stats.full_steps + session.stats.partial_steps > 0
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

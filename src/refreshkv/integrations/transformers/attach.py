@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -11,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationConfig
 
 from refreshkv.config import RefreshConfig, make_config
+from refreshkv.integrations.transformers import exact
 from refreshkv.integrations.transformers.attention import register
 from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, RefreshCache
 from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
@@ -109,6 +111,9 @@ class Session:
         self._decoder._attn_implementation_internal = register(self.implementation_below)
         self._replace("_prepare_cache_for_generation", self._prepare_cache)
         self._replace("_prefill", self._prefill)
+        if config.mode == "exact":
+            self._replace("generate", self._generate)
+            self._replace("_extract_generation_mode_kwargs", self._extract_kwargs)
 
     def new_cache(self, reserve: int = 0) -> RefreshCache:
         """A cache to pass as `past_key_values` yourself: several turns on one cache, a decode loop of your own."""
@@ -152,10 +157,25 @@ class Session:
 
     def _original(self, name: str) -> Callable[..., Any]:
         """The model's own method, below every session."""
-        if self._outer is not None:
-            return self._outer._original(name)
-        before = self._replaced[name][0]
+        session, before = self, _ABSENT
+        while session is not None:  # one in between may have left this method alone
+            before = session._replaced.get(name, (before,))[0]
+            session = session._outer
         return getattr(type(self.model), name).__get__(self.model) if before is _ABSENT else before
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` with the lossless loop, unless the caller brings a loop or a draft model of their own."""
+        original = self._original("generate")
+        given = {**kwargs, **inspect.signature(original).bind(*args, **kwargs).arguments}
+        if given.get("custom_generate") is not None or given.get("assistant_model") is not None:
+            return original(*args, **kwargs)
+        return original(*args, **{**kwargs, "custom_generate": exact.decode})
+
+    def _extract_kwargs(self, custom_generate: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers keeps the streamer, the tokenizer and the like from a loop it does not know; not from ours."""
+        ours = custom_generate is exact.decode
+        original = self._original("_extract_generation_mode_kwargs")
+        return original(None if ours else custom_generate, *args, **kwargs)
 
     def _prepare_cache(
         self,
@@ -190,6 +210,7 @@ class Session:
         if given is None and type(made) is DynamicCache:
             final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
             model_kwargs["past_key_values"] = self.new_cache(reserve=final_length)
+            model_kwargs["past_key_values"].is_kept = False
             if generation_config.is_assistant:  # a draft model rolls back
                 model_kwargs["past_key_values"].activate_past_recording()
         return result

@@ -18,7 +18,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, Pass, layer_of
+from refreshkv.integrations.transformers.cache import (
+    IMPLEMENTATION_PREFIX,
+    Pass,
+    RefreshLayer,
+    layer_of,
+)
 from refreshkv.step import Attention
 
 
@@ -72,15 +77,26 @@ def refresh_attention(
                 softcap=None if inner == "sdpa" else kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
             )
-            visible = _visible(current, attention_mask, layer.inner.rows, layer.inner.length)
-            if query.shape[2] == 1 and layer.inner.length > 1 and not current.prompt:
-                output = layer.algorithm.step(layer.inner, query[:, :, 0], attention, visible)
-                return output[:, None], None
-            layer.algorithm.observe(layer.inner, query, attention, visible)
+            if layer.exact is not None:
+                return layer.exact_step(query, attention).transpose(1, 2), None
+            # Over a window the implementation below, with the host's mask, is right.
+            if layer.window is None:
+                visible = _visible(current, attention_mask, layer.inner.rows, layer.inner.length)
+                if _is_decode_step(layer, query):
+                    output = layer.algorithm.step(layer.inner, query[:, :, 0], attention, visible)
+                    return output[:, None], None
+                layer.algorithm.observe(layer.inner, query, attention, visible)
+        elif layer.exact is not None:
+            raise RuntimeError("the lossless mode cannot serve layers that share another's keys")
     run = _implementation(inner, module)
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _is_decode_step(layer: RefreshLayer, query: Tensor) -> bool:
+    """One token after others that is not (the last chunk of) a prompt."""
+    return query.shape[2] == 1 and layer.inner.length > 1 and not layer.current.prompt
 
 
 def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -7,18 +7,20 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig, make_config
+from refreshkv.exact import ExactLayer, ExactWindowLayer
+from refreshkv.integrations.transformers.support import exact_reason
 from refreshkv.methods import Method
 from refreshkv.stats import Stats
-from refreshkv.step import Algorithm
+from refreshkv.step import Algorithm, Attention
 
 IMPLEMENTATION_PREFIX = "refreshkv_"
 _TAG = "_refreshkv"
@@ -31,11 +33,15 @@ class Pass:
     Attributes:
         prompt: the pass belongs to a prompt, however few tokens it holds.
         awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
+        drafting: the pass belongs to the lossless mode: "draft" or "verify"; None otherwise.
+        counts: `[B]` int64, in "verify": the tokens of each row that are real.
         mask, visible: the last mask of the host (not kept alive: a prompt's is large) and the visible tokens in it,
             computed once for all layers.
     """
 
     prompt: bool = False
+    drafting: Literal["draft", "verify"] | None = None
+    counts: Tensor | None = None
     awaiting: RefreshLayer | None = None
     mask: weakref.ref[Tensor] | None = None
     visible: Tensor | None = None
@@ -47,11 +53,16 @@ class RefreshLayer(DynamicLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, inner: LayerCache, algorithm: Algorithm, current: Pass) -> None:
+    def __init__(
+        self, inner: LayerCache, algorithm: Algorithm, current: Pass, window: int | None = None
+    ) -> None:
         # The parent's constructor only assigns `keys`, `values` and `is_initialized`, which are properties here.
         self.inner = inner
         self.algorithm = algorithm
         self.current = current
+        self.window = window  # of a sliding-window layer, which is ours in the lossless mode only
+        self.exact: ExactLayer | None = None  # while `generate` drafts and verifies
+        self.newest: tuple[Tensor, Tensor] | None = None  # keys and values of such a pass
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -79,11 +90,42 @@ class RefreshLayer(DynamicLayer):
             raise RuntimeError(
                 "RefreshCache is for inference and keeps no gradients: run under torch.no_grad()"
             )
-        self.inner.append(key_states, value_states)
-        keys, values = self.inner.store.keys, self.inner.store.values
+        if self.exact is not None:
+            # The tag wants a tensor of its own; what is written, and where, the algorithm decides.
+            keys, values = key_states.view_as(key_states), value_states
+            self.newest = (keys, values)
+        else:
+            self.inner.append(key_states, value_states)
+            keys, values = self.inner.store.keys, self.inner.store.values
         setattr(keys, _TAG, self)
         self.current.awaiting = self
         return keys, values
+
+    def begin_exact(self, visible: Tensor | None) -> None:
+        """From here on passes are drafts or verifications. `visible` `[B, L]`: the prompt's tokens, `None` for all."""
+        if self.window is None:
+            self.exact = ExactLayer(self.inner, visible)
+        else:
+            self.exact = ExactWindowLayer(self.inner, visible, self.window)
+
+    def end_exact(self, length: int) -> None:
+        """Back to ordinary passes, with the first `length` places of every row."""
+        assert self.exact is not None
+        self.exact.close(length)
+        self.exact = self.newest = None
+
+    def exact_step(self, query: Tensor, attention: Attention) -> Tensor:
+        """`[B, Hq, T, D]` -> `[B, Hq, T, D]`: what the pass under way asks of this layer."""
+        assert self.exact is not None and self.newest is not None
+        keys, values = self.newest
+        if self.current.drafting == "draft":
+            key, value = keys[:, :, 0], values[:, :, 0]
+            return self.exact.draft(query[:, :, 0], key, value, attention)[:, :, None]
+        if self.current.drafting != "verify" or self.current.counts is None:
+            raise RuntimeError(
+                "this cache is inside a lossless `generate`: no other pass may use it"
+            )
+        return self.exact.verify(query, keys, values, self.current.counts, attention)
 
     def get_seq_length(self) -> int:
         """Tokens in the full store."""
@@ -147,6 +189,9 @@ class RefreshCache(DynamicCache):
         reserve: tokens to allocate at once, if the final length is known.
         method: what drives the layers, one of `refreshkv.methods`; `None` is RefreshKV.
 
+    Attributes:
+        is_kept: somebody holds on to the cache after `generate`.
+
     Raises:
         RuntimeError: at the first forward pass, when the model is not attached.
     """
@@ -163,6 +208,7 @@ class RefreshCache(DynamicCache):
         super().__init__(config=config)
         self.refresh = make_config() if refresh is None else refresh
         self.stats = Stats() if stats is None else stats
+        self.is_kept = True
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         served = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -171,6 +217,12 @@ class RefreshCache(DynamicCache):
             make = None if method is None else method.make
             algorithm = Algorithm() if make is None else make(self.refresh, place, len(served))
             self.layers[index] = RefreshLayer(inner, algorithm, self._current)
+        if self.refresh.mode == "exact" and exact_reason(config) is None:
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
+                    window = layer.sliding_window
+                    self.layers[index] = RefreshLayer(inner, Algorithm(), self._current, window)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RefreshCache:
         """A copy for another continuation of the same prefix, for the same model and into the same stats."""
@@ -180,6 +232,22 @@ class RefreshCache(DynamicCache):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    @property
+    def exact_layers(self) -> list[RefreshLayer]:
+        """The layers that take part in the lossless mode, which are all that hold keys."""
+        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
+
+    @contextmanager
+    def drafting(
+        self, kind: Literal["draft", "verify"], counts: Tensor | None = None
+    ) -> Iterator[None]:
+        """The pass inside is one of the lossless mode; `counts` as in `ExactLayer.verify`."""
+        self._current.drafting, self._current.counts = kind, counts
+        try:
+            yield
+        finally:
+            self._current.drafting = self._current.counts = None
 
     @contextmanager
     def prompt(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Each is proven by the equalities in tests/integrations on a tiny random configuration.
 PROVEN_ARCHITECTURES = (
@@ -66,6 +66,41 @@ def supported(model: PreTrainedModel | PreTrainedConfig) -> Support:
     if any(isinstance(layer, DynamicLayer) for layer in layers):
         return Support(True, f"{name} has no full-attention layer: RefreshKV leaves it as it is")
     return Support(False, f"{name} has no attention layer with a KV cache")
+
+
+def exact_reason(config: PreTrainedConfig) -> str | None:
+    """Why the lossless mode cannot serve a supported model; `None` where it can."""
+    decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "num_kv_shared_layers", None):
+        return "layers that attend to another layer's keys do not draft"
+    if "chunked_attention" in (getattr(decoder, "layer_types", None) or ()) or getattr(
+        decoder, "attention_chunk_size", None
+    ):
+        return "chunked attention cannot take a draft back"
+    for layer in DynamicCache(config=decoder).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"a {type(layer).__name__} cannot take a draft back"
+    return None
+
+
+def rope_reason(config: PreTrainedConfig, first: int, last: int | None) -> str | None:
+    """Why a text that grows from `first` tokens to `last` (`None`: no limit) cannot be drafted; `None` where it can.
+
+    Where the RoPE of a pass depends on its last position, a pass over several tokens differs from one token a pass.
+    """
+    decoder = config.get_text_config(decoder=True)
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = parameters.get("rope_type", "default")
+        if kind == "longrope":
+            border = parameters["original_max_position_embeddings"]
+            crosses = first <= border and (last is None or last > border)
+        else:
+            border = decoder.max_position_embeddings
+            crosses = "dynamic" in kind and (last is None or last > border)
+        if crosses:
+            return f"{kind} RoPE changes at {border} tokens"
+    return None
 
 
 def _uses_attention_interface(model_class: type[PreTrainedModel]) -> bool:

@@ -1,0 +1,385 @@
+"""The decoding loop of the lossless mode, called by `generate` in place of its own greedy or sampling loop (ours).
+
+A cycle: every row drafts over its partial caches, one pass over all rows verifies the drafts, and each row keeps as
+many of them as are right and one token more. Rows run ahead of each other; what `generate` lets a caller see
+(streamers, stopping criteria, scores) happens token by token in the order and with the arguments of its own loop, as
+soon as every unfinished row is there. Letters: B batch, P tokens of the padded prompt, T of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from refreshkv.integrations.transformers.cache import RefreshCache
+from refreshkv.integrations.transformers.processors import process, unserved
+from refreshkv.integrations.transformers.support import exact_reason, rope_reason
+from refreshkv.speculation import accept_greedy, accept_sampled
+from refreshkv.stats import DraftCounts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Arguments and result as those of `GenerationMixin._sample`.
+
+    Raises:
+        ValueError: an output that this loop cannot give, with the remedy.
+    """
+    cache = model_kwargs.get("past_key_values")
+    mode = generation_config.get_generation_mode()
+    limit = stopping_criteria.max_length
+    # A cache of other settings goes its own way.
+    wanted = not isinstance(cache, RefreshCache) or cache.refresh.mode == "exact"
+    reason = None
+    if wanted:
+        reason = _reason(model, input_ids, logits_processor, mode, limit, model_kwargs)
+    if reason is not None or not wanted:
+        name = GENERATION_MODES_MAPPING[mode]
+        if "/" in name:
+            raise ValueError(f"mode='exact' cannot run code of the hub ({name}): use mode='full'")
+        if reason is not None:
+            warnings.warn(f"mode='exact' runs as full attention: {reason}", stacklevel=2)
+        return getattr(type(model), name)(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
+            raise ValueError(f"mode='exact' has no {name}: leave it out, or use mode='full'")
+    if synced_gpus:
+        raise ValueError(
+            "mode='exact' cannot keep processes in step (ZeRO-3, FSDP): use mode='full'"
+        )
+    if (generation_config.guidance_scale or 1.0) != 1.0:
+        raise ValueError("mode='exact' has no classifier-free guidance: use mode='full'")
+    new = None if limit is None else limit - input_ids.shape[1]
+    run = _Run(model, cache, input_ids, logits_processor, stopping_criteria, generation_config, new)
+    try:
+        run.prefill(model_kwargs)
+        return run.finish(_loop(run, stopping_criteria, streamer), streamer)
+    except BaseException:
+        run.abandon()
+        raise
+
+
+def _reason(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    mode: GenerationMode,
+    limit: int | None,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call cannot draft; `None` where it can."""
+    if mode not in _SERVED:
+        return f"{mode.value.replace('_', ' ')} does not draft"
+    if not isinstance(model_kwargs.get("past_key_values"), RefreshCache):
+        return "no RefreshCache"
+    positions = model_kwargs.get("position_ids")
+    if positions is None:
+        return "the model takes no position_ids"
+    first = int(positions.max()) + 1
+    last = None if limit is None else first + limit - input_ids.shape[1] - 1
+    return (
+        unserved(processors, len(input_ids))
+        or rope_reason(model.config, first, last)
+        or exact_reason(model.config)
+    )
+
+
+def _loop(run: _Run, stopping_criteria: StoppingCriteriaList, streamer: Any) -> Tensor:
+    """Cycles until the stopping criteria are met in every row; `[B, P + n]`, finished rows padded."""
+    prompt, pad = run.prompt, run.pad
+    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(run.rows, dtype=torch.bool, device=run.ids.device)
+    shown = run.ids[:, :prompt]
+    while True:
+        # Without an end token `generate` goes on with every row until all have finished.
+        going = unfinished if has_end else torch.ones_like(unfinished)
+        # What every such row has by now, token by token, as `generate` would.
+        while bool((run.made > shown.shape[1] - prompt)[going].all()):
+            token = run.ids[:, shown.shape[1]]
+            if has_end:
+                token = torch.where(unfinished, token, pad)
+            shown = torch.cat([shown, token[:, None]], 1)
+            unfinished = unfinished & ~stopping_criteria(shown, run.scores_until(shown))
+            if streamer is not None:
+                streamer.put(token.cpu())
+            if has_end:
+                going = unfinished
+                run.stop(~unfinished, shown.shape[1] - prompt)
+            if not bool(unfinished.any()):
+                return shown
+        run.cycle(going)
+
+
+class _Run:
+    """The rows of one call.
+
+    Attributes:
+        ids: `[B, capacity]`, prompt, then new tokens, then drafts.
+        start: places of the prompt in the cache.
+        made: `[B]` int64, new tokens of each row; the last of them has not been through the model.
+        ended: `[B]` bool, rows whose last token is an end token.
+        draft: `[B]` int64, how many tokens each row drafts next.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: RefreshCache,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        new: int | None,
+    ) -> None:
+        self.model, self.cache, self.config = model, cache, config
+        self.processors = processors
+        self.new = new  # most new tokens of a row
+        self.start = 0
+        self.rows, self.prompt = input_ids.shape
+        self.ids = input_ids
+        self.made = torch.zeros(self.rows, dtype=torch.int64, device=input_ids.device)
+        self.most = cache.refresh.draft
+        self.confidence = cache.refresh.confidence
+        self.draft = torch.full_like(self.made, self.most)
+        self.ended = torch.zeros_like(self.made, dtype=torch.bool)
+        pad = config._pad_token_tensor
+        self.pad = 0 if pad is None else pad.to(input_ids.device)
+        self.ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
+        keep = config.return_dict_in_generate
+        # Of each row, one entry a new token.
+        self.scores = self._lists() if keep and config.output_scores else None
+        self.logits = self._lists() if keep and config.output_logits else None
+        self.columns: list[Tensor] = []  # of the scores, for stopping criteria
+
+    def prefill(self, model_kwargs: dict[str, Any]) -> None:
+        """The prompt, and the token after it."""
+        self.position = model_kwargs["position_ids"][..., -1:]  # of the last token of the prompt
+        outputs = self.model._prefill(
+            self.ids, self.config, model_kwargs, is_first_iteration=not self.config.is_assistant
+        )
+        mask = model_kwargs.get("attention_mask")
+        visible = None if mask is None or bool(mask.all()) else mask.bool()
+        self.start = self.cache.get_seq_length()
+        for layer in self.cache.exact_layers:
+            layer.begin_exact(visible)
+        logits = outputs.logits[:, -1:].float()
+        self._reserve(1)
+        targets = self._process(logits, torch.zeros_like(self.made))
+        token = self._choose(targets)[:, 0]
+        self._keep(token[:, None], torch.ones_like(self.made), logits, targets)
+
+    def cycle(self, going: Tensor) -> None:
+        """Draft, verify, keep. Rows that are not `going` `[B]`, have ended or have all their tokens sit out."""
+        active = going & ~self.ended
+        counts = torch.where(active, self.draft, 0)
+        if self.new is not None:
+            room = self.new - self.made
+            active = active & (room > 0)
+            counts = torch.minimum(counts, (room - 1).clamp(min=0)) * active
+        self._reserve(int(counts.max()) + 1)
+        drafts, draft_probs, counts = self._drafts(counts)
+        last = self._last()[:, None]
+        real = torch.where(active, counts + 1, 0)
+        with self.cache.drafting("verify", real):
+            logits = self._forward(torch.cat([last, drafts], 1))
+        scores = self._process(logits, self.made)
+        if self.config.do_sample:
+            accepted, after = accept_sampled(drafts, draft_probs, scores.softmax(-1), counts)
+        else:
+            accepted, after = accept_greedy(drafts, scores.argmax(-1), counts)
+        tokens = torch.nn.functional.pad(drafts, (0, 1)).scatter(
+            1, accepted[:, None], after[:, None]
+        )
+        kept = self._keep(tokens, torch.where(active, accepted + 1, 0), logits, scores)
+        for layer in self.cache.exact_layers:
+            layer.exact.commit(kept)
+        self._count(counts, accepted, kept, active)
+        # A row whose drafts all stood dares more; another, a little more than what stood.
+        longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)
+        self.draft = torch.where(active, longer, self.draft)
+
+    def stop(self, rows: Tensor, new: int) -> None:
+        """`rows` `[B]` bool have finished with `new` tokens; what they have beyond is forgotten."""
+        self.made = torch.where(rows, self.made.clamp(max=new), self.made)
+
+    def abandon(self) -> None:
+        """After an error: a cache that somebody holds on to keeps what every row has."""
+        layers = [layer for layer in self.cache.exact_layers if layer.exact is not None]
+        if self.cache.is_kept:
+            shortest = min([int(layer.exact.ends.min()) for layer in layers], default=0)
+            for layer in layers:
+                layer.end_exact(shortest)
+
+    def finish(self, sequences: Tensor, streamer: Any) -> GenerateDecoderOnlyOutput | Tensor:
+        """What `generate` returns, and the cache as an ordinary loop leaves it where the caller keeps it."""
+        if streamer is not None:
+            streamer.end()
+        as_dict = self.config.return_dict_in_generate
+        if as_dict or self.cache.is_kept:
+            self._even_out(sequences)
+        if not as_dict:
+            return sequences
+        new = sequences.shape[1] - self.prompt
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=None if self.scores is None else tuple(_columns(self.scores, new)),
+            logits=None if self.logits is None else tuple(_columns(self.logits, new)),
+            past_key_values=self.cache,
+        )
+
+    def scores_until(self, shown: Tensor) -> Any:
+        """The `scores` that stopping criteria get: those of the tokens shown, or `None`."""
+        if self.scores is None:
+            return None
+        count = shown.shape[1] - self.prompt
+        self.columns += _columns(self.scores, count, len(self.columns))
+        return tuple(self.columns)
+
+    def _drafts(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """At most `counts` `[B]` tokens a row, written behind those of `ids` too.
+
+        A row stops after a place where its best token has a probability below `confidence` (whatever it draws there:
+        else the draws that count would no longer be draws from their distribution), and after an end of text.
+
+        Returns:
+            `[B, s]` tokens, `[B, s, V]` what they were drawn from (empty where nothing is drawn), `[B]` how many count.
+        """
+        tokens, probs, token = [], [], self._last()
+        going, drafted = counts > 0, torch.zeros_like(counts)
+        while bool(going.any()):
+            step = len(tokens)
+            with self.cache.drafting("draft"):
+                logits = self._forward(token[:, None], step)
+            scores = self._process(logits, self.made + step)
+            token = self._choose(scores)[:, 0]
+            self.ids.scatter_(1, (self.prompt + self.made + step)[:, None], token[:, None])
+            share = scores[:, 0].softmax(-1)
+            drafted = drafted + going
+            going = going & (drafted < counts) & (share.amax(-1) >= self.confidence)
+            for ends in self.ends:
+                going = going & ~torch.isin(token, ends.to(token.device))
+            tokens.append(token)
+            if self.config.do_sample:
+                probs.append(share)
+        none = self.ids[:, :0]
+        stacked = torch.stack(tokens, 1) if tokens else none
+        most = int(drafted.max())
+        proposed = torch.stack(probs, 1) if probs else none.new_zeros(self.rows, 0, 1).float()
+        return stacked[:, :most], proposed[:, :most], drafted
+
+    def _forward(self, tokens: Tensor, ahead: int = 0) -> Tensor:
+        """`[B, T]` tokens, `ahead` places after the last sure one -> float32 logits `[B, T, V]`."""
+        steps = torch.arange(ahead, ahead + tokens.shape[1], device=tokens.device)
+        ahead_of_prompt = self.made[:, None] + steps
+        if self.new is not None:  # a row that drafts less than others may have no such position
+            ahead_of_prompt = ahead_of_prompt.clamp(max=self.new - 1)
+        output = self.model(
+            input_ids=tokens,
+            position_ids=self.position + ahead_of_prompt,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits.float()
+
+    def _process(self, logits: Tensor, made: Tensor) -> Tensor:
+        """`[B, T, V]` through the logits processors; row i's first follows `made[i]` new tokens of `ids`."""
+        return process(self.processors, logits, self.ids, self.prompt + made)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """`[B, T, V]` -> `[B, T]`: the best, or a draw."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1).flatten(0, 1), 1).view(scores.shape[:2])
+
+    def _keep(self, tokens: Tensor, gained: Tensor, logits: Tensor, scores: Tensor) -> Tensor:
+        """The first `gained` of `tokens` `[B, T]` become text, up to an end token; `[B]`: how many they are."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        for ends in self.ends:
+            is_end = torch.isin(tokens, ends.to(tokens.device)) & (places < gained[:, None])
+            first = torch.where(is_end, places, tokens.shape[1]).amin(1) + 1
+            gained = torch.minimum(gained, first)
+            self.ended = self.ended | is_end.any(1)
+        where = (self.prompt + self.made)[:, None] + places
+        kept = places < gained[:, None]
+        self.ids.scatter_(1, where, torch.where(kept, tokens, self.ids.gather(1, where)))
+        for kept_values, values in ((self.logits, logits), (self.scores, scores)):
+            if kept_values is not None:
+                for row, count in enumerate(gained.tolist()):
+                    kept_values[row].extend(values[row, :count].unbind(0))
+        self.made = self.made + gained
+        return gained
+
+    def _lists(self) -> list[list[Tensor]]:
+        return [[] for _ in range(self.rows)]
+
+    def _last(self) -> Tensor:
+        """`[B]`: the newest token of each row."""
+        return self.ids.gather(1, (self.prompt + self.made - 1)[:, None])[:, 0]
+
+    def _reserve(self, more: int) -> None:
+        """Room for `more` tokens in the row that is furthest."""
+        needed = self.prompt + int(self.made.max()) + more + 1
+        if needed > self.ids.shape[1]:
+            extra = needed - self.ids.shape[1] + 64
+            self.ids = torch.nn.functional.pad(self.ids, (0, extra))
+
+    def _count(self, counts: Tensor, accepted: Tensor, kept: Tensor, active: Tensor) -> None:
+        """One cycle for the statistics."""
+        table = torch.stack([counts, accepted, kept, active.long()], 1).tolist()
+        self.cache.stats.record_drafts(
+            [
+                DraftCounts(drafted, stood, yielded, took_part, took_part * (drafted + 1))
+                for drafted, stood, yielded, took_part in table
+            ]
+        )
+
+    def _even_out(self, sequences: Tensor) -> None:
+        """Every row as long as the others: the last token but one is in the cache, as after an ordinary loop.
+
+        Rows that ended early take the padding after their end through the model, which ordinary loops do step by step.
+        """
+        last = sequences.shape[1] - 1
+        have = self.prompt + self.made - 1
+        missing = (last - have).clamp(min=0)
+        for layer in self.cache.exact_layers:
+            layer.exact.take_back(self.start + self.made - 1)
+        if int(missing.max()):
+            places = have[:, None] + torch.arange(int(missing.max()), device=have.device)
+            with self.cache.drafting("verify", missing):
+                self._forward(sequences.gather(1, places.clamp(max=last)))
+        for layer in self.cache.exact_layers:
+            layer.end_exact(self.start + last - self.prompt)
+
+
+def _columns(rows: list[list[Tensor]], count: int, first: int = 0) -> list[Tensor]:
+    """One `[B, V]` for each token from `first` to `count`; a row that has ended repeats its last."""
+    return [torch.stack([row[min(n, len(row) - 1)] for row in rows]) for n in range(first, count)]

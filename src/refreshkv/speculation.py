@@ -1,0 +1,63 @@
+"""Which drafted tokens stand, and the token after them, so that the text has exactly the target's distribution.
+
+Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", ICML 2023, algorithm 1.
+Letters: B batch, s drafted tokens, V vocabulary. Drafts beyond a row's count do not exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accept_greedy(drafts: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Drafts stand as long as each is the target's choice.
+
+    Args:
+        drafts: `[B, s]` int64.
+        targets: `[B, s + 1]` int64, the choice after the last sure token and after each draft.
+        counts: `[B]` int64, drafts of each row.
+
+    Returns:
+        `[B]` int64, how many drafts stand; `[B]` int64, the token after them.
+    """
+    right = (drafts == targets[:, :-1]) & _real(drafts, counts)
+    accepted = right.cumprod(1).sum(1)
+    return accepted, targets.gather(1, accepted[:, None])[:, 0]
+
+
+def accept_sampled(
+    drafts: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    counts: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A draft x from q stands with probability min(1, p(x) / q(x)); for a refused one comes a draw from max(p - q, 0).
+
+    Args:
+        drafts: `[B, s]` int64, drawn from `draft_probs`.
+        draft_probs: `[B, s, V]`, q of each draft.
+        target_probs: `[B, s + 1, V]`, p after the last sure token and after each draft.
+        counts: `[B]` int64, drafts of each row.
+        generator: of the random numbers; `None` is torch's default.
+
+    Returns:
+        As `accept_greedy`.
+    """
+    p = target_probs[:, :-1].gather(2, drafts[..., None])[..., 0]
+    q = draft_probs.gather(2, drafts[..., None])[..., 0]
+    chance = torch.rand(drafts.shape, generator=generator, device=drafts.device, dtype=p.dtype)
+    accepted = ((chance * q < p) & _real(drafts, counts)).cumprod(1).sum(1)
+    rows = torch.arange(len(drafts), device=drafts.device)
+    target = target_probs[rows, accepted]
+    # Where all drafts of a row stand, nothing was proposed for the next place.
+    proposed = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[rows, accepted]
+    proposed = proposed.masked_fill((accepted >= counts)[:, None], 0.0)
+    left = (target - proposed).clamp(min=0.0)
+    left = torch.where(left.sum(-1, keepdim=True) > 0, left, target)  # p = q, but for rounding
+    return accepted, torch.multinomial(left, 1, generator=generator)[:, 0]
+
+
+def _real(drafts: Tensor, counts: Tensor) -> Tensor:
+    return torch.arange(drafts.shape[1], device=drafts.device) < counts[:, None]
