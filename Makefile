@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu report crosscheck clean
+.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-gpu report fidelity crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,13 +66,26 @@ endif
 LIMIT ?= 16
 GRID := $(BIN)/torchrun --nproc_per_node 2 -m refreshkv.cli eval --device cpu --model demo --dtype bfloat16 \
 	--tasks chain-of-key,html-to-tsv --length 4096 --batch 8
-EVERY := full,oracle-topk,quest,refreshkv,refreshkv:stride=10,refreshkv-fixed:stride=2,refreshkv-fixed:stride=5,$\
-	refreshkv-fixed:stride=10,no-full-attention,no-reselection,no-refresh,snapkv-1,snapkv,pyramidkv,h2o,tova,streaming-llm
-FED := full,refreshkv,refreshkv:stride=10,refreshkv:stride=5:threshold=0.5,refreshkv-fixed:stride=5,$\
-	refreshkv-fixed:stride=6,refreshkv-fixed:stride=7,no-full-attention,no-refresh
+EVERY := full,oracle-topk,quest,token-select,refreshkv:budget=0.0625,refreshkv-fast,refreshkv-paper,$\
+	refreshkv-paper:stride=10,refreshkv-fixed:stride=2,refreshkv-fixed:stride=5,refreshkv-fixed:stride=10,$\
+	no-full-attention,no-reselection,no-refresh,snapkv-1,snapkv,pyramidkv,h2o,tova,streaming-llm
+FED := full,refreshkv-fast,refreshkv-paper,refreshkv-paper:stride=10,refreshkv-paper:threshold=0.5,$\
+	refreshkv-fixed:stride=5,refreshkv-fixed:stride=6,refreshkv-fixed:stride=7,no-full-attention,no-refresh
 report: $(STAMP)  ## evaluate every method on the bundled model again, into out/
 	OMP_NUM_THREADS=1 $(GRID) --methods $(EVERY) --limit $(LIMIT) --out out/demo-4096-free
 	OMP_NUM_THREADS=1 $(GRID) --methods $(FED) --limit $(LIMIT) --mode forced --out out/demo-4096-forced
+
+# The tables of docs/fidelity.md: on two cores about an hour. 200 prompts a task, then a few of many kinds.
+FRONT := full,refreshkv:budget=0.0625,refreshkv-fast,refreshkv-paper,refreshkv-paper:stride=1:threshold=0.5,$\
+	refreshkv-paper:stride=1:threshold=0.3,snapkv,quest,token-select,oracle-topk
+BREADTH := full,refreshkv:budget=0.25,refreshkv:budget=0.0625,refreshkv:budget=0.03125,refreshkv-fast,refreshkv-paper
+EVAL := $(BIN)/torchrun --nproc_per_node 2 -m refreshkv.cli eval --device cpu
+fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into out/
+	OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks chain-of-key,html-to-tsv,key-value --length 2048 --limit 200 \
+		--batch 20 --methods $(FRONT) --out out/fidelity-2048
+	OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks breadth --length 1024 --limit 12 --batch 12 --methods $(BREADTH) \
+		--out out/breadth-1024
+	$(BIN)/python -m refreshkv.evals.fidelity out/fidelity-2048 out/breadth-1024 --plots out/plots
 
 # A second environment, because kvpress wants a transformers of its own.
 CROSS := .venv-crosscheck/bin/python

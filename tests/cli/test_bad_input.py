@@ -73,6 +73,7 @@ simple("budget negative", "--budget", "-5")
 simple("budget share above 1", "--budget", "1.5")
 simple("budget that is no number", "--budget", "half")
 simple("stride 0", "--stride", "0")
+simple("stride in the lossless mode", "--stride", "5", "--mode", "exact")
 simple("threshold NaN", "--threshold", "nan")
 simple("unknown preset", "--preset", "paper-lama")
 simple("temperature NaN", "--temperature", "nan")
@@ -129,6 +130,9 @@ case("unknown evaluation task")(lambda tiny, tmp: evaluate(tiny, tmp, tasks="key
 case("unknown method")(lambda tiny, tmp: evaluate(tiny, tmp, methods="full,refreskv"))
 case("unknown setting of a method")(
     lambda tiny, tmp: evaluate(tiny, tmp, methods="refreshkv:strid=5")
+)
+case("method that cannot be fed")(
+    lambda tiny, tmp: evaluate(tiny, tmp, "--mode", "both", methods="full,refreshkv")
 )
 case("evaluation without a directory")(
     lambda tiny, tmp: ["eval", "--model", tiny, "--tasks", "key-value", "--methods", "full"]

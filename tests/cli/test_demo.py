@@ -20,7 +20,8 @@ def test_method_names() -> None:
         "streaming-llm",
         "snapkv",
         "refreshkv-paper",
-        "refreshkv-fixed",
+        "refreshkv-fast",
+        "refreshkv",
     ]
 
 
@@ -47,11 +48,15 @@ def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
         assert 0 <= row["lines_right"] <= total
         assert row["output_tokens"] > 0
         assert set(row) == set(Row.__dataclass_fields__)
-    full, _, snapkv, _, fixed = record["results"][:5]
+    full, _, snapkv, _, fast, exact = record["results"][:6]
     assert full["kv_read_share"] == 1
     assert snapkv["full_share"] == 0
     assert snapkv["effective_stride"] is None
-    assert snapkv["kv_read_share"] < fixed["kv_read_share"] < 1
+    assert snapkv["kv_read_share"] < fast["kv_read_share"] < 1
+    assert (exact["lines_right"], exact["output_tokens"]) == (
+        full["lines_right"],
+        full["output_tokens"],
+    )
     for task, shown in zip(tasks, record["shown"], strict=True):
         assert shown["task"] == task
         assert shown["expected"] == make_prompt(task, shown["seed"], 400).answer
@@ -120,4 +125,5 @@ def test_refreshing_beats_evicting(run: Callable[..., Any], last_json: Callable[
         right[row["method"]] += row["lines_right"]
     total = sum(row["lines_total"] for row in record["results"] if row["method"] == "full")
     assert right["full"] > 0.8 * total
-    assert right["snapkv"] < right["refreshkv-paper"] < right["refreshkv-fixed"]
+    assert right["snapkv"] < right["refreshkv-paper"] < right["refreshkv-fast"]
+    assert right["refreshkv"] == right["full"]

@@ -36,6 +36,8 @@ def test_json_contract(tiny: Path, run: Callable[..., Any], last_json: Callable[
         PROMPT,
         "--max-new-tokens",
         12,
+        "--preset",
+        "paper-llama",
         "--budget",
         "8",
         "--json",
@@ -58,7 +60,12 @@ def test_json_contract(tiny: Path, run: Callable[..., Any], last_json: Callable[
         "full_share",
         "kv_read_share",
         "effective_stride",
+        "acceptance",
+        "tokens_per_full_pass",
+        "passes_per_token",
     }
+    for name in ("acceptance", "tokens_per_full_pass", "passes_per_token"):
+        assert stats[name] is None
     assert (
         stats["full_steps"] + stats["partial_steps"] == 2 * 11
     )  # two layers; the first token comes with the prompt
@@ -66,6 +73,38 @@ def test_json_contract(tiny: Path, run: Callable[..., Any], last_json: Callable[
     assert set(seconds) == {"prefill", "decode"}
     assert all(value > 0 for value in seconds.values())
     assert {"budget", "stride", "threshold", "mode"} <= set(config)
+
+
+def test_the_default_is_lossless(
+    tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    args = ("generate", "--model", tiny, "--prompt", PROMPT, "--max-new-tokens", 20)
+    expected = greedy(tiny, PROMPT, 20)
+    for given in ((), ("--mode", "exact"), ("--mode", "exact", "--budget", "3")):
+        assert run(*args, *given).stdout == expected + "\n"
+        result = run(*args, *given, "--json", "--progress")
+        assert "/20" in result.stderr
+        record = last_json(result)
+        assert record["text"] == expected
+        assert record["mode"] == "exact"
+        assert record["budget_tokens"] == (3 if "--budget" in given else 2)  # a 16th of 20
+        stats = record["stats"]
+        assert stats["full_steps"] + stats["partial_steps"] == 2 * 19
+        assert stats["acceptance"] is None or 0 <= stats["acceptance"] <= 1
+        assert 1 <= stats["tokens_per_full_pass"] <= 19
+        assert stats["passes_per_token"] >= 1 / stats["tokens_per_full_pass"]
+
+
+def test_a_schedule_asks_for_the_lossy_mode(
+    tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    args = ("generate", "--model", tiny, "--prompt", PROMPT, "--max-new-tokens", 4, "--json")
+    for given in (("--mode", "refresh"), ("--stride", "5"), ("--threshold", "0.85")):
+        record = last_json(run(*args, *given))
+        assert (record["mode"], record["budget_tokens"]) == ("refresh", 3)
+    result = run(*args, "--mode", "exact", "--stride", "5")
+    assert result.exit_code == 2
+    assert "stride has no effect in mode 'exact'" in result.stderr
 
 
 def test_full_mode_is_transformers(

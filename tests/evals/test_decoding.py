@@ -18,7 +18,7 @@ from refreshkv.stats import RowStats
 
 LENGTHS = (128, 200, 150)  # of the prompts: ragged
 CAPS = [9, 14, 11]
-METHODS = ["full", "refreshkv", "snapkv-1"]
+METHODS = ["full", "refreshkv-paper", "snapkv-1"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,30 @@ def test_free_rows_are_as_if_alone(
         )
 
 
+def test_the_lossless_mode_says_what_full_attention_says(
+    model: PreTrainedModel, tokenizer: Any, examples: list[tuple[str, str]]
+) -> None:
+    prompts = [prompt for prompt, _ in examples]
+    with attached(model, "full") as session:
+        expected = generate(model, tokenizer, session, prompts, CAPS)
+    with attached(model, "refreshkv") as session:
+        together = generate(model, tokenizer, session, prompts, CAPS)
+        assert [output.tokens for output in together] == [output.tokens for output in expected]
+        # A row counts what it drafts up to the cap of its batch, which is its own where all are the same.
+        even = generate(model, tokenizer, session, prompts, [12] * 3)
+        for prompt, output in zip(prompts, even, strict=True):
+            (alone,) = generate(model, tokenizer, session, [prompt], [12])
+            assert alone.stats == output.stats
+            assert output.stats["tokens_per_full_pass"] >= 1
+            for layer in output.stats["layers"].values():
+                assert layer["steps"] == output.output_tokens - 1
+
+
+def test_the_lossless_mode_takes_no_answer(model: PreTrainedModel, tokenizer: Any) -> None:
+    with attached(model, "refreshkv") as session, pytest.raises(ValueError, match="generate free"):
+        feed(model, tokenizer, session, ["a"], ["b"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_fed_rows_are_as_if_alone(
     method: str, model: PreTrainedModel, tokenizer: Any, examples: list[tuple[str, str]]
@@ -120,7 +144,7 @@ def test_feeding_a_free_output_takes_the_same_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = [prompt for prompt, _ in examples]
-    with attached(model, "refreshkv") as session:
+    with attached(model, "refreshkv-paper") as session:
         free = generate(model, tokenizer, session, prompts, [12] * 3)
         outputs = {output.text: output.tokens for output in free}
         # The tokens themselves: a text need not be encoded as the model wrote it.
@@ -138,7 +162,7 @@ def test_an_end_stops_its_row_only(
 ) -> None:
     prompts = [prompt for prompt, _ in examples]
     model.generation_config.eos_token_id = None
-    with attached(model, "refreshkv") as session:
+    with attached(model, "refreshkv-paper") as session:
         endless = generate(model, tokenizer, session, prompts, CAPS)
         assert not any(output.ended for output in endless)
         end = endless[1].tokens[6]
@@ -171,7 +195,7 @@ def test_greedy_whatever_the_checkpoint_recommends(
 def test_one_token_is_no_decode_step(
     model: PreTrainedModel, tokenizer: Any, examples: list[tuple[str, str]]
 ) -> None:
-    with attached(model, "refreshkv") as session:
+    with attached(model, "refreshkv-paper") as session:
         (free,) = generate(model, tokenizer, session, [examples[0][0]], [1])
         (fed,) = feed(model, tokenizer, session, [examples[0][0]], ["a"])
     for output in (free, fed):

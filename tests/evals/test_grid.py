@@ -11,7 +11,7 @@ from tests.evals.toy import Perplexing, Toy
 
 
 def grid(*tasks: Any, methods: tuple[str, ...] = ("full",), **settings: Any) -> Grid:
-    return Grid(model="m", tasks=tasks, methods=parse_methods(methods, 0.125), **settings)
+    return Grid(model="m", tasks=tasks, methods=parse_methods(methods), **settings)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def grid(*tasks: Any, methods: tuple[str, ...] = ("full",), **settings: Any) -> 
     ],
 )
 def test_spec(text: str, settings: dict[str, Any]) -> None:
-    spec = parse_method(text, 0.125)
+    spec = parse_method(text)
     assert spec.text == text
     assert spec.name == text.split(":")[0]
     assert spec.settings == settings
@@ -49,11 +49,12 @@ def test_spec(text: str, settings: dict[str, Any]) -> None:
         ("refreshkv:threshold=nan", "threshold is a cosine"),
         ("refreshkv:budget=none", "budget must be an int"),
         ("refreshkv:stride=5:stride=6", "stride is set twice"),
+        ("refreshkv:stride=5:mode=exact", "unknown setting of refreshkv: 'mode'"),
     ],
 )
 def test_bad_spec(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_method(text, 0.125)
+        parse_method(text)
 
 
 def test_the_common_budget_is_checked_too() -> None:
@@ -61,17 +62,45 @@ def test_the_common_budget_is_checked_too() -> None:
         parse_methods(["full"], 0)
 
 
+@pytest.mark.parametrize(
+    "text, own, common",
+    [
+        ("h2o", 0.125, 64),
+        ("refreshkv-paper", 0.125, 64),
+        ("refreshkv", 0.0625, 64),
+        ("refreshkv:stride=5", 0.125, 64),
+        ("refreshkv:budget=7", 7, 7),
+    ],
+)
+def test_a_method_has_its_own_budget_where_none_is_given(text: str, own: Any, common: int) -> None:
+    spec = parse_method(text)
+    assert (spec.config(None).budget, spec.config(64).budget) == (own, common)
+
+
+@pytest.mark.parametrize("mode", ["forced", "both"])
+def test_the_lossless_mode_is_fed_nothing(mode: Any) -> None:
+    message = r"method 'refreshkv:draft=4' .* task toy .* use --mode free, or .* refreshkv-paper$"
+    with pytest.raises(ValueError, match=message):
+        grid(Toy(), methods=("full", "refreshkv:draft=4"), mode=mode)
+    grid(Toy(), methods=("refreshkv:stride=5", "refreshkv-fast"), mode=mode)
+    with pytest.raises(
+        ValueError, match=r"task perplexity .*; use another method such as refreshk"
+    ):
+        grid(Toy(), Perplexing(), methods=("refreshkv",))
+    grid(Toy(), methods=("refreshkv",))
+
+
 def test_order_of_cells() -> None:
     cells = make_cells(
-        grid(Toy(), Perplexing(), methods=("full", "refreshkv", "full"), mode="both"), len
+        grid(Toy(), Perplexing(), methods=("full", "refreshkv-fast", "full"), mode="both"), len
     )
     assert [(cell.task.name, cell.method.text, cell.mode) for cell in cells] == [
         ("toy", "full", "free"),
         ("toy", "full", "forced"),
-        ("toy", "refreshkv", "free"),
-        ("toy", "refreshkv", "forced"),
+        ("toy", "refreshkv-fast", "free"),
+        ("toy", "refreshkv-fast", "forced"),
         ("perplexity", "full", "forced"),
-        ("perplexity", "refreshkv", "forced"),
+        ("perplexity", "refreshkv-fast", "forced"),
     ]
     assert cells[0].key(cells[0].examples[1]) == "toy|full|free|0001"
 
@@ -87,18 +116,16 @@ def test_no_answer_to_feed() -> None:
         make_cells(grid(Toy(answers=False), mode="forced"), len)
 
 
-def test_batches_are_what_is_left_of_one_cell() -> None:
+def test_batches_are_what_is_left_and_bring_the_methods_of_the_same_examples_together() -> None:
     cells = make_cells(grid(Toy(), methods=("full", "refreshkv"), limit=5), len)
     done = {"toy|full|free|0001": "", "toy|refreshkv|free|0004": ""}
     found = [
-        (cell.method.text, [example.id for example in examples])
-        for cell, examples in batches(cells, done, 3)
+        [(cell.method.text, [example.id for example in examples]) for cell, examples in group]
+        for group in batches(cells, done, 3)
     ]
     assert found == [
-        ("full", ["0000", "0002", "0003"]),
-        ("full", ["0004"]),
-        ("refreshkv", ["0000", "0001", "0002"]),
-        ("refreshkv", ["0003"]),
+        [("full", ["0000", "0002"]), ("refreshkv", ["0000", "0001", "0002"])],
+        [("full", ["0003", "0004"]), ("refreshkv", ["0003"])],
     ]
 
 

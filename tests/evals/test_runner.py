@@ -22,7 +22,7 @@ from refreshkv.evals.runner import prepare, run
 from refreshkv.evals.store import RunError
 from tests.evals.toy import Perplexing, Toy
 
-METHODS = ("full", "refreshkv", "snapkv-1")
+METHODS = ("full", "refreshkv-paper", "snapkv-1")
 METHOD = "refreshkv:stride=2:threshold=none"
 
 
@@ -33,7 +33,7 @@ def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def grid(*tasks: Any, methods: tuple[str, ...] = METHODS, **settings: Any) -> Grid:
     settings = {"model": "demo", "batch": 2, **settings}
-    return Grid(tasks=tasks or (Toy(),), methods=parse_methods(methods, 0.125), **settings)
+    return Grid(tasks=tasks or (Toy(),), methods=parse_methods(methods), **settings)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -136,6 +136,31 @@ def test_batches_change_nothing(loaded: Any, whole: list[Any], tmp_path: Path) -
         assert lines(tmp_path / str(batch)) == whole
 
 
+def test_the_lossless_mode_in_a_run(loaded: Any, tmp_path: Path) -> None:
+    """Its outputs are those of full attention, however they are batched, at half of the others' budget."""
+    for batch in (1, 3):
+        out = tmp_path / str(batch)
+        full, exact = run(*loaded, grid(methods=("full", "refreshkv"), batch=batch), out)
+        assert (full.score, full.output_tokens) == (exact.score, exact.output_tokens)
+        found = lines(out)
+        for one, other in zip(found[:3], found[3:], strict=True):
+            assert one["output"] == other["output"]
+            assert (other["budget"], other["settings"]["mode"]) == (0.0625, "exact")
+            assert other["passes_per_token"] > 0
+            assert one["passes_per_token"] is None
+
+
+def test_the_budget_that_was_used(loaded: Any, tmp_path: Path) -> None:
+    methods = ("snapkv-1", "refreshkv", "refreshkv:budget=9")
+    for budget, used in ((None, [0.125, 0.0625, 9]), (40, [40, 40, 9])):
+        out = tmp_path / str(budget)
+        run(*loaded, grid(methods=methods, budget=budget, limit=1), out)
+        assert [record["budget"] for record in lines(out)] == used
+        assert json.loads((out / "config.json").read_text())["budget"] == budget
+    with pytest.raises(ValueError, match="made with budget None, now it is 40; use another --out"):
+        prepare(*loaded, grid(methods=methods, budget=40, limit=1), tmp_path / "None")
+
+
 def test_done_is_not_done_again(
     loaded: Any, whole: list[Any], decoded: list[str], tmp_path: Path
 ) -> None:
@@ -143,7 +168,7 @@ def test_done_is_not_done_again(
     assert decoded == ["toy, example 0000"] * 2
     decoded.clear()
     summaries = run(*loaded, grid(), tmp_path)
-    assert decoded == [f"toy, example {i:04d}" for i in (1, 2, 1, 2, 0, 1, 2)]
+    assert decoded == [f"toy, example {i:04d}" for i in (1, 1, 0, 1, 2, 2, 2)]
     assert lines(tmp_path) == whole  # sorted too
     assert [row.examples for row in summaries] == [3, 3, 3]
     decoded.clear()
@@ -154,10 +179,10 @@ def test_done_is_not_done_again(
 
 def test_another_task_comes_after(loaded: Any, whole: list[Any], tmp_path: Path) -> None:
     run(*loaded, grid(), tmp_path)
-    run(*loaded, grid(Perplexing(), methods=("refreshkv",), limit=1), tmp_path)
+    run(*loaded, grid(Perplexing(), methods=("refreshkv-paper",), limit=1), tmp_path)
     found = lines(tmp_path)
     assert found[:-1] == whole
-    assert found[-1]["key"] == "perplexity|refreshkv|forced|0000"
+    assert found[-1]["key"] == "perplexity|refreshkv-paper|forced|0000"
 
 
 @pytest.mark.parametrize("moment", ["decode", "write", "finish"])

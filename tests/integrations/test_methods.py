@@ -58,9 +58,12 @@ def test_the_chunk_size_of_prefill_changes_nothing(
     assert torch.equal(chunked, under(llama, name, inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("full", "refreshkv")])
 def test_a_small_budget_is_another_method(llama: PreTrainedModel, name: str) -> None:
-    """The equalities above could hold because everything is ordinary attention, or RefreshKV."""
+    """The equalities above could hold because everything is ordinary attention, or RefreshKV.
+
+    "refreshkv" has the output of full attention at any budget; test_exact.py is about that.
+    """
     ids = tokens(2, 50)
     with refreshkv.attach(llama, method=name, budget=6) as session:
         ours = logits(llama, ids, 4)
@@ -110,6 +113,8 @@ def test_the_counts_of_the_rows(llama: PreTrainedModel, name: str) -> None:
             read = 11 * 3 * 2 * -(-length // 4)  # steps, layers, KV heads, K
             assert sum(int(c.read) for c in rows[row].layers.values()) == read
             assert rows[row].full_steps == 0
+    if name == "refreshkv":  # counts cycles, which hold several steps
+        return
     with refreshkv.attach(llama, method=name, budget=0.25, stats=RowStats()) as short:
         greedy(llama, inputs, new=6)
     assert session.stats.row(1, steps=5).as_dict() == short.stats.row(1).as_dict()

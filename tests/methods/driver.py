@@ -14,12 +14,8 @@ from refreshkv.stats import RowStats
 from refreshkv.step import Algorithm, Attention
 from tests.helpers import Held, Tokens
 
-KEPT = [
-    name
-    for name, m in METHODS.items()
-    if name not in ("no-full-attention", "no-reselection") and m.make
-]
-EVICTING = [name for name in KEPT if name not in ("quest", "oracle-topk")]
+KEPT = [name for name, m in METHODS.items() if name != "no-reselection" and m.make]
+EVICTING = [name for name in KEPT if name not in ("quest", "token-select", "oracle-topk")]
 
 
 class Driver:

@@ -137,6 +137,30 @@ def quest(row: Row) -> Iterator[Sets]:
         yield sets
 
 
+def token_select(row: Row) -> Iterator[Sets]:
+    """The paper's 128 : 2048 : 512 of first, chosen and newest tokens, in lowest terms 1 : 16 : 4."""
+    sinks, recent = row.budget // 21, max(1, 4 * row.budget // 21)
+    last: Tensor | None = None
+    chosen: list[int] = []
+    for now in row.steps:
+        query = row.text.queries[0, :, now].double().flatten()
+        bound = row.config.threshold
+        if (
+            last is None
+            or bound is None
+            or float(query @ last / (query.norm() * last.norm())) < bound
+        ):
+            everything = list(range(now + 1))
+            votes = sum(row.weights(head, now, everything).sum(0) for head in row.heads).tolist()
+            between = range(sinks, now + 1 - recent)
+            chosen = best({p: votes[p] for p in between}, row.budget - sinks - recent)
+            last = query
+        room = row.budget - sinks - len(chosen)
+        newest = range(max(0, now + 1 - room), now + 1)
+        kept = sorted({*range(min(sinks, now + 1)), *chosen, *newest})
+        yield [kept for _ in row.heads]
+
+
 def oracle(row: Row) -> Iterator[Sets]:
     for now in row.steps:
         everything = list(range(now + 1))
@@ -156,6 +180,7 @@ SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "pyramidkv": snapkv(32),  # where there is one layer
     "tova": tova,
     "quest": quest,
+    "token-select": token_select,
     "oracle-topk": oracle,
 }
 

@@ -208,7 +208,7 @@ def test_what_would_bring_evicted_entries_back_is_refused(name: str) -> None:
         driver.algorithm.crop(PROMPT)
 
 
-@pytest.mark.parametrize("name", ["quest", "oracle-topk"])
+@pytest.mark.parametrize("name", ["quest", "token-select", "oracle-topk"])
 def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
     driver = Driver(tokens, name, PROMPT, budget=20)
@@ -279,6 +279,33 @@ def test_quest_counts_its_bounds() -> None:
             [(8, 3), (9, 3), (10, 3)],
         )
     ]
+    assert [int(driver.stats.row(row).layers[0].read) for row in (0, 1)] == expected
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1, -0.1, -1.0])
+@pytest.mark.parametrize("budget", [1, 2, 24, 70, LENGTH])
+def test_token_select_goes_on_with_what_it_chose(budget: int, threshold: float | None) -> None:
+    """The cosines of random queries are around 0: some steps choose, at -1 the first alone."""
+    pads = (0, 47, 18)
+    tokens = random_tokens(rows=3, pads=pads, length=LENGTH)
+    first, second = (
+        Driver(tokens, "token-select", PROMPT, budget=budget, threshold=threshold) for _ in "12"
+    )
+    check(first, "token-select")
+    for step, (_, held) in enumerate(second.run(LENGTH - PROMPT)):
+        for pad, positions in zip(pads, (row[0] for row in held), strict=True):
+            assert len(positions) <= budget
+            assert positions[-1] == PROMPT + step
+            if budget == LENGTH:
+                assert positions == list(range(pad, PROMPT + step + 1))
+
+
+def test_token_select_counts_the_keys_that_it_chose_from() -> None:
+    tokens = random_tokens(rows=2, pads=(0, 21), length=LENGTH)
+    driver = Driver(tokens, "token-select", PROMPT, budget=21, threshold=-1.0)
+    driver.run(3)
+    # 2 heads. The first step chooses, among 61 and 40 tokens; half of an entry is its key.
+    expected = [2 * (31 + 3 * 21), 2 * (20 + 3 * 21)]
     assert [int(driver.stats.row(row).layers[0].read) for row in (0, 1)] == expected
 
 

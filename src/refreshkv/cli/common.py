@@ -100,8 +100,8 @@ def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--mode",
-                type=click.Choice(["refresh", "full"]),
-                help="'full' is ordinary attention.",
+                type=click.Choice(["refresh", "exact", "full"]),
+                help="'exact' gives the output of full attention, 'refresh' is lossy, 'full' is ordinary attention.",
             ),
         )
     ):

@@ -1,4 +1,4 @@
-"""`refreshkv demo`: the bundled model on long prompts, five methods side by side; or one of its prompts."""
+"""`refreshkv demo`: the bundled model on long prompts, six methods side by side; or one of its prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
 
 
-@click.command("demo", short_help="The bundled model on long prompts, five methods side by side.")
+@click.command("demo", short_help="The bundled model on long prompts, six methods side by side.")
 @click.option(
     "--length", type=int, default=2048, show_default=True, help="Tokens of a prompt, about."
 )

@@ -32,9 +32,8 @@ NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, ho
 @click.option(
     "--budget",
     type=common.Budget(),
-    default="0.125",
-    show_default=True,
-    help="Of every method: 1024 tokens, or 0.125 of the prompt.",
+    help="Of every method: 1024 tokens, or 0.125 of the prompt.  [default: the method's own: 0.0625 for refreshkv,"
+    " 0.125 for the others]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Examples a task.  [default: the task's]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default="0")

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from refreshkv.cli.decode import Output
 
 # The part of the statistics that is a contract (docs/cli.md); `Stats.as_dict` has more.
-STATS = ("full_steps", "partial_steps", "full_share", "kv_read_share", "effective_stride")
+STATS = (
+    "full_steps",
+    "partial_steps",
+    "full_share",
+    "kv_read_share",
+    "effective_stride",
+    "acceptance",
+    "tokens_per_full_pass",
+    "passes_per_token",
+)
 
 
 @click.command("generate", short_help="Continue a prompt with RefreshKV.")
@@ -45,6 +54,9 @@ STATS = ("full_steps", "partial_steps", "full_share", "kv_read_share", "effectiv
     show_default="0",
     help="Of the sampling.",
 )
+@click.option(
+    "--explain", is_flag=True, help="Say which mode is the fastest here, by bytes, on stderr."
+)
 @loading.trust_option
 @common.progress_option
 @common.json_option
@@ -60,6 +72,7 @@ def command(
     temperature: float,
     top_p: float | None,
     seed: int,
+    explain: bool,
     trust_remote_code: bool,
     progress: bool | None,
     as_json: bool,
@@ -80,6 +93,11 @@ def command(
     inputs = prompts.encode(loaded, prompt, chat)
     prompt_tokens = inputs["input_ids"].shape[1]
     prompts.check_length(loaded, prompt_tokens, max_new_tokens)
+
+    if explain:
+        from refreshkv.cli.explain import lines
+
+        click.echo("\n".join(lines(loaded.model, prompt_tokens)), err=True)
 
     import torch
     from transformers import TextStreamer

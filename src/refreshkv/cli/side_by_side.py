@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.decode import decode
 from refreshkv.cli.loading import Loaded, load
+from refreshkv.config import PRESETS
 
 if TYPE_CHECKING:
     from refreshkv.evals.task import Example, Task
@@ -28,7 +29,9 @@ METHODS = (
     Compared("streaming-llm", "StreamingLLM"),
     Compared("snapkv", "SnapKV (window 32)"),
     Compared("refreshkv-paper", "RefreshKV (S 5, s .85)"),
-    Compared("refreshkv-fixed", "RefreshKV (S 2)", {"stride": 2}),
+    Compared("refreshkv-fast", "RefreshKV (fast)"),
+    # Half of the others' budget: drafts may be wrong.
+    Compared("refreshkv", "RefreshKV (exact)", {"budget": PRESETS["default"]["budget"]}),
 )
 
 

@@ -20,7 +20,8 @@ from transformers import StoppingCriteria
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from refreshkv import Session
+    from refreshkv import RefreshCache, Session
+    from refreshkv.evals.prefill import Prefills
 
 
 _SMALL = 50_000_000  # parameters
@@ -36,7 +37,7 @@ class Output:
         ended: the model stopped by itself; otherwise it was cut off.
         stats: `Stats.as_dict` of this row.
         output_tokens: new tokens, end of sequence counted.
-        seconds: of the batch / its rows.
+        seconds: of the batch / its rows; a shared prefill counts where it was made.
     """
 
     tokens: list[int]
@@ -77,6 +78,7 @@ def generate(
     *,
     chat: bool = False,
     names: Sequence[str] | None = None,
+    prefills: Prefills | None = None,
 ) -> list[Output]:
     """Greedy continuations through `model.generate`; row i is cut at `max_new_tokens[i]` tokens.
 
@@ -84,6 +86,7 @@ def generate(
         session: an attachment of `model` with `stats=RowStats()`; its counts start over.
         chat: wrap each prompt in the tokenizer's chat template.
         names: what to call the prompts in errors; their numbers where not given.
+        prefills: where the methods of a comparison share the prompts' pass.
 
     Raises:
         ValueError: a prompt that does not fit the model with its continuation, or no chat template.
@@ -96,9 +99,11 @@ def generate(
     width, started = tokens.shape[1], time.perf_counter()
     session.stats.reset()
     with _threads(model) as prompts_done:
+        cache = None if prefills is None else prefills.cache_for(session, tokens, mask)
         sequences = model.generate(
             input_ids=tokens,
             attention_mask=mask,
+            past_key_values=cache,
             max_new_tokens=max(max_new_tokens),
             stopping_criteria=[_OwnCap(width, max_new_tokens, model.device, prompts_done)],
             pad_token_id=pad,
@@ -140,14 +145,18 @@ def feed(
     *,
     chat: bool = False,
     names: Sequence[str] | None = None,
+    prefills: Prefills | None = None,
 ) -> list[Fed]:
     """Prefill each prompt, then decode its answer token by token under the method, whatever the model would have said.
 
     Arguments as for `generate`.
 
     Raises:
-        ValueError: a prompt that does not fit the model with its answer, an empty answer, or no chat template.
+        ValueError: a prompt that does not fit the model with its answer, an empty answer, no chat template, or the
+            lossless mode, which verifies what the model itself would say.
     """
+    if session.config.mode == "exact":
+        raise ValueError("the lossless mode cannot be fed an answer; let it generate freely")
     rows = [encode(tokenizer, prompt, chat) for prompt in prompts]
     golds = [answer_tokens(tokenizer, answer) for answer in answers]
     for i, (row, gold) in enumerate(zip(rows, golds, strict=True)):
@@ -164,7 +173,8 @@ def feed(
     started = time.perf_counter()
     session.stats.reset()
     with _threads(model) as prompts_done:
-        logprobs, best = _feed_loop(model, session, tokens, mask, gold_tokens, prompts_done)
+        cache = None if prefills is None else prefills.cache_for(session, tokens, mask)
+        logprobs, best = _feed_loop(model, session, tokens, mask, gold_tokens, cache, prompts_done)
     seconds = (time.perf_counter() - started) / len(rows)
     fed = []
     for i, (row, gold) in enumerate(zip(rows, golds, strict=True)):
@@ -278,13 +288,18 @@ def _feed_loop(
     tokens: Tensor,
     mask: Tensor,
     gold: Tensor,
+    cache: RefreshCache | None,
     prompts_done: Callable[[], None],
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """Log-probabilities of `gold` `[B, n]` after the prompts, and the most probable tokens in its place."""
+    """Log-probabilities of `gold` `[B, n]` after the prompts, and the most probable tokens in its place.
+
+    `cache` may hold the first columns of `tokens` already.
+    """
     width, steps = tokens.shape[1], gold.shape[1]
     mask = torch.cat([mask, torch.ones_like(gold)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = session.new_cache(reserve=width + steps)
+    if cache is None:
+        cache = session.new_cache(reserve=width + steps)
     options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # the logits of a whole prompt may be larger than the model
@@ -299,7 +314,9 @@ def _feed_loop(
         )
         return output.logits[:, -1].float()
 
-    now = logits(tokens, 0)
+    held = cache.get_seq_length()
+    with cache.prompt():
+        now = logits(tokens[:, held:], held)
     prompts_done()
     logprobs, best = [], []
     for step in range(steps):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from refreshkv.config import RefreshConfig
 from refreshkv.evals.task import Count, Example, Task
 from refreshkv.methods import find
 
@@ -23,6 +24,19 @@ class MethodSpec:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def with_budget(self, budget: int | float | None) -> dict[str, Any]:
+        """The settings and, where they name none, `budget`; `None` leaves the method its own."""
+        common = {} if budget is None else {"budget": budget}
+        return {**common, **self.settings}
+
+    def config(self, budget: int | float | None) -> RefreshConfig:
+        """What the method runs with.
+
+        Raises:
+            ValueError: an unknown setting, or a value out of range.
+        """
+        return find(self.name).config(**self.with_budget(budget))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -31,20 +45,20 @@ class Grid:
     Attributes:
         model: how the records call the model.
         mode: "free" generates; "forced" feeds the gold answer; "both". Perplexity is always fed.
-        budget: K of every method whose spec does not say otherwise.
+        budget: K of every method whose spec does not say otherwise; `None` leaves each its own.
         limit: examples a task; `None` is each task's own number.
         batch: examples decoded at once.
         chat: wrap prompts in the model's chat template.
 
     Raises:
-        ValueError: a number below 1, a negative seed, nothing to run.
+        ValueError: a number below 1, a negative seed, nothing to run, a method that cannot be fed where it would be.
     """
 
     model: str
     tasks: Sequence[Task]
     methods: Sequence[MethodSpec]
     mode: Literal["free", "forced", "both"] = "free"
-    budget: int | float = 0.125
+    budget: int | float | None = None
     seed: int = 0
     limit: int | None = None
     batch: int = 1
@@ -60,6 +74,17 @@ class Grid:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
+        self._check_feeding()
+
+    def _check_feeding(self) -> None:
+        exact = [m.text for m in self.methods if m.config(self.budget).mode == "exact"]
+        fed = [task.name for task in self.tasks if "forced" in _modes(task, self.mode)]
+        if exact and fed:
+            remedy = "" if any(t.kind == "perplexity" for t in self.tasks) else "--mode free, or "
+            raise ValueError(
+                f"method {exact[0]!r} says only what the model itself would say, and task {fed[0]} feeds it an answer;"
+                f" use {remedy}another method such as refreshkv-paper"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +105,9 @@ class Cell:
         return f"{self.task.name}, example {example.id}"
 
 
-def parse_methods(texts: Sequence[str], budget: int | float) -> tuple[MethodSpec, ...]:
+def parse_methods(
+    texts: Sequence[str], budget: int | float | None = None
+) -> tuple[MethodSpec, ...]:
     """Specs in the order given, each once.
 
     Raises:
@@ -89,10 +116,10 @@ def parse_methods(texts: Sequence[str], budget: int | float) -> tuple[MethodSpec
     return tuple(parse_method(text, budget) for text in dict.fromkeys(texts))
 
 
-def parse_method(text: str, budget: int | float) -> MethodSpec:
+def parse_method(text: str, budget: int | float | None = None) -> MethodSpec:
     """`refreshkv:stride=10:threshold=none`; "none" and "never" are `None`."""
     name, *parts = text.split(":")
-    method = find(name)
+    find(name)
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -101,11 +128,12 @@ def parse_method(text: str, budget: int | float) -> MethodSpec:
         if key in settings:
             raise ValueError(f"method {text!r}: {key} is set twice; set it once")
         settings[key] = _value(value)
+    spec = MethodSpec(text, name, settings)
     try:
-        method.config(**{"budget": budget, **settings})
+        spec.config(budget)
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}" if parts else str(error)) from None
-    return MethodSpec(text, name, settings)
+    return spec
 
 
 def make_cells(grid: Grid, count: Count) -> list[Cell]:
@@ -136,13 +164,18 @@ def make_cells(grid: Grid, count: Count) -> list[Cell]:
 
 def batches(
     cells: Sequence[Cell], done: Mapping[str, Any], size: int
-) -> list[tuple[Cell, list[Example]]]:
-    """What is left to do, at most `size` examples of one cell at a time."""
-    found = []
+) -> list[list[tuple[Cell, list[Example]]]]:
+    """What is left to do, at most `size` examples of one cell at a time.
+
+    The cells of the same examples come together, so that they can share the prompts' pass: a list for each.
+    """
+    found: dict[tuple[str, Mode, int], list[tuple[Cell, list[Example]]]] = {}
     for cell in cells:
-        left = [example for example in cell.examples if cell.key(example) not in done]
-        found += [(cell, left[at : at + size]) for at in range(0, len(left), size)]
-    return found
+        for at in range(0, len(cell.examples), size):
+            left = [e for e in cell.examples[at : at + size] if cell.key(e) not in done]
+            if left:
+                found.setdefault((cell.task.name, cell.mode, at), []).append((cell, left))
+    return list(found.values())
 
 
 def _modes(task: Task, asked: str) -> Iterator[Mode]:
@@ -160,6 +193,8 @@ def _value(text: str) -> Any:
     """A setting from the command line; what is no number stays text, for `RefreshConfig` to judge."""
     if text.lower() in _NONE:
         return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from refreshkv import Session
+    from refreshkv.evals.prefill import Prefills
 
 FED_METRIC = "lines right, fed"
 
@@ -34,6 +35,7 @@ def records_of(
     grid: Grid,
     cell: Cell,
     examples: Sequence[Example],
+    prefills: Prefills | None = None,
 ) -> Iterator[Record]:
     """Decode a batch of a cell under `session` and score it.
 
@@ -41,7 +43,7 @@ def records_of(
         RunError: a score that is not finite.
     """
     model = session.model
-    outputs = _decode(session, tokenizer, grid.chat, cell, examples)
+    outputs = _decode(session, tokenizer, grid.chat, cell, examples, prefills)
     for example, output in zip(examples, outputs, strict=True):
         score, metric = _score(tokenizer, cell, example, output)
         if not math.isfinite(score.value):
@@ -75,6 +77,8 @@ def records_of(
             "full_share": output.stats["full_share"],
             "kv_read_share": output.stats["kv_read_share"],
             "effective_stride": output.stats["effective_stride"],
+            "acceptance": output.stats["acceptance"],
+            "passes_per_token": output.stats["passes_per_token"],
             "layers": output.stats["layers"],
             "output": output.text,
             "prompt_sha256": hash_of(example),
@@ -113,9 +117,11 @@ def _decode(
     chat: bool,
     cell: Cell,
     examples: Sequence[Example],
+    prefills: Prefills | None,
 ) -> Sequence[Output | Fed]:
     prompts = [example.prompt for example in examples]
-    common: dict[str, Any] = {"chat": chat, "names": [cell.title(e) for e in examples]}
+    names = [cell.title(example) for example in examples]
+    common: dict[str, Any] = {"chat": chat, "names": names, "prefills": prefills}
     if cell.mode == "free":
         caps = [example.max_new_tokens for example in examples]
         return decoding.generate(session.model, tokenizer, session, prompts, caps, **common)

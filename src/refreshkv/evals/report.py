@@ -105,6 +105,9 @@ def facts(records: Sequence[Record], config: Mapping[str, Any]) -> list[tuple[st
     found = {**first, **config}
     versions = found.get("versions", {})
     names = ("model", "dtype", "device", "budget", "seed", "limit", "batch", "chat")
+    if config.get("budget") is None:  # each method had its own
+        budgets = {record["budget"]: None for record in records if "budget" in record}
+        found["budget"] = " or ".join(map(str, budgets)) or None
     pairs = [(name, str(found[name])) for name in names if found.get(name) is not None]
     return [*pairs, ("versions", ", ".join(f"{n} {v}" for n, v in versions.items()))]
 

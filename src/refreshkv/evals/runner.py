@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import refreshkv
 from refreshkv.evals import decoding
 from refreshkv.evals.grid import MODES, Cell, Grid, batches, make_cells
 from refreshkv.evals.launch import Team
+from refreshkv.evals.prefill import Prefills
 from refreshkv.evals.records import dtype_of, hash_of, records_of, settings_of, versions
 from refreshkv.evals.report import write_report
 from refreshkv.evals.store import Record, RunDirectory, cannot_write
@@ -97,7 +97,11 @@ def prepare(
     except BaseException:
         directory.close()
         raise
-    todo = batches(cells, done, grid.batch)[team.rank :: team.size]
+    todo = [
+        batch
+        for group in batches(cells, done, grid.batch)[team.rank :: team.size]
+        for batch in group
+    ]
     return Run(model, tokenizer, grid, cells, todo, directory, team)
 
 
@@ -132,15 +136,17 @@ class Run:
                 stack.callback(bar.close)
             rank = self.team.rank if self.team.size > 1 else None
             lines = stack.enter_context(self.directory.lines(rank))
-            for cell, group in groupby(self.todo, key=lambda batch: batch[0]):
+            prefills = Prefills(self.model)
+            for cell, examples in self.todo:
                 if bar is not None:
                     bar.set_description(f"{cell.task.name}, {cell.method.text}")
                 with _attach(self.model, self.grid, cell.method) as session:
-                    for _, examples in group:
-                        records = records_of(session, self.tokenizer, self.grid, cell, examples)
-                        lines.append(list(records))
-                        if bar is not None:
-                            bar.update(len(examples))
+                    records = records_of(
+                        session, self.tokenizer, self.grid, cell, examples, prefills
+                    )
+                    lines.append(list(records))
+                if bar is not None:
+                    bar.update(len(examples))
 
     def finish(self) -> list[Summary]:
         """Merge what the processes wrote; summary and report are the main one's.
@@ -183,7 +189,7 @@ class Run:
 
 
 def _attach(model: PreTrainedModel, grid: Grid, method: MethodSpec) -> Session:
-    settings = {"budget": grid.budget, **method.settings}
+    settings = method.with_budget(grid.budget)
     return refreshkv.attach(model, method=method.name, stats=RowStats(), **settings)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 Record = Mapping[str, Any]  # one line of results
+Texts = Mapping[tuple[str, str], str | None]  # (task, example) -> output
 
 RESULTS = "results.jsonl"
 CONFIDENCE = 0.95
@@ -43,6 +44,9 @@ class Summary:
         kv_read_share: KV bytes read / KV bytes of full attention, pooled: each example counts with the entries that
             full attention would read in it, n * (prompt + n / 2) for n output tokens.
         full_share, effective_stride: full steps / steps and its inverse, from the sums over layers and examples.
+        kv_read_most: the largest share of a single example.
+        same_as_full: share of the examples whose generated text is that of the method "full", where there is one.
+        passes_per_token: forward passes of the model for each token of the lossless mode, pooled over tokens.
     """
 
     task: str
@@ -58,6 +62,9 @@ class Summary:
     kv_read_share: float | None
     full_share: float | None
     effective_stride: float | None
+    kv_read_most: float | None
+    same_as_full: float | None
+    passes_per_token: float | None
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,12 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
 
     The order of the examples and of the groups does not matter to any number.
     """
+    records = list(records)
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
         groups[record["task"], record["mode"], record["method"]].append(record)
-    return [_summary(*key, [group]) for key, group in groups.items()]
+    texts = full_texts(records)
+    return [_summary(*key, [group], texts) for key, group in groups.items()]
 
 
 def average(records: Iterable[Record], name: str) -> list[Summary]:
@@ -133,6 +142,8 @@ def average(records: Iterable[Record], name: str) -> list[Summary]:
 
     The bootstrap draws within each task. A method that lacks a task which another has in this mode gets no row.
     """
+    records = list(records)
+    texts = full_texts(records)
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
     tasks: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -140,7 +151,7 @@ def average(records: Iterable[Record], name: str) -> list[Summary]:
         strata.setdefault(record["task"], []).append(record)
         tasks[record["mode"]].add(record["task"])
     return [
-        _summary(name, *key, list(strata.values()))
+        _summary(name, *key, list(strata.values()), texts)
         for key, strata in groups.items()
         if len(strata) == len(tasks[key[0]])
     ]
@@ -263,7 +274,39 @@ def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float
     )
 
 
-def _summary(task: str, mode: str, method: str, strata: Sequence[Sequence[Record]]) -> Summary:
+def full_texts(records: Iterable[Record]) -> Texts:
+    """What full attention generated."""
+    return {
+        (record["task"], record["example"]): record.get("output")
+        for record in records
+        if record["method"] == "full" and record["mode"] == "free"
+    }
+
+
+def _share_of_same(records: Sequence[Record], texts: Texts) -> float | None:
+    """Over the examples that full attention has been run on."""
+    same = [
+        record.get("output") == texts[place]
+        for record in records
+        if record["mode"] == "free" and (place := (record["task"], record["example"])) in texts
+    ]
+    return float(np.mean(same)) if same else None
+
+
+def _passes(records: Sequence[Record]) -> float | None:
+    """Forward passes for each token after the first."""
+    counted = [
+        (record["output_tokens"] - 1, record["passes_per_token"])
+        for record in records
+        if record.get("passes_per_token") is not None
+    ]
+    tokens = sum(count for count, _ in counted)
+    return sum(count * passes for count, passes in counted) / tokens if tokens else None
+
+
+def _summary(
+    task: str, mode: str, method: str, strata: Sequence[Sequence[Record]], texts: Texts
+) -> Summary:
     """One row over several tasks, or one."""
     # A seeded bootstrap depends on the order of its data, and batches and processes end in any order.
     strata = [sorted(group, key=lambda record: record["example"]) for group in strata]
@@ -283,6 +326,9 @@ def _summary(task: str, mode: str, method: str, strata: Sequence[Sequence[Record
         float(np.mean([record.get("output_tokens", 0) for record in records])),
         float(np.mean(answers)) if answers else None,
         *pooled(records),
+        max((s for r in records if (s := r.get("kv_read_share")) is not None), default=None),
+        _share_of_same(records, texts),
+        _passes(records),
     )
 
 

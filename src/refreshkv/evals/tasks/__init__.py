@@ -26,6 +26,12 @@ _RULER = (
     "qa-1",
     "qa-2",
 )
+_BREADTH = (
+    *("chain-2", "chain-3", "chain-4"),
+    *("table-2", "table-3", "table-4", "table-6", "table-skip"),
+    *("key-value-1", "key-value-5", "key-value-20"),
+    *("reversed", "interleaved", "free-text", "needle", "needle-new"),
+)
 _HOME: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "chain-of-key": ("chain_of_key", "ChainOfKey"),
@@ -34,10 +40,14 @@ _HOME: Mapping[str, tuple[str, str]] = MappingProxyType(
         "perplexity": ("perplexity", "Perplexity"),
         "summarization": ("summarization", "Summarization"),
         **{f"ruler-{kind}": ("ruler", f"ruler-{kind}") for kind in _RULER},
+        **{f"breadth-{family}": ("breadth", f"breadth-{family}") for family in _BREADTH},
     }
 )
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"ruler": tuple(f"ruler-{kind}" for kind in _RULER)}
+    {
+        "ruler": tuple(f"ruler-{kind}" for kind in _RULER),
+        "breadth": tuple(f"breadth-{family}" for family in _BREADTH),
+    }
 )
 TASKS = tuple(_HOME)
 
@@ -62,7 +72,7 @@ def task_class(name: str) -> type[Task]:
         raise ValueError(unknown("task", name, TASKS))
     module, attribute = _HOME[name]
     loaded = importlib.import_module(f"refreshkv.evals.tasks.{module}")
-    return loaded.TASKS[attribute] if module == "ruler" else getattr(loaded, attribute)
+    return loaded.TASKS[attribute] if module in GROUPS else getattr(loaded, attribute)
 
 
 def options_of(name: str) -> dict[str, Any]:
