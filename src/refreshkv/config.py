@@ -111,7 +111,7 @@ class RefreshConfig:
 
 _SELECTION = {"recent": 16, "successor": 2, "window": 32, "anchor": 0.5}
 _EXACT = {"mode": "exact", "budget": 0.0625, "draft": 16, "confidence": 0.9}
-_FAST = {"trigger": "lse-drop", "drop": 3.0, "stride": None, "score_only": True}
+_FAST = {"trigger": "lse-drop", "drop": 2.5, "stride": None, "score_only": True}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper-llama": MappingProxyType({"stride": 5, "threshold": 0.85}),

@@ -1,15 +1,13 @@
 """Milliseconds per decode step of a whole model: partial and full steps of ours against transformers' caches.
 
 All variants take turns step by step in one run, so that a drift of the machine's speed hits them alike; medians are
-reported. The caches hold the same random keys and values: a prefill of 64K tokens would take longer than the benchmark.
+reported.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,13 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 import refreshkv
-from refreshkv.bench.record import append_row, device_name, read_bandwidth, versions, wait_for
+from refreshkv.bench import common
+from refreshkv.bench.common import WARM_UP, over
+from refreshkv.bench.record import append_row, read_bandwidth
 from refreshkv.bench.shapes import build
 from refreshkv.config import RefreshConfig, unknown
 from refreshkv.integrations.transformers import RefreshCache
 
-# Logits of one step against StaticCache, relative RMS. Measured on the demo shape: 4e-7 in float32, 1e-3 in float16. In
-# bfloat16 on the 1B shape: 0.005 for our full attention, 0.032 for a full step, which rounds the attention logits to
-# bfloat16 in each of 16 layers.
-_TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 0.05}
 _SPARE = 8  # tokens beyond context and timed steps that the preallocated caches have room for
 
 # What the columns mean, in the order of the table.
@@ -39,24 +35,15 @@ VARIANTS = {
     "static": "transformers StaticCache",
     "default": "transformers DynamicCache, the default of generate",
 }
+DERIVED = {"mix": "partial and full steps, at the stride"}
 CHECKED = ("own_dense", "full")
 
 
-class WrongResultError(RuntimeError):
-    """A variant does not compute what it should; nothing was timed."""
-
-
 @dataclass(frozen=True)
-class Job:
-    """What to time, resolved."""
+class Job(common.Job):
+    """`steps` timed ones of each variant; a mix of one full step in `stride`, or of partial steps only."""
 
-    shape: str
-    context: int
-    batch: int
-    budget: int
     stride: int | None
-    device: torch.device
-    dtype: torch.dtype
     steps: int
 
 
@@ -95,7 +82,7 @@ def run(
         torch.set_num_threads(threads)
     tokens = RefreshConfig(budget=budget).resolve_budget(context)
     job = Job(
-        shape, context, batch, tokens, stride, torch.device(device), getattr(torch, dtype), steps
+        shape, context, batch, tokens, torch.device(device), getattr(torch, dtype), stride, steps
     )
     model = build(shape, job.device, job.dtype)
     with torch.inference_mode(), refreshkv.attach(model) as session:
@@ -124,44 +111,14 @@ def _caches(model: LlamaForCausalLM, job: Job, skip: tuple[str, ...]) -> dict[st
     caches["static"] = StaticCache(config=model.config, max_cache_len=room)
     caches["default"] = DynamicCache(config=model.config)
     caches = {name: cache for name, cache in caches.items() if name not in skip}
-    config = model.config
-    generator = torch.Generator(device=job.device).manual_seed(1)
-
-    def noise(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
-
-    for index in range(config.num_hidden_layers):
-        keys = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
-        values = noise(job.batch, config.num_key_value_heads, job.context, config.head_dim)
-        query = noise(job.batch, config.num_attention_heads, 1, config.head_dim)
-        shared = None
-        for name, cache in caches.items():
-            if name in ("static", "default"):
-                cache.update(keys, values, index)
-                continue
-            inner = cache.layers[index].inner
-            if name == "empty":
-                inner.append(keys[:, :, :1], values[:, :, :1])
-            elif shared is None:
-                inner.append(keys, values)
-                shared = inner.store
-            else:
-                inner.store = shared
-            inner.await_selection(query)
+    common.fill(model, caches, job, single="empty")
     return caches
 
 
 def _step(model: LlamaForCausalLM, below: str, cache: Cache, batch: int) -> Tensor:
-    """One decode step; `[B, V]` logits. transformers' own caches run on the implementation below ours."""
+    """One decode step; `[B, V]` logits."""
     token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
-    config = model.config
-    attached = config._attn_implementation_internal
-    if not isinstance(cache, RefreshCache):
-        config._attn_implementation_internal = below
-    try:
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-    finally:
-        config._attn_implementation_internal = attached
+    return common.forward(model, below, cache, token)[:, -1]
 
 
 def _check(
@@ -170,19 +127,14 @@ def _check(
     """Relative RMS of the logits of our dense and full steps against a StaticCache step on the same content."""
     if "static" not in caches:
         return {}
-    expected = _step(model, below, caches["static"], job.batch).float()
+    expected = _step(model, below, caches["static"], job.batch)
     errors = {}
     for name in CHECKED:
         if name in caches:
-            ours = _step(model, below, caches[name], job.batch).float()
+            ours = _step(model, below, caches[name], job.batch)
             # The next variant, on the same store, starts where this one did.
-            for layer in caches[name].layers:
-                layer.inner.store.crop(job.context)
-            errors[name] = float((ours - expected).norm() / expected.norm())
-            if not errors[name] < _TOLERANCE[job.dtype]:
-                raise WrongResultError(
-                    f"{name}: logits differ from StaticCache by {errors[name]:.2g} (relative RMS)"
-                )
+            common.crop(caches[name], job.context)
+            errors[name] = common.checked(name, ours, expected, "StaticCache", job)
     return errors
 
 
@@ -191,8 +143,7 @@ def _time(
 ) -> dict[str, list[float]]:
     """Milliseconds of each timed step."""
     times: dict[str, list[float]] = {name: [] for name in caches}
-    warm_up = 2  # the first selection of each of our caches happens in its first step
-    for step in tqdm(range(warm_up + job.steps), desc="steps", disable=not progress, leave=False):
+    for step in tqdm(range(WARM_UP + job.steps), desc="steps", disable=not progress, leave=False):
         for name, cache in caches.items():
             if name == "empty":
                 cache.crop(1)  # keep it empty: one token, to which the step adds its own
@@ -201,12 +152,11 @@ def _time(
                         layer.inner.store.keys.new_zeros(job.batch, *_query(model))
                     )
                 _step(model, below, cache, job.batch)  # selects from that single token
-            wait_for(job.device)
-            start = time.perf_counter()
-            _step(model, below, cache, job.batch)
-            wait_for(job.device)
-            if step >= warm_up:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            taken = common.milliseconds(
+                lambda cache=cache: _step(model, below, cache, job.batch), job.device
+            )
+            if step >= WARM_UP:
+                times[name].append(taken)
     return times
 
 
@@ -222,56 +172,26 @@ def _record(
     if {"partial", "full"} <= ms.keys():
         ms["mix"] = (1 - full_share) * ms["partial"] + full_share * ms["full"]
     ratios = {
-        "mix_over_static": _over(ms, "static", "mix"),
-        "mix_over_default": _over(ms, "default", "mix"),
-        "mix_over_own_dense": _over(ms, "own_dense", "mix"),
+        "mix_over_static": over(ms, "static", "mix"),
+        "mix_over_default": over(ms, "default", "mix"),
+        "mix_over_own_dense": over(ms, "own_dense", "mix"),
         "share_of_ideal": _ideal_ms(job, model, full_share) / ms["mix"] if "mix" in ms else None,
-        "partial_over_empty": _over(ms, "partial", "empty"),
-        "full_over_static": _over(ms, "full", "static"),
+        "partial_over_empty": over(ms, "partial", "empty"),
+        "full_over_static": over(ms, "full", "static"),
     }
-    spread = {name: [min(values), max(values)] for name, values in times.items()}
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "shape": job.shape,
-        "context": job.context,
-        "batch": job.batch,
-        "budget": job.budget,
-        "stride": job.stride,
-        "device": device_name(job.device),
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "steps": job.steps,
-        # Every column every time, so that runs with something skipped fit the same file.
-        "ms": {name: round(ms[name], 3) if name in ms else None for name in (*VARIANTS, "mix")},
-        "ms_range": {name: [round(value, 3) for value in ends] for name, ends in spread.items()},
-        "ratios": {
-            name: None if value is None else round(value, 4) for name, value in ratios.items()
-        },
-        "relative_rms_error": {
-            name: float(f"{error[name]:.3g}") if name in error else None for name in CHECKED
-        },
-        "versions": versions(),
-    }
-
-
-def _over(ms: dict[str, float], one: str, other: str) -> float | None:
-    return ms[one] / ms[other] if one in ms and other in ms else None
+    # Every column every time, so that runs with something skipped fit the same file.
+    return common.describe(
+        job,
+        {"stride": job.stride, "steps": job.steps},
+        times,
+        {name: ms.get(name) for name in (*VARIANTS, *DERIVED)},
+        ratios,
+        {name: error.get(name) for name in CHECKED},
+    )
 
 
 def _ideal_ms(job: Job, model: LlamaForCausalLM, full_share: float) -> float:
     """The mix at this machine's read bandwidth: every weight once, and the K and V that the steps attend to."""
-    config, size = model.config, torch.finfo(job.dtype).bits // 8
-    weights = sum(parameter.numel() for parameter in model.parameters()) * size
-    if not config.tie_word_embeddings:
-        # One row of the input embedding is read, not all.
-        weights -= config.vocab_size * config.hidden_size * size
-    entry = (
-        2
-        * config.head_dim
-        * size
-        * config.num_key_value_heads
-        * config.num_hidden_layers
-        * job.batch
-    )
     entries = (1 - full_share) * min(job.budget, job.context) + full_share * job.context
-    return (weights + entry * entries) / read_bandwidth(job.device) * 1e3
+    read = common.weight_bytes(model) + common.entry_bytes(model, job.batch) * entries
+    return read / read_bandwidth(job.device) * 1e3
