@@ -35,6 +35,29 @@ class Part:
     hidden: Tensor | None
 
 
+class Scratch:
+    """Room for the logits of one part, used again for the next: a fresh one costs its page faults every time."""
+
+    def __init__(self, query: Tensor, keys: Tensor) -> None:
+        group, queries, length = query.shape[1] // keys.shape[1], query.shape[2], keys.shape[2]
+        self._raw = query.new_empty(group * queries * length)
+        self._logits = torch.empty(group * queries * length, dtype=torch.float32)
+        self._reduced = torch.empty(queries * length, dtype=torch.float32)
+
+    def product(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """`[m, D]` and `[n, D]` -> their inner products, `[m, n]` float32."""
+        shape = (queries.shape[0], keys.shape[0])
+        raw, logits = (x[: shape[0] * shape[1]].view(shape) for x in (self._raw, self._logits))
+        if raw.dtype == torch.float32:
+            return torch.mm(queries, keys.T, out=logits)
+        return logits.copy_(torch.mm(queries, keys.T, out=raw))
+
+    def largest(self, shares: Tensor) -> Tensor:
+        """`[G, T, n]` -> the maximum over the group, `[T, n]`."""
+        out = self._reduced[: shares[0].numel()].view(shares.shape[1:])
+        return torch.amax(shares, 0, out=out)
+
+
 def verify(
     query: Tensor,
     keys: Tensor,
@@ -55,11 +78,13 @@ def verify(
     one_span = visible is None or visible.shape[1] == 1
     fused = cpu.flash is not None and one_span and softcap is None and window is None
     fused = fused and keys.shape[-1] == values.shape[-1]
-    scaled = _scaled(query, scale)
+    scaled, scratch = _scaled(query, scale), Scratch(query, keys)
     for part in _parts(query, keys, starts, visible, window):
         if fused and part.head == 0 and voting[part.row]:
             _attend(query, keys, values, part, scale, output, lse)
-        logits = _logits(scaled, keys, part, softcap, window)
+        if fused and not voting[part.row]:
+            continue
+        logits = _logits(scaled, keys, part, softcap, window, scratch)
         members = _members(query, keys, part)
         if not fused:
             lse[part.row, members] = logits.logsumexp(-1)
@@ -68,7 +93,7 @@ def verify(
             weights = (logits - total[..., None]).exp_().to(values.dtype)
             mixed = weights.flatten(0, 1) @ values[part.row, part.head, part.first : part.end]
             output[part.row, members] = mixed.unflatten(0, weights.shape[:2])
-        _vote(logits, total, reduction, voting[part.row], scores, part)
+        _vote(logits, total, reduction, voting[part.row], scores, part, scratch)
     if fused and sinks is not None:
         output = (output * share_beside_sink(lse, sinks[:, None])[..., None]).to(output.dtype)
     return Attended(output, lse), Scored(scores, lse)
@@ -88,12 +113,13 @@ def vote(
 ) -> Scored:
     """See `reference.vote`."""
     _, scores, lse = _empty(query, keys, keys)
-    voting, scaled = _voting(query, counts), _scaled(query, scale)
+    voting, scaled, scratch = _voting(query, counts), _scaled(query, scale), Scratch(query, keys)
     for part in _parts(query, keys, starts, visible, None):
-        logits, members = _logits(scaled, keys, part, softcap, None), _members(query, keys, part)
+        logits = _logits(scaled, keys, part, softcap, None, scratch)
+        members = _members(query, keys, part)
         lse[part.row, members] = logits.logsumexp(-1)
         total = _total(lse[part.row, members], sinks, members)
-        _vote(logits, total, reduction, voting[part.row], scores, part)
+        _vote(logits, total, reduction, voting[part.row], scores, part, scratch)
     return Scored(scores, lse)
 
 
@@ -157,12 +183,18 @@ def _attend(
 
 
 def _logits(
-    scaled: Tensor, keys: Tensor, part: Part, softcap: float | None, window: int | None
+    scaled: Tensor,
+    keys: Tensor,
+    part: Part,
+    softcap: float | None,
+    window: int | None,
+    scratch: Scratch,
 ) -> Tensor:
     """`[G, T, n]` float32, -inf where a query does not see a place."""
     queries, members = scaled.shape[2], _members(scaled, keys, part)
     own = keys[part.row, part.head, part.first : part.end]
-    logits = (scaled[part.row, members].flatten(0, 1) @ own.T).float().unflatten(0, (-1, queries))
+    product = scratch.product(scaled[part.row, members].flatten(0, 1), own)
+    logits = product.unflatten(0, (-1, queries))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if part.hidden is not None:
@@ -184,13 +216,14 @@ def _vote(
     voting: int,
     scores: Tensor,
     part: Part,
+    scratch: Scratch,
 ) -> None:
     """The mean of the first `voting` queries' group-reduced weights, written into `scores`; `logits` are used up."""
     if not voting:
         return
     shares = logits.sub_(total[..., None])
     # The largest weight is that of the largest logit: only one of a group is exponentiated.
-    reduced = shares.amax(0).exp_() if reduction == "max" else shares.exp_().mean(0)
+    reduced = scratch.largest(shares).exp_() if reduction == "max" else shares.exp_().mean(0)
     torch.mean(reduced[:voting], 0, out=scores[part.row, part.head, part.first : part.end])
 
 
