@@ -165,7 +165,8 @@ def test_statistics_are_logged_once_and_reported(log: pytest.LogCaptureFixture) 
     lm = RefreshLM("demo", budget=32, **COMMON)
     generate(lm)
     lines = [record.message for record in log.records if "KV read" in record.message]
-    assert len(lines) == 1 and lines[0].startswith("refreshkv: full steps")
+    assert len(lines) == 1 and lines[0].startswith("refreshkv: ")
+    assert "tokens per full pass" in lines[0]  # the default is lossless
     ours = lm.get_model_info()["refreshkv"]
     assert ours["method"] == "refreshkv" and ours["settings"]["budget"] == 32
     assert 0 < ours["stats"]["kv_read_share"] < 1
