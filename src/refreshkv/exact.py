@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache import LayerCache
-from refreshkv.step import Attention, attend_partial, first_selection, over_heads
+from refreshkv.step import Attention, attend_partial, first_selection, over_heads, reselect
 
 
 class ExactLayer:
@@ -127,18 +127,7 @@ class ExactLayer:
         if cache.pending is not None:
             first_selection(cache, cache.pending, attention, self.visible, cache.length)
         elif self.votes is not None:
-            assert cache.budget is not None
-            cache.refresh(
-                cache.backend.select(
-                    self.votes,
-                    cache.budget,
-                    pool_kernel=cache.config.pool_kernel,
-                    visible=self._seen(),
-                    recent=cache.config.recent,
-                    anchors=cache.anchors,
-                    ends=self.ends,
-                )
-            )
+            reselect(cache, self.votes, self._seen(), ends=self.ends)
         self.votes = None
 
     def _seen(self) -> Tensor | None:

@@ -105,6 +105,7 @@ def select(
     recent: int = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
+    slots: int | None = None,
 ) -> Selection:
     """The K best tokens of each KV head after pooling.
 
@@ -117,12 +118,13 @@ def select(
         recent: how many of the newest tokens are kept whatever their score.
         anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none.
         ends: `[B]` int64, where each row ends; `None`: all at L.
+        slots: the K of the result, at least the largest budget; `None`: that budget, which asks the device.
     """
     pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
     keys = rank_keys(pooled)
-    most = min(int(budget.max()), scores.shape[-1])
+    most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
     best_first = keys.topk(most, dim=-1, sorted=True).values & 0xFFFFFFFF
-    slots = torch.arange(most, device=scores.device)
-    lowest_first = (filled[..., None] - 1 - slots).clamp(min=0)
+    slot = torch.arange(most, device=scores.device)
+    lowest_first = (filled[..., None] - 1 - slot).clamp(min=0)
     positions = best_first.gather(-1, lowest_first)
-    return Selection(positions.masked_fill(slots >= filled[..., None], FREE), filled)
+    return Selection(positions.masked_fill(slot >= filled[..., None], FREE), filled)

@@ -75,10 +75,9 @@ def decode_step(
         return output
 
     # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
-    newest = cache.length - 1
-    partial.push(cache.store.keys[:, :, -1], cache.store.values[:, :, -1], newest)
+    cache.push_newest()
     used = partial.used
-    output, lse = attend_partial(cache, query, attention, newest)
+    output, lse = attend_partial(cache, query, attention, cache.length - 1)
     partial_read = (used + partial.fetched).masked_fill(full, 0).sum(-1)
     fired = cache.trigger.after(partial.steps, lse, _reference(cache))
     if fired is not None:
@@ -220,6 +219,22 @@ def rebuild(
     heads: Tensor | None,
 ) -> None:
     """The partial cache and the reference of `heads` (`None`: all), from the scores of this query."""
+    reselect(cache, scores, visible, heads)
+    reference = cache.trigger.reference(query, lse, cache.kv_heads)
+    if heads is None or cache.reference is None:
+        cache.reference = reference
+    else:
+        cache.reference = torch.where(heads[..., None], reference, cache.reference)
+
+
+def reselect(
+    cache: LayerCache,
+    scores: Tensor,
+    visible: Tensor | None,
+    heads: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    """The partial cache of `heads` (`None`: all) from `scores` `[B, Hkv, L]`; `ends` as in `selection.select`."""
     assert cache.budget is not None
     selection = cache.backend.select(
         scores,
@@ -229,13 +244,9 @@ def rebuild(
         heads=heads,
         recent=cache.config.recent,
         anchors=cache.anchors,
+        ends=ends,
     )
     cache.refresh(selection, heads)
-    reference = cache.trigger.reference(query, lse, cache.kv_heads)
-    if heads is None or cache.reference is None:
-        cache.reference = reference
-    else:
-        cache.reference = torch.where(heads[..., None], reference, cache.reference)
 
 
 def _ordinary_step(

@@ -264,6 +264,77 @@ ATTENTION_CHECKS = {
 }
 
 
+def check_lengths(backend: Any, case: Case) -> None:
+    """Entries beyond a length count for nothing: the same as hiding them. One row is empty, one whole."""
+    query, keys, values, options = case.inputs()
+    gen = torch.Generator().manual_seed(3)
+    lengths = torch.randint(0, case.length + 1, (case.rows, case.kv_heads), generator=gen)
+    lengths[0, 0], lengths[-1, -1] = 0, case.length
+    for given in (lengths, lengths[:1], lengths[:, :1], lengths[-1:, -1:]):
+        hidden = {**options, "visible": reference.within(given, options["visible"], case.length)}
+        attended, scored = reference.attend_and_score(*in_float32(case), **hidden)
+        seen = attended.lse.isfinite()
+        for actual in (
+            backend.attend(query, keys, values, lengths=given, **options),
+            backend.attend_and_score(query, keys, values, lengths=given, **options)[0],
+        ):
+            close(actual.output, attended.output, case, "output")
+            assert torch.equal(actual.lse.isneginf(), ~seen)
+            close(actual.lse[seen], attended.lse[seen], case, "lse")
+        scores = backend.score(query, keys, lengths=given, **options).scores
+        close(scores, scored.scores, case, "scores")
+        newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
+        count = min(3, case.length - 1)
+        rank = {"newest": newest, "count": count, **options, "lengths": given}
+        actual, best = backend.attend_and_rank(query, keys, values, **rank)
+        close(actual.output, attended.output, case, "output")
+        left = scored.scores.scatter(-1, newest[..., None], -1.0)
+        close(left.gather(-1, best), left.topk(count).values, case, "scores")
+
+
+def check_attend_at(attend_at: Callable[..., Any], case: Case) -> None:
+    """The same as copying the entries out first; and from pages in any order, the same as from one piece."""
+    query, keys, values, options = case.inputs()
+    del options["visible"]
+    gen = torch.Generator().manual_seed(4)
+    places = torch.rand(case.rows, case.kv_heads, case.length, generator=gen).argsort(-1)
+    positions = places[..., : max(1, case.length // 2)].clone()
+    positions[0, 0, 1:] = FREE
+    positions[-1, -1] = FREE
+    at = positions.clamp(min=0)[..., None]
+    copied = [x.gather(2, at.expand(-1, -1, -1, x.shape[-1])) for x in (keys, values)]
+    newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
+    count = min(3, positions.shape[-1] - 1)
+    rank = {"newest": newest, "count": count}
+    shown = {**options, "visible": positions >= 0}
+    expected, _ = reference.attend_and_rank(
+        query.float(), *(x.float() for x in copied), **shown, **rank
+    )
+    scores = reference.score(query.float(), copied[0].float(), **shown).scores
+    seen = expected.lse.isfinite()
+    for blocks, stored in ((None, (keys, values)), paged(keys, values, page=16)):
+        actual, best = attend_at(query, *stored, positions, blocks=blocks, **options, **rank)
+        close(actual.output, expected.output, case, "output")
+        assert torch.equal(actual.lse.isneginf(), ~seen)
+        close(actual.lse[seen], expected.lse[seen], case, "lse")
+        left = scores.scatter(-1, newest[..., None], -1.0)
+        close(left.gather(-1, best), left.topk(count).values, case, "scores")
+        plain, none = attend_at(query, *stored, positions, blocks=blocks, **options)
+        assert torch.equal(plain.output, actual.output) and none.shape[-1] == 0
+
+
+def paged(keys: Tensor, values: Tensor, page: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The block table and the pages `[N, Hkv, page, D]` of a cache as vLLM keeps it: K beside V, pages shuffled."""
+    rows, heads, length, _ = keys.shape
+    each = -(-length // page)
+    blocks = torch.randperm(rows * each, generator=torch.Generator().manual_seed(5)).view(rows, -1)
+    both = torch.cat([keys, values], -1)
+    both = torch.nn.functional.pad(both, (0, 0, 0, each * page - length), value=torch.nan)
+    pages = both.new_empty(rows * each, heads, page, both.shape[-1])
+    pages[blocks] = both.unflatten(2, (each, page)).transpose(1, 2)
+    return blocks.int(), (pages[..., : keys.shape[-1]], pages[..., keys.shape[-1] :])
+
+
 def check_gather(gather: Callable[..., None]) -> None:
     gen = torch.Generator().manual_seed(0)
     source = PLAIN.with_spare(torch.randn(2, 2, 30, 8, generator=gen))

@@ -14,7 +14,9 @@ from tests.kernels.comparison import (
     PER_HEAD,
     PLAIN,
     Case,
+    check_attend_at,
     check_gather,
+    check_lengths,
     check_select,
 )
 from tests.slow import slow_logits, slow_weights
@@ -86,3 +88,22 @@ def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
 
 def test_select_equals_the_worked_examples() -> None:
     check_select(REFERENCE.select)
+
+
+@both
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING, Case(length=1), Case(group=1)], ids=str)
+def test_entries_beyond_a_length_count_for_nothing(backend: Backend, case: Case) -> None:
+    check_lengths(backend, case)
+
+
+@pytest.mark.parametrize("case", [PLAIN, Case(softcap=2.0, sinks=True), Case(length=1)], ids=str)
+def test_a_list_of_positions_equals_a_copy(case: Case) -> None:
+    check_attend_at(reference.attend_at, case)
+
+
+def test_slots_beyond_the_budget_stay_free() -> None:
+    scores = torch.rand(1, 2, 9, generator=torch.Generator().manual_seed(0))
+    for select in (CPU.select, REFERENCE.select):
+        wide = select(scores, torch.tensor([3]), slots=5)
+        assert torch.equal(wide.positions[..., :3], select(scores, torch.tensor([3])).positions)
+        assert bool((wide.positions[..., 3:] == -1).all()) and wide.filled.tolist() == [[3, 3]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, LlamaForCausalLM
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
 from refreshkv.bench.record import device_name, versions, wait_for
 from refreshkv.integrations.transformers import RefreshCache
@@ -129,15 +129,13 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def weight_bytes(model: LlamaForCausalLM) -> int:
-    """Bytes of the weights that a pass reads."""
-    config = model.config
-    size = next(model.parameters()).element_size()
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if not config.tie_word_embeddings:
-        # One row of the input embedding is read, not all.
-        weights -= config.vocab_size * config.hidden_size
-    return weights * size
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a pass reads: of an input embedding of its own it reads a row a token, not all."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is None or head.weight is not table:
+        total -= table.numel() * table.element_size()
+    return total
 
 
 def entry_bytes(model: LlamaForCausalLM, batch: int) -> int:

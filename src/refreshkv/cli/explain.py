@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from refreshkv.bench.common import weight_bytes
 from refreshkv.config import RefreshConfig, make_config
 
 if TYPE_CHECKING:
@@ -50,15 +51,6 @@ def estimates(model: PreTrainedModel, prompt_tokens: int) -> list[Estimate]:
         Estimate("exact", EXACT_PASSES * weights, min(1.0, exact) * cache),
         Estimate("fast", weights, min(1.0, fast) * cache),
     ]
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a step reads: all but an input embedding of its own."""
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if head is None or head.weight is not table:
-        total -= table.numel() * table.element_size()
-    return total
 
 
 def cache_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -297,12 +297,10 @@ def _feed_loop(
     """
     width, steps = tokens.shape[1], gold.shape[1]
     mask = torch.cat([mask, torch.ones_like(gold)], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     if cache is None:
         cache = session.new_cache(reserve=width + steps)
-    options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1  # the logits of a whole prompt may be larger than the model
+    options = {"use_cache": True, "past_key_values": cache, **last_logits_only(model)}
 
     def logits(new: Tensor, start: int) -> Tensor:
         end = start + new.shape[1]
@@ -325,6 +323,17 @@ def _feed_loop(
         logprobs.append(now.log_softmax(-1).gather(1, gold[:, step : step + 1]))
         best.append(now.argmax(-1, keepdim=True))
     return torch.cat(logprobs, 1).tolist(), torch.cat(best, 1).tolist()
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """The position of every token of left-padded rows, `[B, T]`; padding has 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    """What makes a forward pass keep the last logits only: those of a whole prompt may be larger than the model."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 def _left_padded(

@@ -7,14 +7,14 @@ takes most of the time. A method that looks at prompt queries while they pass (H
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import refreshkv
 from refreshkv import RefreshCache
+from refreshkv.evals.decoding import last_logits_only, positions_of
 from refreshkv.integrations.transformers.cache import RefreshLayer
 from refreshkv.methods.kept import Eviction
 from refreshkv.step import Algorithm
@@ -63,19 +63,16 @@ class Prefills:
 
     @torch.no_grad()
     def _prefill(self, tokens: Tensor, mask: Tensor) -> RefreshCache:
-        options: dict[str, Any] = {}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = 1
         with refreshkv.attach(self.model, mode="full", window=_WINDOW) as session:
             cache = session.new_cache(reserve=tokens.shape[1])
             with cache.prompt():
                 self.model(
                     input_ids=tokens,
                     attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    position_ids=positions_of(mask),
                     past_key_values=cache,
                     use_cache=True,
-                    **options,
+                    **last_logits_only(self.model),
                 )
         return cache
 

@@ -20,6 +20,7 @@ class Backend:
     attend: Callable[..., reference.Attended]
     attend_and_score: Callable[..., tuple[reference.Attended, reference.Scored]]
     attend_and_rank: Callable[..., tuple[reference.Attended, Tensor]]
+    attend_at: Callable[..., tuple[reference.Attended, Tensor]]
     score: Callable[..., reference.Scored]
     verify: Callable[..., tuple[reference.Attended, reference.Scored]]
     vote: Callable[..., reference.Scored]
@@ -32,6 +33,7 @@ REFERENCE = Backend(
     attend=reference.attend,
     attend_and_score=reference.attend_and_score,
     attend_and_rank=reference.attend_and_rank,
+    attend_at=reference.attend_at,
     score=reference.score,
     verify=reference.verify,
     vote=reference.vote,
@@ -43,6 +45,7 @@ CPU = Backend(
     attend=cpu.attend,
     attend_and_score=cpu.attend_and_score,
     attend_and_rank=cpu.attend_and_rank,
+    attend_at=reference.attend_at,  # its users run on GPUs
     score=cpu.score,
     verify=cpu_verify.verify,
     vote=cpu_verify.vote,

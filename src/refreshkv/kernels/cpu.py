@@ -33,8 +33,11 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
+    lengths: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> Attended:
     """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
+    keys, values, visible = _within(lengths, visible, keys, values)
     if flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
         options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
         if keys.shape[2] < _BLOCK:  # too short for a loop over heads to pay
@@ -46,6 +49,8 @@ def attend(
         mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
         mask = mask[:, :, None].expand(*packed.shape[:3], -1)
     output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+    if visible is not None:  # the fused kernel gives a row that sees nothing some log-sum-exp
+        lse = lse.masked_fill(~visible.any(-1)[..., None], float("-inf"))
     output, lse = output.flatten(1, 2), lse.flatten(1, 2)
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
@@ -61,13 +66,16 @@ def attend_and_score(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
-    reduction: Reduction = "max",
+    lengths: Tensor | None = None,
     heads: Tensor | None = None,
+    reduction: Reduction = "max",
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
+    entries = keys.shape[2]
+    keys, values, visible = _within(lengths, visible, keys, values)
     output = values.new_zeros(*query.shape[:2], values.shape[-1])
     scored = _score(query, keys, values, output, scale, softcap, sinks, visible, reduction, heads)
-    return Attended(output, scored.lse), scored
+    return Attended(output, scored.lse), _padded(scored, entries)
 
 
 def score(
@@ -78,11 +86,15 @@ def score(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
-    reduction: Reduction = "max",
+    lengths: Tensor | None = None,
     heads: Tensor | None = None,
+    reduction: Reduction = "max",
 ) -> Scored:
     """See `reference.score`."""
-    return _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, heads)
+    entries = keys.shape[2]
+    keys, _, visible = _within(lengths, visible, keys, keys)
+    scored = _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, heads)
+    return _padded(scored, entries)
 
 
 def attend_and_rank(
@@ -94,11 +106,15 @@ def attend_and_rank(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
+    lengths: Tensor | None = None,
+    heads: Tensor | None = None,
     reduction: Reduction = "max",
     newest: Tensor,
     count: int,
 ) -> tuple[Attended, Tensor]:
     """See `reference.attend_and_rank`. In 16-bit dtypes the ranks come from logits rounded to that dtype."""
+    entries = keys.shape[2]
+    keys, values, visible = _within(lengths, visible, keys, values)
     attended = attend(
         query, keys, values, scale=scale, softcap=softcap, sinks=sinks, visible=visible
     )
@@ -112,6 +128,7 @@ def attend_and_rank(
     scores = weights.amax(2) if reduction == "max" else weights.mean(2)
     if visible is not None:
         scores = scores.masked_fill(~visible, 0.0)
+    scores = torch.nn.functional.pad(scores, (0, entries - scores.shape[2]))
     return attended, reference.top_slots(scores, newest, count)
 
 
@@ -125,10 +142,11 @@ def select(
     recent: int = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
+    slots: int | None = None,
 ) -> Selection:
     """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
     pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
-    most = min(int(budget.max()), scores.shape[-1])
+    most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
     positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
     counts = filled.tolist()
     for row, head in _pairs(scores, heads):
@@ -158,6 +176,30 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
         torch.index_select(
             source[row, head], 0, positions[row, head, :count], out=out[row, head, :count]
         )
+
+
+def _within(
+    lengths: Tensor | None, visible: Tensor | None, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The entries that count for any head, and which of them for which; nothing beyond is read."""
+    if lengths is None:
+        return keys, values, visible
+    longest = max(1, int(lengths.max()))  # one hidden entry where there is none
+    keys, values = keys[:, :, :longest], values[:, :, :longest]
+    visible = None if visible is None else visible[..., :longest]
+    if not bool((lengths == longest).all()):
+        visible = reference.within(lengths, visible, longest)
+    return keys, values, visible
+
+
+def _padded(scored: Scored, entries: int) -> Scored:
+    """No score for what lies beyond the lengths."""
+    missing = entries - scored.scores.shape[2]
+    return (
+        scored._replace(scores=torch.nn.functional.pad(scored.scores, (0, missing)))
+        if missing
+        else scored
+    )
 
 
 def _score(
@@ -193,7 +235,7 @@ def _score(
         if hidden is not None:
             logits.masked_fill_(hidden, float("-inf"))
         # Softmax written out, because its parts are the log-sum-exp.
-        top = logits.amax(-1, keepdim=True)
+        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
         weights = logits.sub_(top).exp_()
         mass = weights.sum(-1, keepdim=True)
         weights.mul_(mass.reciprocal())

@@ -38,6 +38,8 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
+    lengths: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> Attended:
     """Attention of one query token over the given entries: the partial step, or a plain full step.
 
@@ -48,8 +50,10 @@ def attend(
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
         sinks: `[Hq]`, one extra logit per head that receives attention and gives no value (gpt-oss).
         visible: `[B or 1, Hkv or 1, L]` bool; `None` when everything is. A row that sees nothing gives 0.
+        lengths: `[B or 1, Hkv or 1]` int64, only the first so many entries count; `None`: all L.
+        heads: `[B, Hkv]` bool, the KV heads whose result the caller uses; the others may give anything. `None`: all.
     """
-    logits = _logits(query, keys, scale, softcap, visible)
+    logits = _logits(query, keys, scale, softcap, within(lengths, visible, keys.shape[2]))
     lse = logits.logsumexp(-1)
     weights = _weights(logits, lse, sinks)
     output = weights.unflatten(1, (keys.shape[1], -1)) @ values.float()
@@ -65,19 +69,15 @@ def attend_and_score(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
-    reduction: Reduction = "max",
+    lengths: Tensor | None = None,
     heads: Tensor | None = None,
+    reduction: Reduction = "max",
 ) -> tuple[Attended, Scored]:
-    """The full step: attention over everything, and the scores from which the partial cache is rebuilt.
-
-    `heads` `[B, Hkv]` bool names the KV heads whose result the caller uses; the others may hold anything.
-    """
-    attended = attend(
-        query, keys, values, scale=scale, softcap=softcap, sinks=sinks, visible=visible
-    )
-    return attended, score(
-        query, keys, scale=scale, softcap=softcap, sinks=sinks, visible=visible, reduction=reduction
-    )
+    """The full step: attention over everything, and the scores from which the partial cache is rebuilt."""
+    visible = within(lengths, visible, keys.shape[2])
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    attended = attend(query, keys, values, **options)  # type: ignore[arg-type]
+    return attended, score(query, keys, **options, reduction=reduction)  # type: ignore[arg-type]
 
 
 def score(
@@ -88,14 +88,12 @@ def score(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
-    reduction: Reduction = "max",
+    lengths: Tensor | None = None,
     heads: Tensor | None = None,
+    reduction: Reduction = "max",
 ) -> Scored:
-    """The attention that each token receives from this query, without touching the values.
-
-    `heads` is as in `attend_and_score`.
-    """
-    logits = _logits(query, keys, scale, softcap, visible)
+    """The attention that each token receives from this query, without touching the values."""
+    logits = _logits(query, keys, scale, softcap, within(lengths, visible, keys.shape[2]))
     lse = logits.logsumexp(-1)
     return Scored(reduce_group(_weights(logits, lse, sinks), keys.shape[1], reduction), lse)
 
@@ -109,6 +107,8 @@ def attend_and_rank(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     visible: Tensor | None = None,
+    lengths: Tensor | None = None,
+    heads: Tensor | None = None,
     reduction: Reduction = "max",
     newest: Tensor,
     count: int,
@@ -117,10 +117,57 @@ def attend_and_rank(
 
     `newest` `[B, Hkv]` is the slot of the token being decoded, which is left out unless there are too few others.
     """
+    visible = within(lengths, visible, keys.shape[2])
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
     attended = attend(query, keys, values, **options)  # type: ignore[arg-type]
     scores = score(query, keys, **options, reduction=reduction).scores  # type: ignore[arg-type]
     return attended, top_slots(scores, newest, count)
+
+
+def attend_at(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    blocks: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: Tensor | None = None,
+    reduction: Reduction = "max",
+    newest: Tensor | None = None,
+    count: int = 0,
+) -> tuple[Attended, Tensor]:
+    """`attend_and_rank` over the entries at `positions` `[B, Hkv, K]` of a full cache, `FREE` ones left out.
+
+    Keys and values are `[B, Hkv, L, D]`; or, with `blocks` `[B, M]` int32, those of a paged cache, `[N, Hkv, P, D]`:
+    position p of row b lies in page `blocks[b, p // P]` at place p % P. Ranks are indices into `positions`; without
+    `count` there are none.
+    """
+    rows, kv_heads, _ = positions.shape
+    place = positions.clamp(min=0)
+    row, head = torch.arange(rows)[:, None, None], torch.arange(kv_heads)[:, None]
+    row, head = row.to(place.device), head.to(place.device)
+    page = row
+    if blocks is not None:
+        size = keys.shape[2]
+        page, place = blocks.long()[row, place // size], place % size
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": positions >= 0}
+    chosen = keys[page, head, place], values[page, head, place]
+    if newest is None:
+        newest = torch.zeros(rows, kv_heads, dtype=torch.int64, device=place.device)
+    return attend_and_rank(
+        query, *chosen, **options, reduction=reduction, newest=newest, count=count
+    )  # type: ignore[arg-type]
+
+
+def within(lengths: Tensor | None, visible: Tensor | None, entries: int) -> Tensor | None:
+    """`visible`, and no more than the first `lengths` of the entries."""
+    if lengths is None:
+        return visible
+    inside = torch.arange(entries, device=lengths.device) < lengths[..., None]
+    return inside if visible is None else inside & visible
 
 
 def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:

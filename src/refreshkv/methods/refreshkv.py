@@ -40,9 +40,7 @@ def attend_only(
     if cache.partial is None:  # after a crop there is nothing to go on with
         return full_step(cache, query, attention, visible, heads)
     if heads is None:  # else the partial step has let the new token in
-        cache.partial.push(
-            cache.store.keys[:, :, -1], cache.store.values[:, :, -1], cache.length - 1
-        )
+        cache.push_newest()
     return cache.backend.attend(
         query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
     ).output

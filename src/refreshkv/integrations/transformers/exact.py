@@ -193,7 +193,7 @@ class _Run:
         logits = outputs.logits[:, -1:].float()
         self._reserve(1)
         targets = self._process(logits, torch.zeros_like(self.made))
-        token = self._choose(targets)[:, 0]
+        token = self._choose(targets[:, 0], targets[:, 0].softmax(-1))
         self._keep(token[:, None], torch.ones_like(self.made), logits, targets)
 
     def cycle(self, going: Tensor) -> None:
@@ -278,10 +278,10 @@ class _Run:
             step = len(tokens)
             with self.cache.drafting("draft"):
                 logits = self._forward(token[:, None], step)
-            scores = self._process(logits, self.made + step)
-            token = self._choose(scores)[:, 0]
+            scores = self._process(logits, self.made + step)[:, 0]
+            share = scores.softmax(-1)
+            token = self._choose(scores, share)
             self.ids.scatter_(1, (self.prompt + self.made + step)[:, None], token[:, None])
-            share = scores[:, 0].softmax(-1)
             drafted = drafted + going
             going = going & (drafted < counts) & (share.amax(-1) >= self.confidence)
             for ends in self.ends:
@@ -314,11 +314,11 @@ class _Run:
         """`[B, T, V]` through the logits processors; row i's first follows `made[i]` new tokens of `ids`."""
         return process(self.processors, logits, self.ids, self.prompt + made)
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """`[B, T, V]` -> `[B, T]`: the best, or a draw."""
+    def _choose(self, scores: Tensor, share: Tensor) -> Tensor:
+        """The best of `scores` `[B, V]`, or a draw from `share`, their softmax; `[B]`."""
         if not self.config.do_sample:
             return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1).flatten(0, 1), 1).view(scores.shape[:2])
+        return torch.multinomial(share, 1)[:, 0]
 
     def _keep(self, tokens: Tensor, gained: Tensor, logits: Tensor, scores: Tensor) -> Tensor:
         """The first `gained` of `tokens` `[B, T]` become text, up to an end token; `[B]`: how many they are."""
