@@ -284,7 +284,7 @@ def check_lengths(backend: Any, case: Case) -> None:
         scores = backend.score(query, keys, lengths=given, **options).scores
         close(scores, scored.scores, case, "scores")
         newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
-        count = min(3, case.length - 1)
+        count = max(1, min(3, case.length - 1))
         rank = {"newest": newest, "count": count, **options, "lengths": given}
         actual, best = backend.attend_and_rank(query, keys, values, **rank)
         close(actual.output, attended.output, case, "output")
@@ -304,7 +304,7 @@ def check_attend_at(attend_at: Callable[..., Any], case: Case) -> None:
     at = positions.clamp(min=0)[..., None]
     copied = [x.gather(2, at.expand(-1, -1, -1, x.shape[-1])) for x in (keys, values)]
     newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
-    count = min(3, positions.shape[-1] - 1)
+    count = max(1, min(3, positions.shape[-1] - 1))
     rank = {"newest": newest, "count": count}
     shown = {**options, "visible": positions >= 0}
     expected, _ = reference.attend_and_rank(
