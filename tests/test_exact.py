@@ -34,7 +34,7 @@ CONFIGS = {
     "share": RefreshConfig(mode="exact", budget=0.5),
     "everything": RefreshConfig(mode="exact", budget=1000),
     "options": RefreshConfig(
-        mode="exact", budget=9, recent=4, successor=2, anchor=0.25, window=8, pool_kernel=3
+        mode="exact", budget=16, recent=4, successor=2, anchor=0.25, window=8, pool_kernel=3
     ),
 }
 ATTENTION = {

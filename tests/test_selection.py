@@ -163,7 +163,8 @@ def test_rules_rank_above_scores_as_in_the_slow_definition(
     rows, heads, length = torch.tensor(case.values).shape
     # Float32 keeps ten bits of a score that is lifted by a rule.
     case.values = [[[round(v * 1024) / 1024 for v in head] for head in row] for row in case.values]
-    recent = data.draw(st.integers(0, length + 2), "recent")
+    counts = st.integers(0, length + 2)
+    recent = data.draw(st.lists(counts, min_size=rows, max_size=rows), "recent")
     some = st.lists(st.integers(0, length - 1), unique=True, min_size=2, max_size=length)
     none = st.just([])
     anchors = [
@@ -174,7 +175,7 @@ def test_rules_rank_above_scores_as_in_the_slow_definition(
     padded = [[[*head, *[FREE] * (length - len(head))] for head in row] for row in anchors]
     chosen = case.run(
         select,
-        recent=recent,
+        recent=recent[0] if len({*recent}) == 1 else torch.tensor(recent),
         anchors=torch.tensor(padded),
         ends=torch.tensor(ends) if ragged else None,
     )
@@ -182,7 +183,7 @@ def test_rules_rank_above_scores_as_in_the_slow_definition(
         for head in range(heads):
             end = ends[row] if ragged else length
             expected = slow_ruled(
-                case, row, head, recent=recent, anchors=anchors[row][head], end=end
+                case, row, head, recent=recent[row], anchors=anchors[row][head], end=end
             )
             found = chosen.positions[row, head]
             assert found[found != FREE].tolist() == expected
@@ -238,6 +239,30 @@ def test_worked_examples_of_the_rules(
         ends=torch.tensor([end]),
     )
     assert chosen.positions.tolist() == [[expected]]
+
+
+def test_the_newest_tokens_take_at_most_a_quarter_of_the_budget() -> None:
+    budget = torch.tensor([1, 3, 4, 32, 63, 64, 1000])
+    share = selection.recent_share(budget, 16)
+    assert isinstance(share, torch.Tensor) and share.tolist() == [0, 0, 1, 8, 15, 16, 16]
+    assert selection.recent_share(budget, 0) == 0
+
+
+@both
+def test_a_small_budget_still_selects_beside_what_is_kept_by_rule(select: Select) -> None:
+    """K = 32 with the default's settings: half anchors, a quarter newest, a quarter by score."""
+    scores = torch.zeros(1, 1, 200)
+    scores[..., 60:70] = 0.5
+    budget = torch.tensor([32])
+    chosen = select(
+        scores,
+        budget,
+        pool_kernel=1,
+        recent=selection.recent_share(budget, 16),
+        anchors=torch.arange(16).view(1, 1, 16),
+    )
+    wanted = {*range(16), *range(62, 70), *range(192, 200)}
+    assert set(chosen.positions.flatten().tolist()) == wanted
 
 
 @both

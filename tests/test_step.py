@@ -36,11 +36,11 @@ EVERY_OPTION = replace(
 )
 # Ours, past the paper.
 OPTIONS = {
-    "recent": replace(FIXED, recent=3),
-    "recent beyond the budget": replace(FIXED, recent=10),
+    "recent": replace(FIXED, budget=14, recent=3),
+    "recent beyond its share": replace(FIXED, budget=9, recent=10),
     "anchor": replace(FIXED, anchor=0.5),
     "anchor is everything": replace(FIXED, anchor=1.0),
-    "recent and anchor": replace(FIXED, recent=2, anchor=0.5),
+    "recent and anchor": replace(FIXED, budget=8, recent=2, anchor=0.5),
     "window": replace(FIXED, window=8),
     "window beyond the prompt": replace(NEVER, window=32),
     "successor": replace(NEVER, successor=2),
@@ -106,7 +106,7 @@ def slow_ours(
         end = pad + len(scores)
         shown = [True] * len(scores)
         order = slow_select(scores.tolist(), len(scores), config.pool_kernel, shown)
-        newest = range(max(pad, end - config.recent), end)
+        newest = range(max(pad, end - min(config.recent, budget // 4)), end)
         kept = [pad + p for p in order if pad + p in anchors and pad + p not in newest]
         others = [pad + p for p in order if pad + p not in {*kept, *newest}]
         return [*others, *kept, *newest][-budget:]
@@ -247,8 +247,9 @@ def test_what_every_ring_holds_under_any_options(
                 cache.partial.values[row, head, slots], cache.store.values[row, head, entries]
             )
             if since == 0:  # just refreshed: by rule the newest, then the anchors
-                newest = list(range(now, max(now - config.recent, pads[row] - 1), -1))
-                assert set(newest[: config.budget]) <= set(entries.tolist())
+                recent = min(config.recent, config.budget // 4)
+                newest = list(range(now, max(now - recent, pads[row] - 1), -1))
+                assert set(newest) <= set(entries.tolist())
                 anchors = [] if cache.anchors is None else cache.anchors[row, head].tolist()
                 ruled, held = {*newest, *anchors} - {FREE}, set(entries.tolist())
                 assert ruled <= held if len(ruled) <= config.budget else held <= ruled

@@ -30,7 +30,8 @@ class RefreshConfig:
             "head" averages within a GQA group and decides per KV head (ours).
         group_reduction: how the query heads of a GQA group agree on one score per token (paper: max).
         pool_kernel: odd width of the max-pooling over neighbouring tokens (paper: 7). 1 turns it off.
-        recent: the newest tokens that every selection keeps (ours; paper: 0, they win on score or not at all).
+        recent: the newest tokens that every selection keeps, at most a quarter of K (ours; paper: 0, they win on score
+            or not at all).
         successor: how many of the most attended entries of a partial step fetch the token that follows them (ours;
             paper: 0). Copying moves on by one token a step, and pooling reaches three.
         window: the last prompt queries that vote on the first selection (paper: 1; SnapKV: 32).

@@ -51,7 +51,7 @@ def candidates(
     budget: Tensor,
     pool_kernel: int,
     visible: Tensor | None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -75,13 +75,21 @@ def candidates(
     if anchors is not None:
         extra = torch.where(anchors == FREE, 0.0, _ANCHOR)
         pooled = pooled.scatter_add(-1, anchors.clamp(min=0), extra)
-    if recent:
+    if isinstance(recent, Tensor) or recent:
         last = tokens.new_full((rows,), length) if ends is None else ends
-        pooled = pooled.masked_fill((places >= last[:, None] - recent)[:, None], _RECENT)
+        pooled = pooled.masked_fill((places >= (last - recent)[:, None])[:, None], _RECENT)
     if visible is not None:
         pooled = pooled.masked_fill(padding, -1.0)
     filled = torch.minimum(budget, tokens)[:, None].expand(-1, kv_heads).contiguous()
     return pooled.contiguous(), filled
+
+
+def recent_share(budget: Tensor, recent: int) -> Tensor | int:
+    """How many of the newest tokens a selection of K keeps, `[B]`: `recent`, at most a quarter of K (ours).
+
+    Next to anchors, which are half of K by default, a small K would otherwise have no slot left to select for.
+    """
+    return torch.clamp(budget // 4, max=recent) if recent else 0
 
 
 def rank_keys(scores: Tensor) -> Tensor:
@@ -102,7 +110,7 @@ def select(
     pool_kernel: int = 7,
     visible: Tensor | None = None,
     heads: Tensor | None = None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
@@ -115,7 +123,7 @@ def select(
         pool_kernel: width of the max-pooling.
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
-        recent: how many of the newest tokens are kept whatever their score.
+        recent: how many of the newest tokens are kept whatever their score, for all or `[B]` int64.
         anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none.
         ends: `[B]` int64, where each row ends; `None`: all at L.
         slots: the K of the result, at least the largest budget; `None`: that budget, which asks the device.

@@ -17,7 +17,7 @@ from torch import Tensor
 from refreshkv.cache import LayerCache
 from refreshkv.kernels.reference import Attended
 from refreshkv.partial import PartialCache
-from refreshkv.selection import FREE
+from refreshkv.selection import FREE, recent_share
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def reselect(
         pool_kernel=cache.config.pool_kernel,
         visible=visible,
         heads=heads,
-        recent=cache.config.recent,
+        recent=recent_share(cache.budget, cache.config.recent),
         anchors=cache.anchors,
         ends=ends,
     )

@@ -139,7 +139,7 @@ def select(
     pool_kernel: int = 7,
     visible: Tensor | None = None,
     heads: Tensor | None = None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
