@@ -1,0 +1,185 @@
+"""What the Triton kernels share: launch settings, the cut of a row into splits, one step of the softmax, the merge.
+
+One query token gives a GPU too little to do, so the entries of a head are cut into splits, a program each (split-K).
+Each leaves its output and log-sum-exp in float32 scratch, and `merge` combines them. How many splits there are follows
+from shapes alone, and each takes its share of the length that the device holds: nothing here asks the device.
+
+Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.kernels.reference import Attended
+
+# Programs that fill a Hopper GPU once (132 SMs, two each), and as many as keep its last wave short.
+_FILL, _WAVES = 264, 2112
+_LONG_SPLIT = 1024  # entries of a split that make its start and its merge cheap
+MOST_SPLITS = 256
+_MERGED_AT_ONCE = 16  # splits
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched: entries a block, warps a program, stages of its software pipeline."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`; tensor cores take no fewer than 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def split_count(heads: int, entries: int, block: int) -> int:
+    """How many programs share each of `heads` (rows times KV heads): enough to fill the GPU, in splits worth a start."""
+    fill = min(_FILL // heads, triton.cdiv(entries, block))
+    waves = min(_WAVES // heads, entries // _LONG_SPLIT)
+    return min(max(fill, waves, 1), MOST_SPLITS)
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """`tensor` with its last dimension contiguous; every store already has it so."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def for_every_head(tensor: Tensor | None, rows: int, kv_heads: int) -> Tensor | None:
+    """A view `[B, Hkv, ...]` of `[B or 1, Hkv or 1, ...]`."""
+    return None if tensor is None else tensor.expand(rows, kv_heads, *tensor.shape[2:])
+
+
+def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first `count` strides in elements; zeros for no tensor."""
+    return (0,) * count if tensor is None else tensor.stride()[:count]
+
+
+@triton.jit
+def span(length, BLOCK: tl.constexpr):
+    """First and last entry (exclusive) of this program's split, axis 0 of the grid; the same when it has none."""
+    blocks = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(0))
+    first = tl.program_id(0).to(tl.int64) * blocks * BLOCK
+    return tl.minimum(first, length), tl.minimum(first + blocks * BLOCK, length)
+
+
+@triton.jit
+def finished_logits(products, scale, softcap):
+    """Scaled products of query and key, capped where there is a cap: c tanh(x / c)."""
+    logits = products * scale
+    if softcap is not None:
+        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
+    return logits
+
+
+@triton.jit
+def absorb(logits, values, acc, top, mass):
+    """One block of an online softmax: logits `[M, N]`, values `[N, D]` or None; the new acc `[M, D]`, top, mass `[M]`."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    origin = tl.where(new_top == float("-inf"), 0.0, new_top)  # while a query has seen nothing
+    weights = tl.exp(logits - origin[:, None])
+    decay = tl.exp(top - origin)
+    mass = mass * decay + tl.sum(weights, 1)
+    if values is not None:
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return acc, new_top, mass
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr,  # [B, Hq * Q, S, D] float32, or None
+    partial_lse_ptr,  # [B, Hq * Q, S] float32
+    heads_ptr,  # [B, Hkv] bool, or None
+    sinks_ptr,  # [Hq], or None
+    output_ptr,  # [B, Hq * Q, D], or None
+    lse_ptr,  # [B, Hq * Q] float32
+    splits,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MOST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The splits of one query; grid (Hq * Q, B)."""
+    query, row = tl.program_id(0), tl.program_id(1)
+    queries = tl.num_programs(0)
+    if heads_ptr is not None:
+        kv_heads = queries // (GROUP * QUERIES)
+        if not tl.load(heads_ptr + row * kv_heads + query // (GROUP * QUERIES)):
+            return
+    place = row.to(tl.int64) * queries + query
+    every = tl.arange(0, MOST)
+    lses = tl.load(
+        partial_lse_ptr + place * splits + every, mask=every < splits, other=float("-inf")
+    )
+    top = tl.max(lses, 0)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    lse = origin + tl.log(tl.sum(tl.exp(lses - origin), 0))
+    tl.store(lse_ptr + place, lse)
+    if output_ptr is not None:
+        total = tl.where(top == float("-inf"), 0.0, lse)
+        dims = tl.arange(0, DIM_PAD)
+        acc = tl.zeros([DIM_PAD], tl.float32)
+        for first in range(0, splits, AT_ONCE):
+            some = first + tl.arange(0, AT_ONCE)
+            some_lse = tl.load(
+                partial_lse_ptr + place * splits + some, mask=some < splits, other=float("-inf")
+            )
+            # A split that saw nothing left its output unwritten.
+            used = (some_lse > float("-inf"))[:, None] & (dims < DIM)[None, :]
+            offsets = (place * splits + some)[:, None] * DIM + dims[None, :]
+            partial = tl.load(partial_ptr + offsets, mask=used, other=0.0)
+            acc += tl.sum(tl.exp(some_lse - total)[:, None] * partial, 0)
+        if sinks_ptr is not None:
+            acc *= tl.sigmoid(lse - tl.load(sinks_ptr + query // QUERIES).to(tl.float32))
+        tl.store(output_ptr + place * DIM + dims, acc, mask=dims < DIM)
+
+
+def merge(
+    partial: Tensor | None,
+    partial_lse: Tensor,
+    *,
+    kv_heads: int,
+    dtype: torch.dtype,
+    sinks: Tensor | None,
+    heads: Tensor | None,
+    queries: int = 1,
+) -> Attended:
+    """The attention of each query from that of its splits.
+
+    Args:
+        partial: `[B, Hq * Q, S, D]` float32, each split's output by itself; `None`: the log-sum-exp alone is wanted.
+        partial_lse: `[B, Hq * Q, S]` float32, -inf where a split saw nothing.
+        dtype: of the output `[B, Hq * Q, D]`.
+        sinks: `[Hq]`; heads: `[B, Hkv]` bool.
+        queries: Q, the tokens of one query head, its fastest axis.
+    """
+    rows, count, splits = partial_lse.shape
+    lse = partial_lse.new_empty(rows, count)
+    dim = 1 if partial is None else partial.shape[-1]
+    output = lse.new_empty(rows, count, dim, dtype=dtype)
+    merge_kernel[(count, rows)](
+        partial,
+        partial_lse,
+        heads,
+        sinks,
+        None if partial is None else output,
+        lse,
+        splits,
+        GROUP=count // (kv_heads * queries),
+        QUERIES=queries,
+        DIM=dim,
+        DIM_PAD=padded(dim),
+        MOST=MOST_SPLITS,
+        AT_ONCE=_MERGED_AT_ONCE,
+        num_warps=4,
+    )
+    return Attended(output, lse)

@@ -1,0 +1,46 @@
+"""Where the Triton kernels run in these tests: on the GPU, or in Triton's interpreter on CPU tensors.
+
+Import this before any module of kernels: the interpreter is chosen when triton is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="needs triton, which is installed with torch on Linux")
+
+
+def device() -> torch.device:
+    """Where inputs have to be."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def there(tensor: Tensor) -> Tensor:
+    """`tensor` on that device as the view it is: same strides, same memory around it."""
+    if tensor.device == device():
+        return tensor
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.to(device()).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def run_there(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """`operation` on the device, with tensors of the CPU in and out."""
+
+    def run(*tensors: Any, **options: Any) -> Any:
+        moved, named = _each(there, tensors), _each(there, options)
+        return _each(lambda tensor: tensor.cpu(), operation(*moved, **named))
+
+    return run
+
+
+def _each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, tree)
