@@ -9,7 +9,10 @@ Not yet run on a GPU: interpreter and ahead-of-time compilation only.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -17,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.kernels.reference import Attended
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Programs that fill a Hopper GPU once (132 SMs, two each), and as many as keep its last wave short.
 _FILL, _WAVES = 264, 2112
@@ -34,13 +40,24 @@ class Config:
     stages: int
 
 
+def on_its_device(operation: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    @functools.wraps(operation)
+    def run(*tensors: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device_of(next(iter((*tensors, *options.values())))):
+            return operation(*tensors, **options)
+
+    return run
+
+
 def padded(size: int, least: int = 16) -> int:
     """The power of two that holds `size`; tensor cores take no fewer than 16."""
     return max(least, triton.next_power_of_2(size))
 
 
 def split_count(heads: int, entries: int, block: int) -> int:
-    """How many programs share each of `heads` (rows times KV heads): enough to fill the GPU, in splits worth a start."""
+    """How many programs share each of `heads` (rows times KV heads): enough to fill a GPU, in splits worth a start."""
     fill = min(_FILL // heads, triton.cdiv(entries, block))
     waves = min(_WAVES // heads, entries // _LONG_SPLIT)
     return min(max(fill, waves, 1), MOST_SPLITS)
@@ -70,6 +87,15 @@ def span(length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def own_length(lengths_ptr, place, entries):
+    """How many of the entries count for this head, int64: `lengths_ptr[place]`, or all of them."""
+    length = tl.cast(entries, tl.int64)
+    if lengths_ptr is not None:
+        length = tl.minimum(length, tl.load(lengths_ptr + place).to(tl.int64))
+    return length
+
+
+@triton.jit
 def finished_logits(products, scale, softcap):
     """Scaled products of query and key, capped where there is a cap: c tanh(x / c)."""
     logits = products * scale
@@ -80,7 +106,7 @@ def finished_logits(products, scale, softcap):
 
 @triton.jit
 def absorb(logits, values, acc, top, mass):
-    """One block of an online softmax: logits `[M, N]`, values `[N, D]` or None; the new acc `[M, D]`, top, mass `[M]`."""
+    """A block of the online softmax: logits `[M, N]`, values `[N, D]` or None; new acc `[M, D]`, top and mass `[M]`."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)  # while a query has seen nothing
     weights = tl.exp(logits - origin[:, None])
@@ -93,6 +119,37 @@ def absorb(logits, values, acc, top, mass):
 
 
 @triton.jit
+def group_weights(
+    logits_ptr,
+    lse_ptr,
+    sinks_ptr,
+    first,
+    places,
+    inside,
+    entries,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Attention that each place received from the query heads of a KV head, their mean or maximum; 0 where not inside.
+
+    Logits `[G, entries]` and lse `[G]` are those of the group, which begins at query head `first` of the sinks `[Hq]`.
+    """
+    reduced = tl.zeros(places.shape, tl.float32)
+    for member in tl.static_range(GROUP):
+        lse = tl.load(lse_ptr + member)
+        row = logits_ptr + member * tl.cast(entries, tl.int64)
+        logits = tl.load(row + places, mask=inside, other=float("-inf"))
+        weights = tl.exp(logits - tl.where(lse == float("-inf"), 0.0, lse))
+        if sinks_ptr is not None:
+            weights *= tl.sigmoid(lse - tl.load(sinks_ptr + first + member).to(tl.float32))
+        if MEAN:
+            reduced += weights / GROUP
+        else:
+            reduced = tl.maximum(reduced, weights)
+    return reduced
+
+
+@triton.jit
 def merge_kernel(
     partial_ptr,  # [B, Hq * Q, S, D] float32, or None
     partial_lse_ptr,  # [B, Hq * Q, S] float32
@@ -101,7 +158,7 @@ def merge_kernel(
     output_ptr,  # [B, Hq * Q, D], or None
     lse_ptr,  # [B, Hq * Q] float32
     splits,
-    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,  # query tokens of a KV head
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -112,8 +169,7 @@ def merge_kernel(
     query, row = tl.program_id(0), tl.program_id(1)
     queries = tl.num_programs(0)
     if heads_ptr is not None:
-        kv_heads = queries // (GROUP * QUERIES)
-        if not tl.load(heads_ptr + row * kv_heads + query // (GROUP * QUERIES)):
+        if not tl.load(heads_ptr + (row * queries + query) // MEMBERS):
             return
     place = row.to(tl.int64) * queries + query
     every = tl.arange(0, MOST)
@@ -147,7 +203,6 @@ def merge(
     partial: Tensor | None,
     partial_lse: Tensor,
     *,
-    kv_heads: int,
     dtype: torch.dtype,
     sinks: Tensor | None,
     heads: Tensor | None,
@@ -174,7 +229,7 @@ def merge(
         None if partial is None else output,
         lse,
         splits,
-        GROUP=count // (kv_heads * queries),
+        MEMBERS=1 if heads is None else count // heads.shape[1],
         QUERIES=queries,
         DIM=dim,
         DIM_PAD=padded(dim),
