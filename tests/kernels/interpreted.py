@@ -19,6 +19,27 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="needs triton, which is installed with torch on Linux")
 
 
+def _widen_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as bits and would multiply those in a `tl.dot`: give it their float32 values."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened_dot(self: Any, left: Any, right: Any, *others: Any) -> Any:
+        wide = [
+            self.cast_impl(side, float32) if side.dtype.scalar == bfloat16 else side
+            for side in (left, right)
+        ]
+        return dot(self, *wide, *others)
+
+    InterpreterBuilder.create_dot = widened_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _widen_bfloat16()
+
+
 def device() -> torch.device:
     """Where inputs have to be."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

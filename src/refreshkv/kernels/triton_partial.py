@@ -5,7 +5,6 @@ Same signatures as `reference.py`. Not yet run on a GPU: interpreter and ahead-o
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -109,7 +109,6 @@ def split_kernel(
         other=0.0,
     )
     keys_ptr += head * key_head
-    values = None
     if values_ptr is not None:
         values_ptr += head * value_head
     if blocks_ptr is None:
@@ -160,7 +159,9 @@ def split_kernel(
                 mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
                 other=0.0,
             )
-        acc, top, mass = absorb(logits, values, acc, top, mass)
+            acc, top, mass = absorb(logits, values, acc, top, mass)
+        else:
+            acc, top, mass = absorb(logits, None, acc, top, mass)
 
     lse = tl.where(mass > 0, top + tl.log(mass), float("-inf"))
     tl.store(lse_ptr + queries * splits + split, lse, mask=own)
@@ -187,7 +188,7 @@ def attend_in_splits(
     blocks: Tensor | None = None,
     keep_logits: bool = False,
 ) -> Parts:
-    """The splits of `reference.attend`, or with `positions` of `reference.attend_at`; without values, only their lse."""
+    """The splits of `reference.attend`, or with `positions` of `attend_at`; without values, only their lse."""
     rows, count, dim = query.shape
     kv_heads = keys.shape[1]
     entries = keys.shape[2] if positions is None else positions.shape[2]
