@@ -249,7 +249,8 @@ def test_drafts_attend_to_the_partial_cache_and_to_themselves() -> None:
             run.at(run.tokens.queries, places)[:, :, 0],
             keys,
             values,
-            **run.attention.options(used),
+            **run.attention.options(),
+            lengths=used,
         ).output
         torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 

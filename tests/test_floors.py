@@ -20,7 +20,7 @@ FLOORS = [
     {"partial"},
     {"cache"},
     {"step"},
-    {"exact", "methods"},
+    {"exact", "static", "methods"},
     {"integrations"},
     {"bench", "evals", "training", "demo"},
     {"cli"},

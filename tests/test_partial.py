@@ -72,9 +72,10 @@ class Ring:
             assert torch.equal(partial.keys[row, head, slot], store.keys[row, head, position])
             assert torch.equal(partial.values[row, head, slot], store.values[row, head, position])
         keys, values, counted = partial.entries()
-        used = torch.full(keys.shape[:3], True) if counted is None else counted
-        assert torch.equal(used, partial.positions[:, :, : keys.shape[2]] != FREE)
-        assert torch.equal(used.sum(-1), partial.used)
+        used = torch.full(keys.shape[:2], keys.shape[2]) if counted is None else counted
+        taken = torch.arange(keys.shape[2]) < used[..., None]
+        assert torch.equal(taken, partial.positions[:, :, : keys.shape[2]] != FREE)
+        assert torch.equal(used, partial.used)
         assert keys.shape[2] == values.shape[2] >= int(partial.used.max())
 
 
@@ -162,20 +163,20 @@ def test_no_slot_beyond_the_budget_is_allocated(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "length", "masked"),
+    ("budget", "length", "counted"),
     [
         ([4, 4], 10, False),
         ([4, 5], 10, True),
         ([8, 20], 5, True),  # alike until the first row is full
     ],
 )
-def test_a_mask_is_made_only_where_rows_differ(
-    backend: Backend, budget: list[int], length: int, masked: bool
+def test_slots_are_counted_only_where_rows_differ(
+    backend: Backend, budget: list[int], length: int, counted: bool
 ) -> None:
     ring = Ring(backend, budget, length)
     ring.refresh(rising=False)
     ring.push(6)
-    assert (ring.partial.entries()[2] is not None) is masked
+    assert (ring.partial.entries()[2] is not None) is counted
     ring.check_copies()
 
 

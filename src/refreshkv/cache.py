@@ -36,7 +36,12 @@ class LayerCache:
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
         hidden: `[B]` int64, padding tokens of each row.
+        asks_device: whether a step may look at its flags and skip what no head wants; else the kernels do.
+        slots: slots of the partial cache; `None`: as many as the largest budget.
     """
+
+    asks_device = True
+    slots: int | None = None
 
     def __init__(
         self, config: RefreshConfig, *, index: int = 0, stats: Stats | None = None, reserve: int = 0
@@ -57,6 +62,16 @@ class LayerCache:
     def length(self) -> int:
         """Tokens in the full store, padding included."""
         return self.store.length
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """`[B or 1, Hkv or 1]`, how much of the store counts; `None`: all that it gives out."""
+        return None
+
+    @property
+    def ends(self) -> Tensor | None:
+        """`[B]`, the same for a selection."""
+        return None
 
     @property
     def rows(self) -> int:
@@ -119,14 +134,20 @@ class LayerCache:
                 raise RuntimeError(f"layer {self.index}: the first refresh must serve every head")
             if self.budget is None:
                 raise RuntimeError(f"layer {self.index}: resolve_budget before the first refresh")
-            self.partial = PartialCache(self.store, self.budget, self.backend)
+            self.partial = self._new_partial(self.budget)
             heads = None
         self.partial.refresh(selection, heads)
+
+    def remember(self, reference: Tensor, heads: Tensor | None) -> None:
+        """The reference of `heads` (`[B, Hkv]` bool; `None` is all) becomes `[B, Hkv, R]`."""
+        if heads is not None and self.reference is not None:
+            reference = torch.where(heads[..., None], reference, self.reference)
+        self.reference = reference
 
     def push_newest(self) -> None:
         """The token appended last enters the partial cache."""
         assert self.partial is not None
-        self.partial.push(self.store.keys[:, :, -1], self.store.values[:, :, -1], self.length - 1)
+        self.partial.push(*self.store.newest(), self.length - 1)
 
     def resolve_budget(self, visible: Tensor | None, tokens: int) -> None:
         """Turn the budget into tokens for a prompt of `tokens` tokens of which `visible` `[B, tokens]` count.
@@ -179,6 +200,9 @@ class LayerCache:
         self.store.reset()
         self.forget_selection()
         self.anchors = self.budget = self.hidden = None
+
+    def _new_partial(self, budget: Tensor) -> PartialCache:
+        return PartialCache(self.store, budget, self.backend)
 
     def forget_selection(self) -> None:
         """The next decode step is full, unless a prompt comes first."""

@@ -50,7 +50,7 @@ class ExactLayer:
         partial.push(key, value, (self.ends + self.drafted)[:, None])
         self.drafted += 1
         used = partial.used
-        output = attend_partial(self.cache, query, attention, self.ends).output
+        output = attend_partial(self.cache, query, attention, self.ends[:, None, None]).output
         self.read.append((used + partial.fetched).sum(-1))
         return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.kernels import Backend
@@ -57,29 +58,25 @@ class PartialCache:
         return torch.minimum(self.filled + self.pushed, self.budget[:, None])
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[B, Hkv, n, D]` and which of them count, `[B, Hkv, n]` bool or `None` for all."""
+        """Keys and values `[B, Hkv, n, D]` and how many of them count, `[B, Hkv]` int64 or `None` for all."""
         keys, values = self.keys[:, :, : self._most], self.values[:, :, : self._most]
-        if self._uniform:
-            return keys, values, None
-        return keys, values, torch.arange(self._most, device=keys.device) < self.used[..., None]
+        return keys, values, None if self._uniform else self.used
 
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
         """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store."""
         slots = selection.positions.shape[-1]
         self._reserve(slots)
+        new = F.pad(selection.positions, (0, self.positions.shape[2] - slots), value=FREE)
         if heads is None:
-            self.filled = selection.filled.clone()
-            self.pushed = torch.zeros_like(self.filled)
-            self.steps = torch.zeros_like(self.filled)
-            self.positions.fill_(FREE)
-            self.positions[:, :, :slots] = selection.positions
+            self.filled.copy_(selection.filled)
+            self.pushed.zero_()
+            self.steps.zero_()
+            self.positions.copy_(new)
         else:
-            self.filled = torch.where(heads, selection.filled, self.filled)
-            self.pushed = self.pushed.masked_fill(heads, 0)
-            self.steps = self.steps.masked_fill(heads, 0)
-            new = torch.full_like(self.positions, FREE)
-            new[:, :, :slots] = selection.positions
-            self.positions = torch.where(heads[..., None], new, self.positions)
+            self.filled.copy_(torch.where(heads, selection.filled, self.filled))
+            self.pushed.masked_fill_(heads, 0)
+            self.steps.masked_fill_(heads, 0)
+            self.positions.copy_(torch.where(heads[..., None], new, self.positions))
         self._backend.gather(self._store.keys, selection.positions, self.keys, heads)
         self._backend.gather(self._store.values, selection.positions, self.values, heads)
         self._measure()
@@ -91,13 +88,12 @@ class PartialCache:
             keys, values: `[B, Hkv, D]`.
             positions: its place in the full store, for all or `[B, 1]` for each row.
         """
-        self._most = min(self._most + 1, self._largest)
-        self._reserve(self._most)
-        self.newest = self._next_slot()
+        self._make_room(1)
+        self.newest.copy_(self._next_slot())
         self._write(self.newest, keys, values, positions)
         self.pushed += 1
         self.steps += 1
-        self.fetched = torch.zeros_like(self.pushed)
+        self.fetched.zero_()
 
     def fetch(self, positions: Tensor, wanted: Tensor) -> None:
         """Tokens of the store enter as pushed ones do, but those that are there already, and `~wanted`, do not.
@@ -109,8 +105,7 @@ class PartialCache:
         missing = wanted & ~there
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         heads = torch.arange(positions.shape[1], device=positions.device)
-        if not self._full:
-            self._reserve(min(self._most + positions.shape[2], self._largest))
+        self._make_room(positions.shape[2])
         # One after the other, so that each has a slot of its own; where nothing is missing the slot keeps its entry.
         for position, enters in zip(positions.unbind(-1), missing.unbind(-1), strict=True):
             slot, source = self._next_slot(), position.masked_fill(~enters, 0)
@@ -126,7 +121,7 @@ class PartialCache:
                 torch.where(enters, position, self.positions[rows, heads, slot]),
             )
             self.pushed += enters
-        self.fetched = missing.sum(-1)
+        self.fetched.copy_(missing.sum(-1))
         if not self._full:
             self._measure()
 
@@ -160,7 +155,14 @@ class PartialCache:
         else:
             self.positions[rows, heads, slot] = positions.expand_as(slot)
 
+    def _make_room(self, entries: int) -> None:
+        """Some head will use so many slots more."""
+        if not self._full:
+            self._most = min(self._most + entries, self._largest)
+            self._reserve(self._most)
+
     def _measure(self) -> None:
+        """Look at the device once, so that a step need not."""
         used = self.used
         self._largest = int(self.budget.max())
         self._most = int(used.max())
@@ -174,7 +176,10 @@ class PartialCache:
         capacity = self.keys.shape[2]
         if slots <= capacity:
             return
-        extra = max(slots, min(self._largest, slots + max(_SPARE, slots // 4))) - capacity
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
-        self.positions = torch.nn.functional.pad(self.positions, (0, extra), value=FREE)
+        self._allocate(max(slots, min(self._largest, slots + max(_SPARE, slots // 4))))
+
+    def _allocate(self, slots: int) -> None:
+        extra = slots - self.keys.shape[2]
+        self.keys = F.pad(self.keys, (0, 0, 0, extra))
+        self.values = F.pad(self.values, (0, 0, 0, extra))
+        self.positions = F.pad(self.positions, (0, extra), value=FREE)

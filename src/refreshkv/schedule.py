@@ -66,12 +66,9 @@ class QueryComparison(Trigger):
         return self._summary(query, kv_heads)
 
     def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
-        due = step % self.stride == 0
-        if not bool(due.any()):  # most steps: no comparison is due anywhere
-            return due
-        cosine = F.cosine_similarity(self._summary(query, due.shape[1]), reference, dim=-1)
+        cosine = F.cosine_similarity(self._summary(query, step.shape[1]), reference, dim=-1)
         # Rounding can lift the cosine of a vector with itself above 1; threshold 1 must mean "always".
-        return due & (cosine.clamp(max=1.0) <= self.threshold)
+        return (step % self.stride == 0) & (cosine.clamp(max=1.0) <= self.threshold)
 
     def _summary(self, query: Tensor, kv_heads: int) -> Tensor:
         """`[B, Hq, D]` -> `[B, Hkv, D]`: the mean query of the layer, the same for all heads, or of each GQA group."""

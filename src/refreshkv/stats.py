@@ -63,6 +63,15 @@ class Stats:
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
     drafts: DraftCounts = field(default_factory=DraftCounts)
 
+    def count_on(self, layer: int, device: torch.device) -> list[Tensor]:
+        """From here on the counts of a layer stay where they are, on `device`, and are added to in place."""
+        counts = self.layers[layer]
+        for name in ("full", "steps", "read", "available"):
+            count = getattr(counts, name)
+            if not isinstance(count, Tensor):
+                setattr(counts, name, torch.tensor(count, dtype=torch.int64, device=device))
+        return [counts.full, counts.steps, counts.read, counts.available]  # type: ignore[list-item]
+
     def record(
         self,
         layer: int,
@@ -203,6 +212,10 @@ class RowStats(Stats):
         # Layer -> blocks `[n, 4, B]` of n steps: full, steps, read, available. Reading joins them.
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
         self._drafts: list[DraftCounts] = []
+
+    def count_on(self, layer: int, device: torch.device) -> list[Tensor]:
+        """Raises `NotImplementedError`: what grows with every step is nothing for a fixed place."""
+        raise NotImplementedError("RowStats counts every step by itself, the static cache cannot")
 
     def record(self, layer: int, **counts: Any) -> None:
         """See `Stats.record`. A number is shared evenly by the rows.

@@ -28,7 +28,7 @@ class Attention:
     softcap: float | None = None
     sinks: Tensor | None = None
 
-    def options(self, visible: Tensor | None) -> dict[str, Any]:
+    def options(self, visible: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments for a kernel; `visible` broadcasts to `[B, Hkv, L]`."""
         return {
             "scale": self.scale,
@@ -69,7 +69,7 @@ def decode_step(
     elif cache.hidden is None:
         count_again(cache, visible)
     partial, full = cache.partial, _full_at_once(cache, query)
-    if partial is None or bool(full.all()):
+    if partial is None or (cache.asks_device and bool(full.all())):
         output = (on_full or full_step)(cache, query, attention, visible, None)
         _count(cache, full=None, partial_read=None)
         return output
@@ -82,7 +82,7 @@ def decode_step(
     fired = cache.trigger.after(partial.steps, lse, _reference(cache))
     if fired is not None:
         full = full | fired
-    if bool(full.any()):
+    if not cache.asks_device or bool(full.any()):
         everything = (on_full or full_step)(cache, query, attention, visible, full)
         per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
         output = torch.where(per_query_head[..., None], everything, output)
@@ -103,25 +103,25 @@ def attend_partial(
 ) -> Attended:
     """Attention over the partial cache; then what follows the most attended entries is fetched (`config.successor`).
 
-    The token being decoded has been pushed. `end`, for all or `[B]`: the store holds only the places before it.
+    The token being decoded has been pushed. `end`, for all or `[B, 1, 1]`: the store holds only the places before it.
     """
     partial, config = cache.partial, cache.config
     assert partial is not None
     keys, values, used = partial.entries()
     if not config.successor:
-        return cache.backend.attend(query, keys, values, **attention.options(used))
+        return cache.backend.attend(query, keys, values, **attention.options(), lengths=used)
     attended, best = cache.backend.attend_and_rank(
         query,
         keys,
         values,
-        **attention.options(used),
+        **attention.options(),
+        lengths=used,
         reduction=config.group_reduction,
         newest=partial.newest,
         count=config.successor,
     )
     found = partial.positions.gather(-1, best)
-    before_end = found + 1 < (end if isinstance(end, int) else end[:, None, None])
-    partial.fetch(found + 1, (found != FREE) & before_end)
+    partial.fetch(found + 1, (found != FREE) & (found + 1 < end))
     return attended
 
 
@@ -191,18 +191,20 @@ def full_step(
             query,
             cache.store.keys,
             **attention.options(over_heads(visible)),
+            lengths=cache.lengths,
             reduction=cache.config.group_reduction,
             heads=heads,
         )
         rebuild(cache, query, scores, lse, visible, heads)
         assert cache.partial is not None
         keys, values, used = cache.partial.entries()
-        return cache.backend.attend(query, keys, values, **attention.options(used)).output
+        return cache.backend.attend(query, keys, values, **attention.options(), lengths=used).output
     (output, _), (scores, lse) = cache.backend.attend_and_score(
         query,
         cache.store.keys,
         cache.store.values,
         **attention.options(over_heads(visible)),
+        lengths=cache.lengths,
         reduction=cache.config.group_reduction,
         heads=heads,
     )
@@ -220,11 +222,7 @@ def rebuild(
 ) -> None:
     """The partial cache and the reference of `heads` (`None`: all), from the scores of this query."""
     reselect(cache, scores, visible, heads)
-    reference = cache.trigger.reference(query, lse, cache.kv_heads)
-    if heads is None or cache.reference is None:
-        cache.reference = reference
-    else:
-        cache.reference = torch.where(heads[..., None], reference, cache.reference)
+    cache.remember(cache.trigger.reference(query, lse, cache.kv_heads), heads)
 
 
 def reselect(
@@ -244,7 +242,8 @@ def reselect(
         heads=heads,
         recent=recent_share(cache.budget, cache.config.recent),
         anchors=cache.anchors,
-        ends=ends,
+        ends=cache.ends if ends is None else ends,
+        slots=cache.slots,
     )
     cache.refresh(selection, heads)
 
@@ -257,7 +256,11 @@ def _ordinary_step(
         cache.resolve_budget(visible, cache.length)
     cache.pending = None
     output = cache.backend.attend(
-        query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
+        query,
+        cache.store.keys,
+        cache.store.values,
+        **attention.options(over_heads(visible)),
+        lengths=cache.lengths,
     ).output
     _count(cache, full=None, partial_read=None)
     return output

@@ -1,0 +1,150 @@
+"""The static form of the cache decodes as the growing one does, compiled too, and never moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from refreshkv.cache import LayerCache
+from refreshkv.config import RefreshConfig, make_config
+from refreshkv.static import StaticLayerCache
+from refreshkv.stats import RowStats
+from refreshkv.step import Attention, decode_step
+from tests.helpers import Decoder, Tokens, random_tokens
+from tests.test_step import ATTENTIONS, CONFIGS, OPTIONS
+
+PROMPT, STEPS, SPARE = 24, 14, 7
+EVERY = {
+    **CONFIGS,
+    **OPTIONS,
+    "full": RefreshConfig(mode="full"),
+    "fast": make_config("fast", budget=8),
+}
+
+
+class StaticDecoder(Decoder):
+    """As `Decoder`, with a `StaticLayerCache`."""
+
+    def __init__(
+        self, tokens: Tokens, config: RefreshConfig, prompt: int, attention: Attention | None = None
+    ) -> None:
+        super().__init__(tokens, config, prompt, attention=attention)
+        grown, (rows, heads, length, dim) = self.cache, tokens.keys.shape
+        keys, values = (torch.zeros(rows, heads, length + SPARE, dim) for _ in range(2))
+        self.cache = StaticLayerCache(config, keys, values, torch.tensor(0))
+        self.cache.append(grown.store.keys, grown.store.values)
+        self.cache.await_selection(tokens.queries[:, :, :prompt])
+        self.cache.begin_decoding(self.attention, tokens.seen(prompt), prompt)
+        self.run_step: Callable[..., Tensor] = decode_step
+
+    def next(self) -> Tensor:
+        """One step, with the mask of a host whose cache does not grow."""
+        now, tokens = int(self.cache.length), self.tokens
+        self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
+        visible = torch.arange(self.cache.store.keys.shape[2]) <= now
+        if tokens.visible is not None:
+            visible = visible & torch.nn.functional.pad(tokens.visible, (0, SPARE), value=True)
+        else:
+            visible = visible.expand(self.cache.rows, -1)
+        return self.run_step(self.cache, tokens.queries[:, :, now], self.attention, visible)
+
+
+def texts(pads: tuple[int, ...] = (0, 9, 4)) -> Tokens:
+    return random_tokens(length=PROMPT + STEPS, rows=3, group=2, pads=pads)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_it_decodes_as_the_growing_cache_does(name: str) -> None:
+    grown = Decoder(texts(), EVERY[name], PROMPT)
+    static = StaticDecoder(texts(), EVERY[name], PROMPT)
+    for _ in range(STEPS):
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+    assert_same_counts(static.cache, grown.cache)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_with_softcap_and_sinks(name: str) -> None:
+    config, attention = EVERY["every option"], ATTENTIONS[name]
+    grown = Decoder(texts(), config, PROMPT, attention=attention)
+    static = StaticDecoder(texts(), config, PROMPT, attention=attention)
+    for _ in range(STEPS):
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["every option", "drift of a head", "fast", "full"])
+def test_compiled_it_is_one_graph_that_is_never_made_again(name: str) -> None:
+    torch._dynamo.reset()
+    grown = Decoder(texts(), EVERY[name], PROMPT)
+    static = StaticDecoder(texts(), EVERY[name], PROMPT)
+    counter = torch._dynamo.testing.CompileCounter()
+    static.run_step = torch.compile(decode_step, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(STEPS):
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+    assert counter.frame_count == 1
+    assert_same_counts(static.cache, grown.cache)
+
+
+@pytest.mark.parametrize("name", ["every option", "drift of the layer"])
+def test_its_tensors_stay_where_they_are(name: str) -> None:
+    static = StaticDecoder(texts(), EVERY[name], PROMPT)
+    before = {id(part): part.data_ptr() for part in static.cache.state()}
+    static.next()
+    for _ in range(STEPS - 1):
+        static.next()
+    assert {id(part): part.data_ptr() for part in static.cache.state()} == before
+
+
+def test_a_second_prompt_starts_over() -> None:
+    static = StaticDecoder(texts(), EVERY["every option"], PROMPT)
+    for _ in range(STEPS):
+        static.next()
+    before = [part.data_ptr() for part in static.cache.state()]
+    static.cache.reset()
+    other = random_tokens(length=PROMPT + STEPS, rows=3, group=2, seed=5)
+    grown = Decoder(other, EVERY["every option"], PROMPT)
+    static.tokens = other
+    static.cache.append(other.keys[:, :, :PROMPT], other.values[:, :, :PROMPT])
+    static.cache.await_selection(other.queries[:, :, :PROMPT])
+    static.cache.begin_decoding(static.attention, None, PROMPT)
+    for _ in range(STEPS):
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+    assert [part.data_ptr() for part in static.cache.state()] == before
+
+
+def test_rows_can_change_places() -> None:
+    rows = torch.tensor([2, 0, 0])
+    grown = Decoder(texts(), EVERY["every option"], PROMPT)
+    static = StaticDecoder(texts(), EVERY["every option"], PROMPT)
+    for decoder in (grown, static):
+        for _ in range(4):
+            decoder.step() if decoder is grown else static.next()
+        decoder.cache.take_rows(rows)
+        decoder.tokens = decoder.tokens.rows(rows)
+    for _ in range(STEPS - 4):
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+
+
+def test_what_it_cannot_do_it_says() -> None:
+    static = StaticDecoder(texts(), EVERY["fast"], PROMPT)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        static.cache.crop(3)
+    keys = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="RowStats"):
+        StaticLayerCache(RefreshConfig(), keys, keys.clone(), torch.tensor(0), stats=RowStats())
+
+
+def test_a_budget_in_tokens_is_its_number_of_slots() -> None:
+    static = StaticDecoder(texts(), replace(EVERY["fast"], budget=5), PROMPT)
+    assert static.cache.partial is not None
+    assert static.cache.partial.keys.shape[2] == 5
+
+
+def assert_same_counts(static: LayerCache, grown: LayerCache) -> None:
+    for name in ("full", "steps", "read", "available"):
+        ours, theirs = (int(getattr(c.stats.layers[0], name)) for c in (static, grown))
+        assert ours == theirs, name
