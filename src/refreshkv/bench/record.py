@@ -1,11 +1,12 @@
-"""What every benchmark records beside its timings: the machine, the versions, one CSV row a run."""
+"""What a benchmark leaves behind: the machine, the versions, and rows of a CSV file that is looked at beforehand."""
 
 from __future__ import annotations
 
 import csv
 import os
 import platform
-import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,17 @@ import transformers
 
 import refreshkv
 
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+Row = Mapping[str, Any]
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading 1 GiB that is in no cache, best of five."""
-    block = torch.ones(1 << 28, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(5):
-        wait_for(device)
-        start = time.perf_counter()
-        block.sum()
-        wait_for(device)
-        best = max(best, block.numel() * 4 / (time.perf_counter() - start))
-    return best
+def machine(device: torch.device) -> dict[str, Any]:
+    """When and on what a run was made; the first columns of every file."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def device_name(device: torch.device) -> str:
@@ -51,28 +45,83 @@ def versions() -> dict[str, str]:
     }
 
 
-def append_row(path: Path, record: dict[str, Any]) -> None:
-    """One row a run; nested parts become `part.name` columns.
-
-    Raises:
-        ValueError: the file holds other columns.
-    """
+def flat(record: Row, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """A record as one row: a part `ms.partial` for each entry of a part `ms`; lists have no place in a row."""
     row: dict[str, Any] = {}
     for key, value in record.items():
-        if isinstance(value, dict):
-            row.update({f"{key}.{name}": part for name, part in value.items() if key != "ms_range"})
+        if key in leave_out or isinstance(value, list):
+            continue
+        if isinstance(value, Mapping):
+            row.update({f"{key}.{name}": part for name, part in value.items()})
         else:
             row[key] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = (
-        path.read_text().splitlines()[0].split(",")
-        if path.exists() and path.stat().st_size
-        else None
-    )
+    return row
+
+
+def check_file(path: Path, row: Row) -> None:
+    """Whether `row` can be appended; to be asked before hours of timing, with a row of the same columns.
+
+    Raises:
+        ValueError: a file of other columns, or a place that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = _columns(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}): give another file") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: give another file")
     if known is not None and not set(row) <= set(known):
         raise ValueError(f"{path} has other columns than this benchmark writes: give another file")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, known or list(row), restval="")
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows of the same columns.
+
+    Raises:
+        ValueError: as `check_file`.
+    """
+    rows = list(rows)
+    for row in rows:
+        check_file(path, row)
+    known = _columns(path)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, known or list(rows[0]), restval="")
         if known is None:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, numbers as numbers and empty cells as `None`; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, float | None]:
+    """Numbers to so many significant digits; what was not measured stays `None`."""
+    return {
+        name: None if value is None else float(f"{value:.{digits}g}")
+        for name, value in values.items()
+    }
+
+
+def _columns(path: Path) -> list[str] | None:
+    """The header; `None` of a file that is empty or not there."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file))
+
+
+def _value(text: str) -> Any:
+    if text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

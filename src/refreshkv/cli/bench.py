@@ -1,201 +1,345 @@
-"""`refreshkv bench`: timings. The measuring is done by `refreshkv.bench`; this file names the options and prints."""
+"""`refreshkv bench`: timings. The measuring is done by `refreshkv.bench`; this file names the options."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from refreshkv.cli import bench_view as view
 from refreshkv.cli import common
 
+RESULTS = Path("benchmarks/results")  # of a checkout
 
-@click.group("bench", short_help="Timings: decode, exact.")
+
+@click.group("bench", short_help="Timings: decode, kernels, scale; a plan for other machines.")
 def command() -> None:
     """Timings, each checked for correct results before it is taken."""
 
 
-def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every timing takes: the model's shape and dtype, the cache, the machine, where the record goes."""
-    for option in reversed(
-        (
-            click.option(
-                "--shape",
-                default="llama-3.2-1b",
-                show_default=True,
-                help="A model shape, or 'demo'; random weights.",
-            ),
-            click.option(
-                "--context",
-                type=click.IntRange(min=1),
-                default=8192,
-                show_default=True,
-                help="Tokens in the cache.",
-            ),
-            click.option(
-                "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows."
-            ),
-            click.option(
-                "--device",
-                type=click.Choice(["auto", "cpu", "cuda"]),
-                default="auto",
-                show_default=True,
-            ),
-            click.option(
-                "--dtype",
-                type=click.Choice(["bfloat16", "float16", "float32"]),
-                default="bfloat16",
-                show_default=True,
-            ),
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                help="CPU threads.  [default: torch's choice]",
-            ),
-            click.option(
-                "--results",
-                type=click.Path(path_type=Path, dir_okay=False),
-                help="A CSV file to append a row to.",
-            ),
-            common.progress_option,
-            common.json_option,
-        )
-    ):
-        command = option(command)
-    return command
+class Numbers(click.ParamType):
+    """`8192,32768`: positive integers, at least one."""
+
+    name = "a,b"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The integers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r} is no list of positive integers such as 8192,32768", param, ctx)
+        return numbers
 
 
-@command.command("decode")
-@machine_options
-@click.option(
+class Sizes(click.ParamType):
+    """`1x32768,8x32768`: rows x context."""
+
+    name = "BxN,.."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[tuple[int, int]]:
+        """Pairs `(batch, context)`."""
+        try:
+            pairs = [tuple(int(part) for part in one.split("x")) for one in value.split(",")]
+        except ValueError:
+            pairs = []
+        if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+            self.fail(f"{value!r} is no list of rows x context such as 1x32768,8x32768", param, ctx)
+        return [(batch, context) for batch, context in pairs]
+
+
+def options_of(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that adds options in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def at_least(least: int, default: int, help: str) -> dict[str, Any]:
+    """Settings of an option that is an integer."""
+    return {
+        "type": click.IntRange(min=least),
+        "default": default,
+        "show_default": True,
+        "help": help,
+    }
+
+
+shape_option = click.option(
+    "--shape",
+    default="llama-3.2-1b",
+    show_default=True,
+    help="A model shape, or 'demo'; random weights.",
+)
+sizes_options = options_of(
+    click.option("--context", **at_least(1, 8192, "Tokens in the cache.")),
+    click.option("--batch", **at_least(1, 1, "Rows.")),
+    click.option(
+        "--sizes",
+        type=Sizes(),
+        help="Several rows x context in one run, instead of --batch and --context: 1x32768,8x32768.",
+    ),
+)
+machine_options = options_of(
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+    ),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"
+    ),
+    click.option(
+        "--results",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="The CSV file to append to.  [default: one in benchmarks/results, where that folder is]",
+    ),
+    click.option("--no-record", is_flag=True, help="Append to no file."),
+    click.option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write a PNG: milliseconds over bytes. Needs 'refreshkv[eval]'.",
+    ),
+    common.progress_option,
+    common.json_option,
+)
+budget_option = click.option(
     "--budget", type=common.Budget(), default="0.125", show_default=True, help="As in `generate`."
 )
-@click.option(
+stride_option = click.option(
     "--stride",
     type=common.STRIDE,
     default="10",
     show_default=True,
     help="Of the mix: fixed, or 'never'.",
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=20,
+draft_option = click.option("--draft", **at_least(1, 8, "Tokens that each lossless cycle drafts."))
+acceptance_option = click.option(
+    "--acceptance",
+    type=float,
+    default=0.85,
     show_default=True,
-    help="Timed, of each variant.",
+    help="Mean share of them that stands, as measured on text; a full pass yields 1 + draft * acceptance tokens.",
 )
+
+
+@command.command("decode")
+@shape_option
+@sizes_options
+@budget_option
+@stride_option
+@draft_option
+@acceptance_option
+@click.option("--steps", **at_least(1, 20, "Timed steps of each variant."))
+@click.option("--cycles", **at_least(1, 4, "Timed cycles of the lossless mode."))
 @click.option(
     "--skip",
     metavar="A,B",
     default="",
     help="Variants to leave out; 'default' is slow on long contexts.",
 )
+@machine_options
 def decode(
-    stride: int | str, device: str, skip: str, progress: bool | None, as_json: bool, **options: Any
+    context: int,
+    batch: int,
+    sizes: list[tuple[int, int]] | None,
+    stride: int | str,
+    skip: str,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Milliseconds per decode step, ours against transformers' caches.
+    """Milliseconds per decoded token: RefreshKV in every mode, eviction, and transformers' caches.
 
     A mix is what a fixed stride costs: its share of full steps with re-selection, the rest partial.
     """
     from refreshkv.bench import decode as bench
-    from refreshkv.cli.loading import pick_device, quiet
 
-    quiet()
+    given = prepare("decode", plot, **options)
+    names = tuple(name.strip() for name in skip.split(",") if name.strip())
+    found: list[Mapping[str, Any]] = []
+
+    def show(record: Mapping[str, Any]) -> None:
+        found.append(record)
+        view.decode(record)
+
     with common.bad_input():
-        record = bench.run(
-            **options,
-            stride=None if stride == common.STRIDE.word else stride,
-            device=str(pick_device(device)),
-            skip=_names(skip),
-            progress=sys.stderr.isatty() if progress is None else progress,
+        bench.run_sizes(
+            sizes or [(batch, context)], show, **given, stride=fixed(stride), skip=names
         )
+    last = found[-1]
+    if plot is not None:
+        points = {name: (size, last["ms"][name]) for name, size in last["bytes"].items()}
+        draw(plot, last, points)
     if as_json:
-        common.emit_json(record)
-    else:
-        settings = ("context", "batch", "budget", "stride", "dtype")
-        show(record, {**bench.VARIANTS, **bench.DERIVED}, settings)
+        common.emit_json(last if sizes is None else {"runs": found, **last})
 
 
-@command.command("exact")
+@command.command("kernels")
+@shape_option
+@sizes_options
+@budget_option
+@draft_option
+@click.option("--repeats", **at_least(1, 20, "Timed turns of each kernel."))
 @machine_options
-@click.option(
-    "--budget", type=common.Budget(), default="0.0625", show_default=True, help="As in `generate`."
-)
-@click.option(
-    "--draft",
-    type=click.IntRange(min=1),
-    default=7,
-    show_default=True,
-    help="Tokens that each cycle drafts.",
-)
-@click.option(
-    "--tokens-per-pass",
-    type=float,
-    required=True,
-    help="Mean tokens that a full pass yields, from 1 to the drafts and one; measured on text elsewhere.",
-)
-@click.option(
-    "--cycles",
-    type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
-    help="Timed, of each variant.",
-)
-@click.option("--skip", metavar="A,B", default="", help="Variants to leave out: 'static'.")
-def exact(device: str, skip: str, progress: bool | None, as_json: bool, **options: Any) -> None:
-    """Milliseconds per token of the lossless mode, against full attention.
+def kernels(
+    context: int,
+    batch: int,
+    sizes: list[tuple[int, int]] | None,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Milliseconds of each kernel on one layer, with cold caches, against torch and whatever else is installed."""
+    from refreshkv.bench import kernels as bench
 
-    A cycle drafts, verifies in one full pass, and commits as many tokens as the mean that is given asks for.
+    given = prepare("kernels", plot, **options)
+    found = []
+    for rows, tokens in sizes or [(batch, context)]:
+        with common.bad_input():
+            found.append(bench.run(**given, batch=rows, context=tokens))
+        view.kernels(found[-1])
+    last = found[-1]
+    if plot is not None:
+        draw(plot, last, {one["kernel"]: (one["bytes"], one["ms"]) for one in last["kernels"]})
+    if as_json:
+        common.emit_json(last if sizes is None else {"runs": found, **last})
+
+
+@command.command("scale")
+@shape_option
+@click.option("--contexts", type=Numbers(), default="1024,2048,4096,8192", show_default=True)
+@click.option("--batches", type=Numbers(), default="1,2,4", show_default=True)
+@click.option("--budgets", type=Numbers(), default="256,512,1024", show_default=True)
+@click.option("--strides", type=Numbers(), default="10,2,5,20", show_default=True)
+@click.option("--steps", **at_least(1, 10, "Timed steps of each variant."))
+@machine_options
+def scale(plot: Path | None, as_json: bool, **options: Any) -> None:
+    """How the cost of a step grows: ms = a + b * bytes, fitted.
+
+    The first value of each list is the base; one list at a time is varied.
     """
-    from refreshkv.bench import exact as bench
-    from refreshkv.cli.loading import pick_device, quiet
+    from refreshkv.bench import scale as bench
 
-    quiet()
+    given = prepare("scale", plot, **options)
     with common.bad_input():
-        record = bench.run(
-            **options,
-            device=str(pick_device(device)),
-            skip=_names(skip),
-            progress=sys.stderr.isatty() if progress is None else progress,
-        )
-    settings = ("context", "batch", "budget", "draft", "tokens_per_pass", "dtype")
-    show(record, {**bench.VARIANTS, **bench.DERIVED}, settings)
+        record = bench.run(**given)
+    view.scale(record)
+    if plot is not None:
+        from refreshkv.bench import plots
+
+        plots.scale(plot, record)
     if as_json:
         common.emit_json(record)
 
 
-def _names(given: str) -> tuple[str, ...]:
-    """`a, b` -> `("a", "b")`."""
-    return tuple(name.strip() for name in given.split(",") if name.strip())
+@command.command("plan")
+@click.option(
+    "--model",
+    default="llama-3.1-8b",
+    show_default=True,
+    help="A shape of `bench decode`, a folder with a config.json, or a Hub id.",
+)
+@click.option("--context", **at_least(1, 131072, "Tokens in the cache."))
+@click.option("--batch", **at_least(1, 1, "Rows."))
+@budget_option
+@stride_option
+@draft_option
+@acceptance_option
+@click.option("--device", default="h200", show_default=True, help="h100, h200, a100 or b200.")
+@click.option("--bandwidth", type=float, help="GB a second, instead of the data sheet's.")
+@click.option(
+    "--fixed-ms",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="What a pass costs beside its bytes, as `bench scale` fits it.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+)
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Instead: what the model says of the rows of a CSV file of `bench decode`, and its error.",
+)
+@common.json_option
+def plan(model: str, dtype: str, check: Path | None, as_json: bool, **options: Any) -> None:
+    """Speed-up and memory on a machine that is not here, by the bytes that have to move."""
+    from refreshkv.cli import bench_plan
+
+    record = bench_plan.checked(check) if check else bench_plan.planned(model, dtype, **options)
+    (view.plan_check if check else view.plan)(record)
+    if as_json:
+        common.emit_json(record)
 
 
-def show(record: Mapping[str, Any], meaning: Mapping[str, str], settings: Sequence[str]) -> None:
-    """A table of milliseconds under the `settings` of the record, then the ratios."""
-    from rich import box
-    from rich.table import Table
+def fixed(stride: int | str) -> int | None:
+    """The stride, `None` for never."""
+    return None if stride == common.STRIDE.word else int(stride)
 
-    where = ", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in settings)
-    table = Table(
-        title=f"{record['shape']}, {where}\n{record['device']}",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    table.add_column("variant")
-    table.add_column("ms, median", justify="right")
-    table.add_column("range", justify="right")
-    table.add_column("what")
-    for name, milliseconds in record["ms"].items():
-        ends = record["ms_range"].get(name)
-        spread = "" if ends is None else f"{ends[0]:.2f} - {ends[1]:.2f}"
-        table.add_row(
-            name,
-            "-" if milliseconds is None else f"{milliseconds:.2f}",
-            spread,
-            meaning[name],
-        )
-    console = common.console()
-    console.print(table)
-    for name, ratio in record["ratios"].items():
-        console.print(f"  {name:<20} {'-' if ratio is None else f'{ratio:.3f}'}")
+
+def prepare(
+    kind: str,
+    plot: Path | None,
+    *,
+    device: str,
+    results: Path | None,
+    no_record: bool,
+    progress: bool | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The options as the benchmarks take them. What would be missing at the end is missed now.
+
+    Raises:
+        BadInput: a device that is not there, a plot that cannot be drawn.
+    """
+    from refreshkv.cli.loading import pick_device, quiet
+
+    quiet()
+    place = str(pick_device(device))
+    if plot is not None:
+        from refreshkv.bench import plots
+
+        try:
+            plots.check()
+        except ModuleNotFoundError as error:
+            raise common.BadInput(str(error)) from error
+        if not plot.parent.is_dir():
+            raise common.BadInput(f"--plot {plot}: there is no folder {plot.parent}; make it first")
+    if no_record:
+        results = None
+    elif results is None and RESULTS.is_dir():
+        results = RESULTS / f"{kind}-{place.split(':')[0]}.csv"
+    shown = sys.stderr.isatty() if progress is None else progress
+    return {**options, "device": place, "results": results, "progress": shown}
+
+
+def draw(plot: Path, record: Mapping[str, Any], points: Mapping[str, tuple[float, Any]]) -> None:
+    """The roofline of a run, of what was timed in it."""
+    from refreshkv.bench import plots
+
+    title = f"{record['shape']}, {record['batch']} x {record['context']}, K {record['budget']}, {record['dtype']}"
+    timed = {name: point for name, point in points.items() if point[1] is not None}
+    plots.roofline(plot, title, timed, record["bandwidth"])

@@ -1,0 +1,41 @@
+"""Attention of one decode step by the libraries of others, where they can be imported (GPU only)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch at its best: `[B, Hq, D]` over `[B, Hkv, L, D]`, the GQA group packed as G queries of one head."""
+    packed = query.unflatten(1, (keys.shape[1], -1))
+    return F.scaled_dot_product_attention(packed, keys, values).flatten(1, 2)
+
+
+def attention_rivals(device: torch.device, rows: int) -> dict[str, Attend]:
+    """Name -> a call with the arguments of `sdpa`. Those of others read `[B, L, Hkv, D]`, which is a view here."""
+    found: dict[str, Attend] = {"torch sdpa": sdpa}
+    if device.type != "cuda":
+        return found
+    if find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_with_kvcache
+
+        def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            return flash_attn_with_kvcache(query[:, None], keys, values)[:, 0]
+
+        found["flash_attn"] = flash
+    if find_spec("flashinfer") is not None and rows == 1:  # of more rows it wants pages
+        from flashinfer import single_decode_with_kv_cache
+
+        def infer(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return single_decode_with_kv_cache(query[0], keys[0], values[0], kv_layout="HND")[None]
+
+        found["flashinfer"] = infer
+    return found

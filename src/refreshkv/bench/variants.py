@@ -1,0 +1,208 @@
+"""What is timed against what: one cache a variant, all with the same random content, and one step over each.
+
+A prefill of 64K tokens would take longer than the benchmark, so the caches are filled with noise. Ours share one full
+store with transformers' static cache, and every step is taken back, so that each begins where the context ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.utils import is_flash_attn_2_available
+
+from refreshkv.bench.timing import WARM_UP
+from refreshkv.config import RefreshConfig, make_config, unknown
+from refreshkv.integrations.transformers import RefreshCache
+from refreshkv.store import DenseStore
+
+_SPARE = 8  # places beyond those that a run needs
+_NEVER = 1e9  # nats that no log-sum-exp falls
+
+# What can be left out, in the order of the table.
+VARIANTS = {
+    "empty": "full attention over one token: weights and Python alone",
+    "snapkv": "eviction: full attention over K tokens, what SnapKV leaves",
+    "partial": "partial step",
+    "full": "full step with re-selection",
+    "fast": "the preset fast, at the share of full steps that it had on text",
+    "exact": "a token of the lossless mode: cycle / tokens per pass",
+    "own_dense": "our full attention without selection",
+    "static": "transformers StaticCache, compiled where there is a GPU",
+    "flash": "transformers flash_attention_2 over its DynamicCache, on a GPU",
+    "default": "transformers DynamicCache, the default of generate",
+}
+# Those that are made of several timings.
+PARTS = {
+    "fast": {
+        "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
+        "fast_full": "full step of fast, which reads keys only",
+    },
+    "exact": {
+        "draft": "one draft pass",
+        "verify": "one full pass over all drafts and the token before them",
+        "cycle": "selection, drafts, full pass, commit",
+    },
+}
+MIX = {"mix": "partial and full steps, at the stride"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to time, resolved.
+
+    Attributes:
+        shape: a name in `shapes.SHAPES`. `dtype`, `device`: of its weights and the caches.
+        context: tokens in each of `batch` rows. `budget`: K in tokens.
+        stride: of the mix; `None` is partial steps only.
+        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
+        steps, cycles: timed turns of single steps, and of such cycles.
+    """
+
+    shape: str
+    context: int
+    batch: int
+    budget: int
+    stride: int | None
+    draft: int
+    acceptance: float
+    device: torch.device
+    dtype: torch.dtype
+    steps: int
+    cycles: int
+
+    @property
+    def room(self) -> int:
+        """Places of a preallocated cache; transformers' static one is not taken back."""
+        return self.context + max(self.draft + 1, WARM_UP + self.steps) + _SPARE
+
+
+def check_names(skip: tuple[str, ...]) -> None:
+    """Raises `ValueError` for a variant that does not exist."""
+    for name in skip:
+        if name not in VARIANTS:
+            raise ValueError(unknown("variant", name, VARIANTS))
+
+
+def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str, Cache]:
+    """The cache of each variant that is wanted and possible here, filled."""
+    full = RefreshConfig(mode="full")
+    ours = {
+        "own_dense": full,
+        "empty": full,
+        "snapkv": full,
+        "partial": RefreshConfig(budget=job.budget, stride=None),
+        "full": RefreshConfig(budget=job.budget, stride=1, threshold=None),
+        "fast_partial": make_config("fast", budget=job.budget, drop=_NEVER),
+        "fast_full": make_config("fast", budget=job.budget, stride=1),
+        "exact": make_config("default", budget=job.budget, draft=job.draft),
+    }
+    wanted = [name for name in ours if name.split("_")[0] not in skip and name not in skip]
+    # A static, graph-capturable form of our cache belongs here, as one more variant beside these.
+    made: dict[str, Cache] = {name: RefreshCache(model.config, ours[name]) for name in wanted}
+    if "static" not in skip:
+        made["static"] = StaticCache(config=model.config, max_cache_len=job.room)
+    if "flash" not in skip and job.device.type == "cuda" and is_flash_attn_2_available():
+        made["flash"] = DynamicCache(config=model.config)
+    if "default" not in skip:
+        made["default"] = DynamicCache(config=model.config)
+    _fill(model, made, job, {"empty": 1, "snapkv": min(job.budget, job.context)})
+    return made
+
+
+def _fill(
+    model: PreTrainedModel, made: Mapping[str, Cache], job: Job, shorter: Mapping[str, int]
+) -> None:
+    """Noise in every layer; the first so many tokens of it, in a store of its own, where a variant is `shorter`."""
+    config, kept = model.config, make_config("default").window
+    generator = torch.Generator(device=job.device).manual_seed(1)
+
+    def noise(heads: int, tokens: int) -> Tensor:
+        size = (job.batch, heads, tokens, config.head_dim)
+        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
+
+    for index in range(config.num_hidden_layers):
+        keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
+        queries = noise(config.num_attention_heads, kept)
+        shared = None
+        for name in sorted(made, key=lambda name: name != "static"):  # its buffers are shared
+            cache = made[name]
+            if not isinstance(cache, RefreshCache):
+                cache.update(keys, values, index)
+                continue
+            inner = cache.layers[index].inner
+            if name in shorter:
+                inner.append(keys[:, :, : shorter[name]], values[:, :, : shorter[name]])
+            else:
+                shared = shared or _shared_store(made.get("static"), index, keys, values, job)
+                inner.store = shared
+            inner.await_selection(queries)
+
+
+def _shared_store(
+    static: Cache | None, index: int, keys: Tensor, values: Tensor, job: Job
+) -> DenseStore:
+    """The full store of our variants: over the buffers of the static cache, where there is one."""
+    store = DenseStore(job.room)
+    if static is None:
+        store.append(keys, values)
+    else:  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
+        store._keys, store._values = static.layers[index].keys, static.layers[index].values
+        store.length = job.context
+    return store
+
+
+def forward(
+    model: PreTrainedModel,
+    implementation: str,
+    cache: Cache,
+    tokens: Tensor,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
+    config = model.config
+    attached = config._attn_implementation_internal
+    if not isinstance(cache, RefreshCache):
+        config._attn_implementation_internal = implementation
+    try:
+        return model(
+            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+    finally:
+        config._attn_implementation_internal = attached
+
+
+def stepper(
+    model: PreTrainedModel, below: str, name: str, cache: Cache, job: Job
+) -> Callable[[], Tensor]:
+    """One decode step of a variant, `[B, V]` logits. `below`: the implementation under the attached one."""
+    token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
+    implementation = "flash_attention_2" if name == "flash" else below
+    if name != "static" or job.device.type != "cuda":
+        return lambda: forward(model, implementation, cache, token)[:, -1]
+
+    def call(cache: Cache, token: Tensor) -> Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    compiled = torch.compile(call, mode="reduce-overhead", dynamic=False)
+
+    def step() -> Tensor:
+        config = model.config
+        attached = config._attn_implementation_internal
+        config._attn_implementation_internal = below
+        try:
+            return compiled(cache, token).clone()  # the next replay overwrites it
+        finally:
+            config._attn_implementation_internal = attached
+
+    return step
+
+
+def take_back(cache: Cache, length: int) -> None:
+    """The store of one of ours ends at `length` again; what was selected from it stays."""
+    if isinstance(cache, RefreshCache):
+        for layer in cache.layers:
+            layer.inner.store.crop(length)
