@@ -8,13 +8,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.integrations.transformers import exact
 from refreshkv.integrations.transformers.attention import register
 from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, RefreshCache
+from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
 from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
@@ -121,6 +122,18 @@ class Session:
             self.model.config, self.config, stats=self.stats, reserve=reserve, method=self.method
         )
 
+    def new_static_cache(self, max_cache_len: int) -> StaticRefreshCache:
+        """A cache of fixed size for compiled decoding, as `generate(cache_implementation="static")` uses it.
+
+        Raises:
+            ValueError: the lossless mode, or a method other than RefreshKV.
+        """
+        if self.method is not None and self.method.make is not None:
+            raise ValueError(f"method {self.method.name!r} has no static cache: drop it")
+        return StaticRefreshCache(
+            self.model.config, self.config, max_cache_len=max_cache_len, stats=self.stats
+        )
+
     def detach(self) -> None:
         """Restore the model. Does nothing the second time.
 
@@ -186,7 +199,7 @@ class Session:
     ) -> Any:
         """Where `generate` makes its default cache: ours instead, or a clear error where it would be ignored."""
         given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, RefreshCache):
+        if given is not None and not isinstance(given, RefreshCache | StaticRefreshCache):
             raise ValueError(
                 f"this model is attached, but past_key_values is a {type(given).__name__}: pass session.new_cache()"
             )
@@ -199,15 +212,19 @@ class Session:
             # What the checkpoint ships (Gemma: "hybrid") is a default like DynamicCache, not a wish of the caller.
             # `generate` works on a copy, so this forgets nothing of the model's.
             generation_config.cache_implementation = None
-        elif name not in (None, "dynamic"):
+        elif name not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={name!r} would replace RefreshKV's cache: drop it"
+                f"cache_implementation={name!r} would replace RefreshKV's cache: drop it, or ask for 'static'"
             )
         result = self._original("_prepare_cache_for_generation")(
             generation_config, model_kwargs, *args, **kwargs
         )
         made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache:
+        if type(made) is StaticCache:
+            model_kwargs["past_key_values"] = self.new_static_cache(
+                max(layer.max_cache_len for layer in made.layers)
+            )
+        elif given is None and type(made) is DynamicCache:
             final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
             model_kwargs["past_key_values"] = self.new_cache(reserve=final_length)
             model_kwargs["past_key_values"].is_kept = False
@@ -225,7 +242,7 @@ class Session:
         """The prompt: a last chunk of one token must not be taken for a decode step."""
         original = self._original("_prefill")
         cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, RefreshCache):
+        if not isinstance(cache, RefreshCache | StaticRefreshCache):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
         with cache.prompt():
             return original(input_ids, generation_config, model_kwargs, **kwargs)

@@ -7,23 +7,16 @@ prefill, sliding layers and everything else that is not a decode step of ours go
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.integrations.transformers.cache import (
-    IMPLEMENTATION_PREFIX,
-    Pass,
-    RefreshLayer,
-    layer_of,
-)
+from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, layer_of
 from refreshkv.step import Attention
 
 
@@ -65,10 +58,8 @@ def refresh_attention(
     """
     layer = layer_of(key)
     if layer is not None:
-        current = layer.current
-        current.awaiting = None
         # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
-        own = getattr(module, "layer_idx", layer.inner.index) == layer.inner.index
+        own = getattr(module, "layer_idx", layer.index) == layer.index
         if own:
             attention = Attention(
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -77,26 +68,15 @@ def refresh_attention(
                 softcap=None if inner == "sdpa" else kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
             )
-            if layer.exact is not None:
-                return layer.exact_step(query, attention).transpose(1, 2), None
-            # Over a window the implementation below, with the host's mask, is right.
-            if layer.window is None:
-                visible = _visible(current, attention_mask, layer.inner.rows, layer.inner.length)
-                if _is_decode_step(layer, query):
-                    output = layer.algorithm.step(layer.inner, query[:, :, 0], attention, visible)
-                    return output[:, None], None
-                layer.algorithm.observe(layer.inner, query, attention, visible)
-        elif layer.exact is not None:
-            raise RuntimeError("the lossless mode cannot serve layers that share another's keys")
+            output = layer.attend(query, attention, attention_mask)
+            if output is not None:
+                return output.transpose(1, 2), None
+        else:
+            layer.lend()
     run = _implementation(inner, module)
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
-
-
-def _is_decode_step(layer: RefreshLayer, query: Tensor) -> bool:
-    """One token after others that is not (the last chunk of) a prompt."""
-    return query.shape[2] == 1 and layer.inner.length > 1 and not layer.current.prompt
 
 
 def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -110,32 +90,3 @@ def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor
     raise RuntimeError(
         f"{type(module).__name__} has no attention function {inner!r}; choose attn_implementation='sdpa'"
     )
-
-
-def _visible(current: Pass, mask: Tensor | None, rows: int, length: int) -> Tensor | None:
-    """`[B, L]` bool, what the newest query sees by the mask of a pass; `None` when it is everything. Once per mask."""
-    if mask is None:
-        return None
-    if current.mask is None or current.mask() is not mask:
-        current.visible = _read_mask(mask, rows, length)
-        current.mask = weakref.ref(mask)
-    return current.visible
-
-
-def _read_mask(mask: Tensor, rows: int, length: int) -> Tensor | None:
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise RuntimeError(
-            "RefreshKV cannot read this attention mask; load the model with attn_implementation='sdpa'"
-        )
-    row = mask if mask.dim() == 2 else mask[:, 0, -1]  # flash: [B, L]; sdpa, eager: [B, 1, 1, L]
-    if row.shape[-1] != length:
-        raise RuntimeError(
-            f"the attention mask covers {row.shape[-1]} tokens, the cache holds {length}"
-        )
-    if row.dtype == torch.bool:
-        visible = row
-    elif mask.dim() == 2:
-        visible = row != 0
-    else:  # additive
-        visible = row > torch.finfo(row.dtype).min / 2
-    return None if bool(visible.all()) else visible.expand(rows, -1)

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.exact import ExactLayer, ExactWindowLayer
+from refreshkv.integrations.transformers.masks import newest_row
 from refreshkv.integrations.transformers.support import exact_reason
 from refreshkv.methods import Method
 from refreshkv.stats import Stats
@@ -97,7 +98,7 @@ class RefreshLayer(DynamicLayer):
         else:
             self.inner.append(key_states, value_states)
             keys, values = self.inner.store.keys, self.inner.store.values
-        setattr(keys, _TAG, self)
+        tag(keys, self)
         self.current.awaiting = self
         return keys, values
 
@@ -114,7 +115,42 @@ class RefreshLayer(DynamicLayer):
         self.exact.close(length)
         self.exact = self.newest = None
 
-    def exact_step(self, query: Tensor, attention: Attention) -> Tensor:
+    def attend(self, query: Tensor, attention: Attention, mask: Tensor | None) -> Tensor | None:
+        """`[B, Hq, T, D]` -> the same where the pass is ours; `None` where the implementation below should attend."""
+        self.current.awaiting = None
+        if self.exact is not None:
+            return self._exact_step(query, attention)
+        if self.window is not None:
+            return None  # over a window the implementation below, with the host's mask, is right
+        visible = self._visible(mask)
+        if query.shape[2] == 1 and self.inner.length > 1 and not self.current.prompt:
+            return self.algorithm.step(self.inner, query[:, :, 0], attention, visible)[:, :, None]
+        self.algorithm.observe(self.inner, query, attention, visible)
+        return None
+
+    def lend(self) -> None:
+        """Another layer attends to these keys in full. Raises `RuntimeError` in the lossless mode."""
+        self.current.awaiting = None
+        if self.exact is not None:
+            raise RuntimeError("the lossless mode cannot serve layers that share another's keys")
+
+    @property
+    def index(self) -> int:
+        """Which layer of the model this is."""
+        return self.inner.index
+
+    def _visible(self, mask: Tensor | None) -> Tensor | None:
+        """`[B, L]` bool, what the newest query sees; `None` when it is everything. Read once for all layers."""
+        current = self.current
+        if mask is None:
+            return None
+        if current.mask is None or current.mask() is not mask:
+            row = newest_row(mask, self.inner.length)
+            current.visible = None if bool(row.all()) else row.expand(self.inner.rows, -1)
+            current.mask = weakref.ref(mask)
+        return current.visible
+
+    def _exact_step(self, query: Tensor, attention: Attention) -> Tensor:
         """`[B, Hq, T, D]` -> `[B, Hq, T, D]`: what the pass under way asks of this layer."""
         assert self.exact is not None and self.newest is not None
         keys, values = self.newest
@@ -266,12 +302,7 @@ class RefreshCache(DynamicCache):
         Raises:
             RuntimeError: the model is not attached, or a layer hides the keys we returned from attention.
         """
-        implementation = self._decoder._attn_implementation
-        if not str(implementation).startswith(IMPLEMENTATION_PREFIX):
-            raise RuntimeError(
-                "RefreshCache needs an attached model (here it would silently be ordinary attention):"
-                " use it inside `with refreshkv.attach(model):`, made from that model's own config"
-            )
+        check_attached(self._decoder)
         lost = self._current.awaiting
         if lost is not None:
             raise RuntimeError(
@@ -281,6 +312,20 @@ class RefreshCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def layer_of(keys: Tensor) -> RefreshLayer | None:
-    """The layer whose `update` returned this very tensor, if it was one of ours."""
+def check_attached(decoder: PreTrainedConfig) -> None:
+    """Raises `RuntimeError` where the model of this config would not come to our attention function."""
+    if not str(decoder._attn_implementation).startswith(IMPLEMENTATION_PREFIX):
+        raise RuntimeError(
+            "RefreshCache needs an attached model (here it would silently be ordinary attention):"
+            " use it inside `with refreshkv.attach(model):`, made from that model's own config"
+        )
+
+
+def tag(keys: Tensor, layer: Any) -> None:
+    """These keys lead the attention function to `layer`."""
+    setattr(keys, _TAG, layer)
+
+
+def layer_of(keys: Tensor) -> Any:
+    """The layer of ours whose `update` returned this very tensor; `None` if it was no layer of ours."""
     return getattr(keys, _TAG, None)

@@ -1,0 +1,27 @@
+"""What a decode step reads from the host's attention mask: which tokens its query sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def newest_row(mask: Tensor | None, length: int) -> Tensor:
+    """`[B or 1, L]` bool, what the newest query sees by the mask of a pass.
+
+    Raises:
+        RuntimeError: no mask of two or four dimensions, or one that does not cover `length` tokens.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise RuntimeError(
+            "RefreshKV cannot read this attention mask; load the model with attn_implementation='sdpa'"
+        )
+    row = mask if mask.dim() == 2 else mask[:, 0, -1]  # flash: [B, L]; sdpa, eager: [B, 1, 1, L]
+    if row.shape[-1] != length:
+        raise RuntimeError(
+            f"the attention mask covers {row.shape[-1]} tokens, the cache holds {length}"
+        )
+    if row.dtype == torch.bool:
+        return row
+    # An additive mask hides with the smallest number, one of the flash kind with zero.
+    return row != 0 if mask.dim() == 2 else row > torch.finfo(row.dtype).min / 2

@@ -1,0 +1,153 @@
+"""`StaticRefreshCache`: a `StaticCache` whose full-attention layers keep a partial cache, for compiled decoding.
+
+`generate(cache_implementation="static")` inside `attach` uses it: the prompt runs eagerly, then transformers compiles the
+forward pass, on GPUs into CUDA graphs. The lossless mode is not among what it serves: its loop is Python's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from refreshkv.config import RefreshConfig
+from refreshkv.integrations.transformers.cache import Pass, check_attached, tag
+from refreshkv.integrations.transformers.masks import newest_row
+from refreshkv.static import StaticLayerCache
+from refreshkv.stats import Stats
+from refreshkv.step import Attention, decode_step
+
+
+class StaticRefreshLayer(StaticLayer):
+    """transformers' view of one `StaticLayerCache`, which shares its keys, values and length."""
+
+    inner: StaticLayerCache
+
+    def __init__(
+        self, max_cache_len: int, refresh: RefreshConfig, index: int, stats: Stats, current: Pass
+    ) -> None:
+        super().__init__(max_cache_len)
+        self.index = index
+        self.current = current
+        self._refresh = refresh
+        self._stats = stats
+        self._prompt: tuple[Attention, Tensor | None] | None = None  # until decoding begins
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See `StaticLayer`; the partial cache is allocated with the full one."""
+        super().lazy_initialization(key_states, value_states)
+        self.inner = StaticLayerCache(
+            self._refresh,
+            self.keys,
+            self.values,
+            self.cumulative_length,
+            index=self.index,
+            stats=self._stats,
+        )
+        tag(self.keys, self)
+
+    def attend(self, query: Tensor, attention: Attention, mask: Tensor | None) -> Tensor | None:
+        """A decode step, `[B, Hq, 1, D]` -> the same; `None` for a prompt, which is not ours to attend."""
+        visible = None
+        if mask is not None:
+            visible = newest_row(mask, self.max_cache_len).expand(query.shape[0], -1)
+        if query.shape[2] > 1 or self.current.prompt:
+            self.inner.await_selection(query)
+            self._prompt = attention, visible
+            return None
+        if self._prompt is not None:
+            raise RuntimeError(
+                "the prompt is over: call begin_decoding() of the cache before the first decode step"
+            )
+        return decode_step(self.inner, query[:, :, 0], attention, visible)[:, :, None]
+
+    def lend(self) -> None:
+        """Another layer attends to these keys in full."""
+
+    def begin_decoding(self) -> None:
+        """The prompt is over: select from it."""
+        if self._prompt is None:
+            return
+        (attention, visible), prompt = self._prompt, int(self.cumulative_length)
+        visible = None if visible is None else visible[:, :prompt]
+        self.inner.begin_decoding(attention, visible, prompt)
+        for state in self.inner.state():
+            torch._dynamo.mark_static_address(state)
+        for count in self._stats.count_on(self.index, self.keys.device):
+            torch._dynamo.mark_static_address(count)
+        self._prompt = None
+
+    def reset(self) -> None:
+        """Back to empty; the memory stays."""
+        super().reset()
+        if self.is_initialized:
+            self.inner.reset()
+        self._prompt = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues the old row `beam_idx[i]`."""
+        self.inner.take_rows(beam_idx)
+
+
+class StaticRefreshCache(StaticCache):
+    """The KV cache of a model under RefreshKV, in buffers for `max_cache_len` tokens.
+
+    Args:
+        config: `model.config` of the attached model, the very object.
+        refresh: the settings; not those of the lossless mode.
+        max_cache_len: tokens of prompt and answer together.
+        stats: where decode steps are counted.
+
+    Raises:
+        ValueError: settings of the lossless mode.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        refresh: RefreshConfig,
+        *,
+        max_cache_len: int,
+        stats: Stats | None = None,
+    ) -> None:
+        if refresh.mode == "exact":
+            raise ValueError(
+                "the lossless mode has no static cache: drop cache_implementation, or attach with preset='fast'"
+            )
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.stats = Stats() if stats is None else stats
+        self._decoder = config.get_text_config(decoder=True)
+        self._current = Pass()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is StaticLayer:
+                self.layers[index] = StaticRefreshLayer(
+                    max_cache_len, refresh, index, self.stats, self._current
+                )
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Passes inside belong to a prompt, however few tokens they hold; the first selection is made at the end."""
+        self._current.prompt = True
+        try:
+            yield
+        finally:
+            self._current.prompt = False
+        self.begin_decoding()
+
+    def begin_decoding(self) -> None:
+        """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""
+        for layer in self.layers:
+            if isinstance(layer, StaticRefreshLayer):
+                layer.begin_decoding()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cache.update`; raises `RuntimeError` where the model is not attached."""
+        check_attached(self._decoder)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
