@@ -1,0 +1,138 @@
+"""`bench.decode`: the contract of its record, and that nothing wrong is timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import refreshkv
+from refreshkv.bench import decode, roofline, variants
+from refreshkv.bench.decode import WrongResultError
+from refreshkv.bench.exact import kept
+from refreshkv.bench.shapes import build
+from refreshkv.bench.variants import Job
+from refreshkv.exact import ExactLayer
+
+from .conftest import SMALL
+
+JOB = Job("demo", 128, 2, 32, 10, 3, 0.5, torch.device("cpu"), torch.float32, 1, 1)
+
+
+def test_contract(record: dict[str, Any]) -> None:
+    assert {"mix_over_static", "mix_over_default", "mix_over_own_dense", "share_of_ideal"} <= set(
+        record["ratios"]
+    )
+    timed = {name for name, ms in record["ms"].items() if ms is not None}
+    assert timed == set(record["ms"]) - {"flash"}
+    assert set(record["tokens_per_s"]) == set(record["bytes"]) == set(record["bandwidth_share"])
+    assert {"own_dense", "full", "verify"} == set(record["relative_rms_error"])
+    assert all(error < 2e-6 for error in record["relative_rms_error"].values())
+    assert record["versions"]["torch"] == torch.__version__ and record["device"]
+
+
+def test_derived_numbers(record: dict[str, Any]) -> None:
+    ms, ratios, close = record["ms"], record["ratios"], {"rel": 2e-3}
+    assert ms["mix"] == pytest.approx(0.9 * ms["partial"] + 0.1 * ms["full"], **close)
+    share = roofline.FAST_FULL_SHARE
+    fast = ms["fast_partial"] + share * (ms["fast_full"] - ms["empty"])
+    assert ms["fast"] == pytest.approx(fast, **close)
+    assert record["tokens_per_pass"] == 2.5
+    assert ms["exact"] == pytest.approx(ms["cycle"] / 2.5, **close)
+    assert ratios["mix_over_static"] == pytest.approx(ms["static"] / ms["mix"], **close)
+    # Of the demo shape, in float32: 4 layers, 2 KV heads of 64, 2 rows.
+    attention = 256 * (256 + 2 * 128 + 256)
+    weights = 4 * (512 * 256 + 4 * (attention + 3 * 256 * 512 + 2 * 256) + 256)
+    entry = 4 * 2 * 2 * 64 * 4 * 2
+    full, mix = weights + 128 * entry, weights + (0.9 * 32 + 0.1 * 128) * entry
+    assert record["bytes"]["own_dense"] == full and record["bytes"]["mix"] == round(mix)
+    faster = ms["own_dense"] / ms["mix"]
+    assert ratios["share_of_ideal"] == pytest.approx(faster / (full / mix), **close)
+    cycle = 4 * weights + (3 * 32 + 128) * entry
+    assert record["ideal_over_own_dense"]["exact"] == pytest.approx(full / cycle * 2.5, **close)
+    assert record["bandwidth_share"]["mix"] == pytest.approx(mix / ms["mix"] * 1e3 / 1e9, **close)
+
+
+def test_the_curve_is_the_cycle_over_more_tokens(record: dict[str, Any]) -> None:
+    curve = record["acceptance_curve"]
+    assert [one["tokens_per_pass"] for one in curve if one["acceptance"] in (0, 0.5, 1)] == [
+        1,
+        2.5,
+        4,
+    ]
+    at_half = next(one for one in curve if one["acceptance"] == 0.5)
+    assert at_half["exact_over_own_dense"] == record["ratios"]["exact_over_own_dense"]
+    assert at_half["ideal"] == record["ideal_over_own_dense"]["exact"]
+
+
+def test_every_step_begins_at_the_context() -> None:
+    """Ours share a store; whatever ran before, the next one finds it as it was."""
+    model = build("demo", JOB.device, JOB.dtype)
+    with torch.no_grad(), refreshkv.attach(model) as session:
+        caches = variants.caches(model, JOB, ("default",))
+        dense = caches["own_dense"]
+        turns = decode._Turns(model, session.implementation_below, caches, JOB)
+        first = turns._step("own_dense")
+        turns.check()
+        turns.time(progress=False)
+        assert dense.layers[0].inner.length == 128
+        assert torch.equal(turns._step("own_dense"), first)
+        assert caches["snapkv"].layers[0].inner.length == 32
+        assert caches["empty"].layers[0].inner.length == 1
+    # The static cache and ours are one buffer.
+    assert dense.layers[0].inner.store.keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
+
+
+def test_a_wrong_full_pass_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ExactLayer.verify
+    monkeypatch.setattr(ExactLayer, "verify", lambda *given: right(*given) * 1.01)
+    with pytest.raises(WrongResultError, match="verify: logits differ from single steps by"):
+        decode.run(**SMALL)
+
+
+@pytest.mark.parametrize("skip", [(), ("static", "default")], ids=["against theirs", "our own"])
+def test_a_wrong_full_step_is_not_timed(
+    skip: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refreshkv import step
+
+    right = step.full_step
+    monkeypatch.setattr(step, "full_step", lambda *given: right(*given) * 1.01)
+    with pytest.raises(WrongResultError, match="full: logits differ from"):
+        decode.run(**SMALL, skip=skip)
+
+
+def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = variants.forward
+
+    def forward(model: Any, below: str, cache: Any, *rest: Any) -> torch.Tensor:
+        if type(cache).__name__ == "DynamicCache":
+            raise MemoryError("no room")
+        return right(model, below, cache, *rest)
+
+    monkeypatch.setattr(variants, "forward", forward)
+    found = decode.run(**SMALL, skip=("exact", "fast"))
+    assert found["ms"]["default"] is None and found["ms"]["static"] > 0
+    assert found["notes"] == {"default": "left out: MemoryError: no room"}
+
+
+def test_committed_tokens_have_the_given_mean() -> None:
+    job = Job("demo", 512, 2, 32, 10, 8, 0.85, torch.device("cpu"), torch.float32, 1, 1)
+    tokens = [kept(cycle, job) for cycle in range(10)]
+    assert set(tokens) == {7, 8} and sum(tokens) == 78
+
+
+def test_several_sizes_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(decode, "build", lambda *given: built.append(given) or build(*given))
+    options = {name: value for name, value in SMALL.items() if name not in ("batch", "context")}
+    skip = tuple(name for name in variants.VARIANTS if name != "own_dense")
+    seen: list[tuple[int, int]] = []
+    decode.run_sizes(
+        [(1, 64), (2, 96)],
+        lambda record: seen.append((record["batch"], record["context"])),
+        **options,
+        skip=skip,
+    )
+    assert seen == [(1, 64), (2, 96)] and len(built) == 1

@@ -1,0 +1,83 @@
+"""`bench.kernels`: every kernel is timed, and none that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refreshkv.bench import kernels
+from refreshkv.bench.decode import WrongResultError
+from refreshkv.bench.record import read
+from refreshkv.kernels import CPU, Backend
+from refreshkv.selection import Selection
+
+JOB = kernels.Job("demo", 96, 2, 16, 3, torch.device("cpu"), torch.float32, 1)
+
+
+def test_every_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.csv"
+    options = {"context": 96, "batch": 2, "budget": 16, "draft": 3, "repeats": 1, "results": path}
+    found = kernels.run(shape="demo", dtype="float32", progress=False, **options)
+    assert [one["kernel"] for one in found["kernels"]] == list(kernels.KERNELS)
+    for one in found["kernels"]:
+        assert one["ms"] > 0 and one["rival_ms"] > 0 and one["relative_rms_error"] < 2e-6
+        assert one["rival_over_ours"] == pytest.approx(one["rival_ms"] / one["ms"], rel=1e-3)
+        share = one["bytes"] / (one["ms"] * 1e-3) / 1e9
+        assert one["bandwidth_share"] == pytest.approx(share, rel=1e-3)
+    # 2 rows, 2 KV heads of 64 numbers of 4 bytes: K and V
+    moved = {one["kernel"]: one["bytes"] for one in found["kernels"]}
+    assert (
+        moved["attend"] == 2 * 2 * 2 * 64 * 4 * 16 and moved["attend_full"] == 6 * moved["attend"]
+    )
+    rows = read(path)
+    assert [row["kernel"] for row in rows] == list(kernels.KERNELS)
+    assert rows[0]["versions.torch"] == torch.__version__
+
+
+def broken(name: str, run: Callable[..., Any]) -> Backend:
+    return dataclasses.replace(CPU, **{name: run})
+
+
+def shifted(*given: Any, **options: Any) -> Selection:
+    found = CPU.select(*given, **options)
+    return Selection(found.positions + 7, found.filled)
+
+
+@pytest.mark.parametrize(
+    "name, backend, message",
+    [
+        ("gather", broken("gather", lambda *given: None), "gather: differs from the reference"),
+        ("select", broken("select", shifted), "select: .* of its indices"),
+        (
+            "attend_full",
+            broken("attend", lambda q, k, v, **options: CPU.attend(q * 1.01, k, v, **options)),
+            "attend_full: differs",
+        ),
+        (
+            "verify",
+            broken(
+                "verify",
+                lambda q, k, v, **o: CPU.verify(q, k, v, **{**o, "starts": o["starts"] - 1}),
+            ),
+            "verify: differs",
+        ),
+    ],
+)
+def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> None:
+    case, given = kernels.cases_of(JOB)[name], kernels.operands(JOB, seed=0)
+    assert kernels.check(name, case, CPU, given, torch.float32) < 2e-6
+    with pytest.raises(WrongResultError, match=message):
+        kernels.check(name, case, backend, given, torch.float32)
+
+
+def test_operands_differ_and_select_what_is_gathered() -> None:
+    first, second = kernels.operands(JOB, 0), kernels.operands(JOB, 1)
+    assert not torch.equal(first.keys, second.keys)
+    row, head, slot = 1, 0, 3
+    place = first.positions[row, head, slot]
+    assert torch.equal(first.kept[row, head, slot], first.keys[row, head, place])

@@ -1,0 +1,84 @@
+"""The speed section of README.md is what the rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refreshkv.bench import readme, record
+from refreshkv.bench.report import LEFT_OUT
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_is_up_to_date() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = readme.rewrite(text, ROOT / "benchmarks" / "results")
+    assert text == written, "run `python -m refreshkv.bench.readme`"
+
+
+def test_without_rows_nothing_is_claimed(tmp_path: Path) -> None:
+    text = readme.section(tmp_path)
+    assert "make bench-cpu" in text and "make bench-gpu" in text
+    assert "|" not in text
+
+
+def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> None:
+    rows = [
+        {**record_row, "context": 65536, "ms.partial": 444.0},
+        {**record_row, "context": 8192, "ms.partial": 111.0},
+        {**record_row, "context": 8192, "ms.partial": 222.0, "ms.default": None},
+        {**record_row, "context": 8192, "shape": "demo", "ms.partial": 333.0},
+    ]
+    record.append(tmp_path / "decode-cpu.csv", rows)
+    text = readme.section(tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| 2 x")]
+    assert [line.split(" | ")[0] for line in lines] == ["| 2 x 8K", "| 2 x 64K"] * 2
+    assert "222" in lines[0] and "| - |" in lines[0] and "444" in lines[1]
+    assert "111" not in text and "333" not in text
+    assert "3 drafts a cycle, of which 0.50 stand" in text
+
+
+def test_kernels(tmp_path: Path) -> None:
+    row = {
+        "shape": "llama-3.1-8b",
+        "context": 32768,
+        "batch": 8,
+        "budget": 3277,
+        "draft": 8,
+        "device": "GPU 9000",
+        "dtype": "bfloat16",
+        "threads": 1,
+        "kernel": "attend",
+        "ms": 0.0123,
+        "bandwidth_share": 0.834,
+        "rival": "torch sdpa",
+        "rival_ms": 0.0456,
+    }
+    record.append(tmp_path / "kernels-cuda.csv", [row])
+    assert "| 8 x 32K, `attend` | 12 | 83% | torch sdpa | 46 |" in readme.section(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}", readme.BEGIN * 2 + readme.END]
+)
+def test_markers_that_are_missing(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks the markers"):
+        readme.rewrite(text, tmp_path)
+
+
+def test_rewriting_keeps_the_rest_and_is_stable(tmp_path: Path) -> None:
+    text = f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
+    once = readme.rewrite(text, tmp_path)
+    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert readme.rewrite(once, tmp_path) == once
+
+
+@pytest.fixture
+def record_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of `bench decode` of a shape that is shown."""
+    from refreshkv.bench.record import flat
+
+    return {**flat(record, LEFT_OUT), "shape": "llama-3.2-1b"}
