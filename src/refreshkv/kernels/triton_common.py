@@ -25,8 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Programs that fill a Hopper GPU once (132 SMs, two each), and as many as keep its last wave short.
-_FILL, _WAVES = 264, 2112
-_LONG_SPLIT = 1024  # entries of a split that make its start and its merge cheap
+FILL, WAVES = 264, 2112
+LONG_SPLIT = 1024  # entries of a split that make its start and its merge cheap
 MOST_SPLITS = 256
 _MERGED_AT_ONCE = 16  # splits
 
@@ -58,8 +58,8 @@ def padded(size: int, least: int = 16) -> int:
 
 def split_count(heads: int, entries: int, block: int) -> int:
     """How many programs share each of `heads` (rows times KV heads): enough to fill a GPU, in splits worth a start."""
-    fill = min(_FILL // heads, triton.cdiv(entries, block))
-    waves = min(_WAVES // heads, entries // _LONG_SPLIT)
+    fill = min(FILL // heads, triton.cdiv(entries, block))
+    waves = min(WAVES // heads, entries // LONG_SPLIT)
     return min(max(fill, waves, 1), MOST_SPLITS)
 
 

@@ -29,15 +29,25 @@ from refreshkv.kernels.triton_common import (
     strides,
 )
 
-# By the larger padded head dim and the bytes of an element: two programs or more fit a Hopper SM, none spills.
-CONFIGS = {
+# By the larger padded head dim and the bytes of an element. Two programs or more fit an SM, and none spills.
+IN_PLACE = {
     (64, 2): Config(block=128, warps=4, stages=3),
     (128, 2): Config(block=64, warps=4, stages=3),
-    (256, 2): Config(block=32, warps=4, stages=3),
-    (64, 4): Config(block=64, warps=4, stages=2),
-    (128, 4): Config(block=32, warps=4, stages=2),
+    (256, 2): Config(block=32, warps=8, stages=3),
+    (64, 4): Config(block=64, warps=8, stages=2),
+    (128, 4): Config(block=32, warps=8, stages=2),
     (256, 4): Config(block=32, warps=8, stages=2),
 }
+# Entries by a list. The list is read ahead of the keys, which takes stages: with these, as many keys are under way.
+LISTED = {
+    (64, 2): Config(block=64, warps=4, stages=5),
+    (128, 2): Config(block=64, warps=4, stages=5),
+    (256, 2): Config(block=32, warps=8, stages=5),
+    (64, 4): Config(block=64, warps=8, stages=3),
+    (128, 4): Config(block=32, warps=8, stages=3),
+    (256, 4): Config(block=16, warps=8, stages=3),
+}
+_BLOCK_TABLE_STAGES = 2  # more, for the second list of a paged cache
 
 
 class Parts(NamedTuple):
@@ -199,7 +209,8 @@ def attend_in_splits(
     visible = None if visible is None else contiguous_rows(visible)
     positions = None if positions is None else contiguous_rows(positions)
     lengths = for_every_head(lengths, rows, kv_heads)
-    config = CONFIGS[padded(max(dim, value_dim), 64), keys.element_size()]
+    table = IN_PLACE if positions is None else LISTED
+    config = table[padded(max(dim, value_dim), 64), keys.element_size()]
     splits = split_count(rows * kv_heads, entries, config.block)
     scratch = torch.empty(rows, count, splits, dtype=torch.float32, device=query.device)
     parts = Parts(
@@ -237,6 +248,6 @@ def attend_in_splits(
         VALUE_PAD=padded(value_dim),
         BLOCK=config.block,
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=config.stages + (0 if blocks is None else _BLOCK_TABLE_STAGES),
     )
     return parts
