@@ -62,7 +62,7 @@ def test_the_chunk_size_of_prefill_changes_nothing(
 def test_a_small_budget_is_another_method(llama: PreTrainedModel, name: str) -> None:
     """The equalities above could hold because everything is ordinary attention, or RefreshKV.
 
-    "refreshkv" has the output of full attention at any budget; test_exact.py is about that.
+    "refreshkv" has the output of full attention at any budget; `exact/` is about that.
     """
     ids = tokens(2, 50)
     with refreshkv.attach(llama, method=name, budget=6) as session:
