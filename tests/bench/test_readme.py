@@ -58,7 +58,7 @@ def test_kernels(tmp_path: Path) -> None:
         "rival_ms": 0.0456,
     }
     record.append(tmp_path / "kernels-cuda.csv", [row])
-    assert "| 8 x 32K, `attend` | 12 | 83% | torch sdpa | 46 |" in readme.section(tmp_path)
+    assert "| 8 x 32K, `attend` | 12.3 | 83% | torch sdpa | 45.6 |" in readme.section(tmp_path)
 
 
 @pytest.mark.parametrize(

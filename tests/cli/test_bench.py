@@ -1,212 +1,191 @@
-"""`refreshkv bench`: options reach `refreshkv.bench`, and its record is printed."""
+"""`refreshkv bench`: options reach `refreshkv.bench`, tables are printed, and bad input is one line."""
 
 from __future__ import annotations
 
-import csv
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 
-from refreshkv.bench import exact
-from refreshkv.bench.common import WrongResultError
-from refreshkv.exact import ExactLayer
+from refreshkv.bench import decode, kernels
+from refreshkv.bench.record import read
 
-RECORD = {
-    "shape": "demo",
-    "context": 64,
-    "batch": 1,
-    "budget": 8,
-    "stride": None,
-    "device": "a CPU",
-    "dtype": "float32",
-    "ms": {"partial": 1.25, "full": 2.5, "default": None, "mix": 1.5},
-    "ms_range": {"partial": [1.0, 2.0], "full": [2.0, 3.0]},
-    "ratios": {"mix_over_static": 2.0, "mix_over_default": None},
-}
-
-
-@pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `run` was called with."""
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "refreshkv.bench.decode.run", lambda **options: (seen.update(options), RECORD)[1]
-    )
-    return seen
+Run = Callable[..., Result]
+SMALL = (
+    "--shape",
+    "demo",
+    "--context",
+    64,
+    "--budget",
+    16,
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+)
+DECODE = ("bench", "decode", *SMALL, "--draft", 2, "--steps", 1, "--cycles", 1)
+KERNELS = ("bench", "kernels", *SMALL, "--draft", 2, "--repeats", 1)
+SCALE = (
+    *("bench", "scale", "--shape", "demo", "--contexts", "64,96", "--batches", 1, "--budgets", 16),
+    *("--strides", "10,2", "--steps", 1, "--device", "cpu", "--dtype", "float32"),
+)
+PLAN = ("bench", "plan", "--model", "llama-3.1-8b", "--context", 131072, "--batch", 4)
 
 
-def test_options(
-    given: dict[str, Any], run: Callable[..., Any], last_json: Callable[..., Any], tmp_path: Path
-) -> None:
-    result = run(
-        *(
-            "bench",
-            "decode",
-            "--shape",
-            "demo",
-            "--context",
-            64,
-            "--batch",
-            2,
-            "--budget",
-            "8",
-            "--stride",
-            "never",
-        ),
-        *(
-            "--device",
-            "cpu",
-            "--steps",
-            3,
-            "--threads",
-            1,
-            "--skip",
-            "default, empty",
-            "--dtype",
-            "float32",
-        ),
-        *("--results", tmp_path / "decode.csv", "--json"),
-    )
-    assert last_json(result) == RECORD
-    assert given == {
-        "shape": "demo",
-        "context": 64,
-        "batch": 2,
-        "budget": 8,
-        "stride": None,
-        "device": "cpu",
-        "dtype": "float32",
-        "steps": 3,
-        "threads": 1,
-        "skip": ("default", "empty"),
-        "results": tmp_path / "decode.csv",
-        "progress": False,
-    }
-
-
-def test_defaults(given: dict[str, Any], run: Callable[..., Any]) -> None:
-    result = run("bench", "decode")
-    assert result.exit_code == 0, result.exception
-    assert given["budget"] == 0.125
-    assert given["stride"] == 10
-    for expected in ("partial", "1.25", "1.00 - 2.00", "mix_over_static", "2.000"):
-        assert expected in result.stdout
-
-
-@pytest.mark.slow
-def test_real_run(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
-    record = last_json(
-        run(
-            "bench",
-            "decode",
-            "--shape",
-            "demo",
-            "--context",
-            256,
-            "--steps",
-            2,
-            "--device",
-            "cpu",
-            "--json",
-        )
-    )
-    assert {"partial", "full", "mix", "static", "default"} <= set(record["ms"])
-    assert {"mix_over_static", "mix_over_default", "mix_over_own_dense", "share_of_ideal"} <= set(
-        record["ratios"]
-    )
-
-
-EXACT = ("bench", "exact", "--shape", "demo", "--context", 512, "--batch", 2, "--cycles", 1)
-ON_CPU = ("--device", "cpu", "--dtype", "float32", "--threads", 1)
-
-
-@pytest.fixture
-def _same_threads() -> Iterator[None]:
-    """The process has as many threads afterwards."""
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder without results, a machine of one GB/s, and the threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    for module in (decode, kernels):
+        monkeypatch.setattr(module, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("refreshkv.bench.timing._MOST_COPIES", 2)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("_same_threads")
-def test_exact(run: Callable[..., Any], last_json: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "results" / "exact.csv"
-    options = ("--draft", 3, "--tokens-per-pass", 2.5, "--results", path, "--json")
-    result = run(*EXACT, *ON_CPU, *options)
+def test_decode_options(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(sizes: Any, show: Any, **options: Any) -> None:
+        given.update(options, sizes=sizes)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("refreshkv.bench.decode.run_sizes", stop)
+    path = tmp_path / "d.csv"
+    options = ("--stride", "never", "--skip", "default, empty", "--results", path, "--threads", 1)
+    result = run(*DECODE, "--batch", 2, "--acceptance", 0.5, *options)
+    assert result.exit_code == 2 and "seen" in result.stderr
+    assert given == {
+        "sizes": [(2, 64)],
+        "shape": "demo",
+        "budget": 16,
+        "stride": None,
+        "draft": 2,
+        "acceptance": 0.5,
+        "device": "cpu",
+        "dtype": "float32",
+        "steps": 1,
+        "cycles": 1,
+        "threads": 1,
+        "skip": ("default", "empty"),
+        "results": path,
+        "progress": False,
+    }
+    run("bench", "decode", "--device", "cpu", "--sizes", "1x8192,4x512")
+    assert given["sizes"] == [(1, 8192), (4, 512)] and given["results"] is None
+    assert (given["budget"], given["stride"], given["draft"], given["acceptance"]) == (
+        *(0.125, 10, 8, 0.85),
+    )
+
+
+def test_decode(run: Run, last_json: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    result = run(*DECODE, "--plot", "plot.png", "--json")
     record = last_json(result)
-    assert (record["budget"], record["draft"], record["tokens_per_pass"]) == (32, 3, 2.5)
-    ms, ratios = record["ms"], record["ratios"]
-    assert set(ms) == {"own_dense", "static", "draft", "verify", "cycle", "exact"}
-    assert ms["exact"] == pytest.approx(ms["cycle"] / 2.5, abs=1e-3)
-    expected = ms["own_dense"] / ms["exact"]
-    assert ratios["exact_over_own_dense"] == pytest.approx(expected, rel=1e-2)
-    assert ratios["exact_over_static"] == pytest.approx(ms["static"] / ms["exact"], rel=1e-2)
-    assert ratios["passes_per_token"] == 1.6
-    assert ratios["kv_read_share"] == pytest.approx((3 * 32 + 512) / (2.5 * 512))
-    # Of the demo shape, in float32: 4 layers, 2 KV heads of 64, 2 rows.
-    attention = 256 * (256 + 2 * 128 + 256)
-    weights = 4 * (512 * 256 + 4 * (attention + 3 * 256 * 512 + 2 * 256) + 256)
-    entry = 4 * 2 * 64 * 2 * 4 * 2
-    ideal = (weights + 512 * entry) * 2.5 / (4 * weights + (3 * 32 + 512) * entry)
-    assert ratios["ideal_over_own_dense"] == pytest.approx(ideal, abs=1e-4)
-    assert ratios["share_of_ideal"] == pytest.approx(expected / ideal, rel=1e-2)
-    assert 0 < record["relative_rms_error"]["verify"] < 2e-6
-    for shown in ("one draft pass", "tokens per pass 2.5", "share_of_ideal"):
+    assert {"mix_over_static", "mix_over_default", "mix_over_own_dense", "share_of_ideal"} <= set(
+        record["ratios"]
+    )
+    for shown in ("own_dense", "partial step", "share_of_ideal", "at acceptance"):
         assert shown in result.stdout
-    without = last_json(run(*EXACT, *ON_CPU, *options, "--skip", "static"))
-    assert without["ms"]["static"] is None and without["ratios"]["exact_over_static"] is None
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["ms.static"] for row in rows] == [str(ms["static"]), ""]
-    assert rows[0]["ratios.share_of_ideal"] == str(ratios["share_of_ideal"])
-    assert {"device", "threads", "versions.torch"} <= set(rows[0])
+    (row,) = read(tmp_path / "benchmarks" / "results" / "decode-cpu.csv")
+    assert row["ms.mix"] == record["ms"]["mix"]
+    assert row["ratios.share_of_ideal"] == record["ratios"]["share_of_ideal"]
+    assert Path("plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_committed_tokens_have_the_given_mean() -> None:
-    cpu = torch.device("cpu")
-    job = exact.Job("demo", 512, 2, 32, cpu, torch.float32, 7, 7.25, 8)
-    kept = [job.kept(cycle) for cycle in range(8)]
-    assert set(kept) == {7, 8} and sum(kept) == 58
+def test_several_sizes(run: Run, last_json: Callable[..., Any]) -> None:
+    skip = "static,default,snapkv,empty,fast,exact,full"
+    record = last_json(run(*DECODE, "--sizes", "1x64,2x96", "--skip", skip, "--json"))
+    assert [(one["batch"], one["context"]) for one in record["runs"]] == [(1, 64), (2, 96)]
+    assert record["context"] == 96 and record["ms"]["own_dense"] > 0
+    assert record["ms"]["exact"] is None and record["ratios"]["share_of_ideal"] is None
 
 
-def test_exact_with_a_wrong_full_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = ExactLayer.verify
-    monkeypatch.setattr(ExactLayer, "verify", lambda *given: right(*given) * 1.01)
-    path = tmp_path / "exact.csv"
-    with pytest.raises(WrongResultError, match="verify: logits differ from single steps by"):
-        exact.run(
-            shape="demo",
-            context=64,
-            draft=2,
-            tokens_per_pass=2,
-            dtype="float32",
-            skip=("static",),
-            results=path,
-            progress=False,
-        )
-    assert not path.exists()
+def test_kernels(run: Run, last_json: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    result = run(*KERNELS, "--plot", "k.png", "--no-record", "--json")
+    names = [one["kernel"] for one in last_json(result)["kernels"]]
+    assert "attend_and_score" in names and "fastest other" in result.stdout
+    assert Path("k.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "benchmarks" / "results").iterdir())
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--draft", 0), "Invalid value for '--draft': 0 is not in the range x>=1"),
-        (("--draft", 3), "over 3 drafts yields 1 to 4 tokens; got 4.5 tokens per pass"),
-        (("--tokens-per-pass", "nan"), "got nan tokens per pass"),
-        (("--shape", "dmo"), "unknown shape 'dmo'; did you mean 'demo'?"),
-        (("--skip", "draft"), "unknown variant 'draft'; (one of: static)"),
-    ],
-)
-def test_exact_bad_input(options: tuple[Any, ...], message: str, run: Callable[..., Any]) -> None:
-    result = run(*EXACT, "--device", "cpu", "--tokens-per-pass", 4.5, *options)
-    assert result.exit_code == 2
+def test_scale_and_the_check_of_its_rows(run: Run, last_json: Callable[..., Any]) -> None:
+    result = run(*SCALE, "--results", "scale.csv", "--plot", "s.png", "--json")
+    assert set(last_json(result)["fits"]) == {"own_dense", "partial", "full"}
+    assert "stride 2:" in result.stdout and Path("s.png").exists()
+    checked = run("bench", "plan", "--check", "scale.csv", "--json")
+    record = last_json(checked)
+    assert [one["context"] for one in record["rows"]] == [64, 96]
+    errors = [abs(one["error_by_bytes"]) for one in record["rows"]]
+    assert record["median_error_by_bytes"] == pytest.approx(sum(errors) / 2)
+    assert record["median_error_by_fit"] is None and "median error" in checked.stdout
+
+
+def test_plan(run: Run, last_json: Callable[..., Any]) -> None:
+    result = run(*PLAN, "--budget", 0.1, "--device", "h200", "--json")
+    record = last_json(result)
+    # weights without the embedding table, and 128 KiB a token
+    weights, entry = 2 * (8_030_261_248 - 128256 * 4096), 131072
+    full = weights + 4 * 131072 * entry
+    mix = weights + 4 * (0.9 * 13108 + 0.1 * 131072) * entry
+    assert record["modes"]["mix"]["speed_up"] == pytest.approx(full / mix, rel=1e-4)
+    assert record["memory"]["fits"] and "fits in 141" in result.stdout
+    no = last_json(run(*PLAN, "--device", "a100", "--json"))
+    assert not no["memory"]["fits"]
+    faster = last_json(run(*PLAN, "--budget", 0.1, "--bandwidth", 9600, "--json"))
+    half = record["modes"]["full"]["ms"] / 2
+    assert faster["modes"]["full"]["ms"] == pytest.approx(half, rel=1e-3)
+
+
+def test_plan_of_a_folder(run: Run, last_json: Callable[..., Any], tiny: Path) -> None:
+    record = last_json(run("bench", "plan", "--model", tiny, "--context", 100, "--json"))
+    config = json.loads((tiny / "config.json").read_text())
+    entry = config["num_hidden_layers"] * config["num_key_value_heads"] * 2 * 8 * 2
+    assert record["memory"]["cache"] == 100 * entry
+
+
+BAD = {
+    "acceptance": ((*DECODE, "--acceptance", 1.5), "acceptance is a share of the drafts in [0, 1]"),
+    "not a number": ((*DECODE, "--acceptance", "nan"), "got nan"),
+    "draft": ((*DECODE, "--draft", 0), "Invalid value for '--draft': 0 is not in the range"),
+    "shape": ((*DECODE, "--shape", "dmo"), "unknown shape 'dmo'; did you mean 'demo'?"),
+    "shape of kernels": ((*KERNELS, "--shape", "dmo"), "unknown shape 'dmo'"),
+    "variant": ((*DECODE, "--skip", "drafts"), "unknown variant 'drafts'"),
+    "sizes": ((*DECODE, "--sizes", "8192"), "'8192' is no list of rows x context"),
+    "sizes of nothing": ((*DECODE, "--sizes", "0x64"), "'0x64' is no list"),
+    "budget": ((*KERNELS, "--budget", 0), "budget must be at least 1 token"),
+    "foreign file": ((*DECODE, "--results", "foreign.csv"), "has other columns"),
+    "foreign file of kernels": ((*KERNELS, "--results", "foreign.csv"), "has other columns"),
+    "foreign file of scale": ((*SCALE, "--results", "foreign.csv"), "has other columns"),
+    "plot": ((*DECODE, "--plot", "nowhere/p.png"), "there is no folder nowhere"),
+    "list": ((*SCALE, "--contexts", "64,x"), "'64,x' is no list of positive integers"),
+    "one size": ((*SCALE, "--contexts", "64"), "a fit needs two sizes"),
+    "device": ((*PLAN, "--device", "h20"), "unknown device 'h20'; did you mean 'h200'?"),
+    "bandwidth": ((*PLAN, "--bandwidth", 0), "--bandwidth is GB a second, more than 0"),
+    "model": (("bench", "plan", "--model", "./none"), "model folder './none' does not exist"),
+    "stride": ((*PLAN, "--stride", 0), "stride must be an integer >= 1"),
+    "check": (("bench", "plan", "--check", "foreign.csv"), "has no rows of `bench decode`"),
+    "check of nothing": (("bench", "plan", "--check", "none.csv"), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, run: Run) -> None:
+    Path("foreign.csv").write_text("a,b\n1,2\n")
+    arguments, message = BAD[case]
+    result = run(*arguments)
+    assert result.exit_code == 2, result.exception
     assert result.stderr.count("\n") == 1 and message in result.stderr
+    assert Path("foreign.csv").read_text() == "a,b\n1,2\n"
 
 
-def test_exact_help(run: Callable[..., Any]) -> None:
-    result = run("bench", "exact", "--help")
-    assert result.exit_code == 0
-    assert "--tokens-per-pass" in result.stdout
+@pytest.mark.parametrize("name", ["decode", "kernels", "scale", "plan"])
+def test_help(name: str, run: Run) -> None:
+    result = run("bench", name, "--help")
+    assert result.exit_code == 0 and "--json" in result.stdout

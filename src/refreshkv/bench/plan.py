@@ -60,7 +60,8 @@ def plan(
     """Milliseconds, speed-up and memory by the byte model.
 
     Args:
-        fixed_ms: what a pass costs beside its bytes, as `bench scale` fits it.
+        fixed_ms: what a pass costs beside its bytes, as `bench scale` fits it; negative where a byte of weights costs
+            less than one of the cache.
 
     Returns:
         `modes`: by name `ms`, `tokens_per_s`, `speed_up` over full attention, `bytes`; `memory` in bytes: `weights`,
@@ -148,4 +149,4 @@ def _fit_of_others(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
     line = fit(points)
     if line["bytes_per_s"] is None or line["fixed_ms"] is None:
         return None
-    return line["bytes_per_s"], max(line["fixed_ms"], 0.0)
+    return line["bytes_per_s"], line["fixed_ms"]

@@ -17,36 +17,37 @@ from refreshkv.bench.record import Row, read
 BEGIN = "<!-- speed: written by `python -m refreshkv.bench.readme` from benchmarks/results; do not edit -->"
 END = "<!-- end of speed -->"
 _PLACES = {"cpu": "CPU", "cuda": "GPU"}
+_MS = "ms"  # three digits, however large
 _NONE = "No row yet: `make bench-{}` on such a machine makes them."
 # Column of the table -> column of the file, and how to write it.
 _DECODE = {
-    "weights alone": ("ms.empty", "{:.0f}"),
-    "eviction, same K": ("ms.snapkv", "{:.0f}"),
-    "partial step": ("ms.partial", "{:.0f}"),
-    "full step": ("ms.full", "{:.0f}"),
-    "our dense": ("ms.own_dense", "{:.0f}"),
-    "StaticCache": ("ms.static", "{:.0f}"),
-    "DynamicCache": ("ms.default", "{:.0f}"),
+    "weights alone": ("ms.empty", _MS),
+    "eviction, same K": ("ms.snapkv", _MS),
+    "partial step": ("ms.partial", _MS),
+    "full step": ("ms.full", _MS),
+    "our dense": ("ms.own_dense", _MS),
+    "StaticCache": ("ms.static", _MS),
+    "DynamicCache": ("ms.default", _MS),
     "mix over our dense": ("ratios.mix_over_own_dense", "{:.2f}x"),
     "over StaticCache": ("ratios.mix_over_static", "{:.2f}x"),
     "over DynamicCache": ("ratios.mix_over_default", "{:.2f}x"),
     "of what the bytes allow": ("ratios.share_of_ideal", "{:.0%}"),
 }
 _EXACT = {
-    "draft": ("ms.draft", "{:.0f}"),
-    "full pass": ("ms.verify", "{:.0f}"),
-    "cycle": ("ms.cycle", "{:.0f}"),
-    "a token": ("ms.exact", "{:.0f}"),
-    "our dense": ("ms.own_dense", "{:.0f}"),
+    "draft": ("ms.draft", _MS),
+    "full pass": ("ms.verify", _MS),
+    "cycle": ("ms.cycle", _MS),
+    "a token": ("ms.exact", _MS),
+    "our dense": ("ms.own_dense", _MS),
     "over our dense": ("ratios.exact_over_own_dense", "{:.2f}x"),
     "over StaticCache": ("ratios.exact_over_static", "{:.2f}x"),
     "of what the bytes allow": ("ratios.exact_share_of_ideal", "{:.0%}"),
 }
 _KERNEL = {
-    "µs": ("us", "{:.0f}"),
+    "µs": ("us", _MS),
     "of the bandwidth": ("bandwidth_share", "{:.0%}"),
     "the fastest of others": ("rival", "{}"),
-    "its µs": ("rival_us", "{:.0f}"),
+    "its µs": ("rival_us", _MS),
 }
 
 
@@ -54,7 +55,7 @@ def section(results: Path) -> str:
     """What stands between the markers."""
     parts = []
     for kind, place in _PLACES.items():
-        parts.append(f"### {place}")
+        parts.append(f"### On a {place}")
         rows = newest(read(results / f"decode-{kind}.csv"), _SIZE)
         rows = [row for row in rows if row["shape"] != "demo"]
         if not rows:
@@ -142,7 +143,11 @@ def _table(first: str, rows: Sequence[Row], columns: dict[str, tuple[str, str]])
 
 
 def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else form.format(value)
+    if value is None:
+        return "-"
+    if form == _MS:
+        return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return form.format(value)
 
 
 def _thousands(tokens: int) -> str:

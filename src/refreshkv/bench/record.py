@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,21 @@ def device_name(device: torch.device) -> str:
     return f"{capability} CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """The libraries that decide the speed."""
     return {
         "refreshkv": refreshkv.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "triton": _triton(),
     }
+
+
+def _triton() -> str | None:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def flat(record: Row, leave_out: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How the cost of a step grows with context, rows, K and stride: one at a time, fitted by ms = a + b * bytes.
 
-a is what a step costs whatever it reads (launches, Python), 1 / b the bandwidth that it reaches.
+1 / b is the bandwidth that reading more of the cache reaches. a is what a step costs beside its bytes (launches,
+Python); it is negative where the weights are read faster than that.
 """
 
 from __future__ import annotations

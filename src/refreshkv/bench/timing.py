@@ -55,8 +55,7 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
             return None
         finally:
             torch.cuda.set_sync_debug_mode(before)
-            torch.cuda.current_stream(device).wait_stream(side)
-    wait_for(device)
+            wait_for(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

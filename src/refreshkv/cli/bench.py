@@ -268,7 +268,7 @@ def scale(plot: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--bandwidth", type=float, help="GB a second, instead of the data sheet's.")
 @click.option(
     "--fixed-ms",
-    type=click.FloatRange(min=0),
+    type=float,
     default=0.0,
     show_default=True,
     help="What a pass costs beside its bytes, as `bench scale` fits it.",

@@ -1,0 +1,48 @@
+"""What only a GPU shows: graphs, events, and the benchmarks on it. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from refreshkv.bench import decode, kernels
+from refreshkv.bench.timing import captured, copies_for, milliseconds
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_graph_repeats_the_call() -> None:
+    device = torch.device("cuda")
+    total = torch.zeros(4, device=device)
+    replay = captured(lambda: total.add_(1), device)
+    assert replay is not None
+    before = total.clone()
+    replay()
+    assert torch.equal(total, before + 1)
+    assert milliseconds(replay, device) < 10
+
+
+def test_a_call_that_waits_is_not_captured_and_does_no_harm() -> None:
+    device = torch.device("cuda")
+    block = torch.ones(4, device=device)
+    assert captured(lambda: block.sum().item(), device) is None
+    assert block.sum().item() == 4
+    assert captured(lambda: block.sum(), device) is not None
+
+
+def test_operands_leave_the_second_level_cache() -> None:
+    size = torch.cuda.get_device_properties(0).L2_cache_size
+    assert copies_for(size, size, torch.device("cuda")) >= 2
+
+
+def test_decode_and_kernels() -> None:
+    given: dict[str, Any] = {**SMALL, "device": "cuda", "dtype": "bfloat16"}
+    found = decode.run(**given)
+    assert found["ms"]["static"] > 0 and found["ms"]["exact"] > 0
+    names = ("shape", "context", "batch", "budget", "draft", "device", "dtype", "progress")
+    layer = kernels.run(**{name: given[name] for name in names}, repeats=1)
+    assert [one["kernel"] for one in layer["kernels"]] == list(kernels.KERNELS)
