@@ -51,9 +51,9 @@ class Compiled:
 
 def resources(target: int, dtype: torch.dtype, dims: tuple[int, ...] = DIMS) -> list[Compiled]:
     """Every kernel of `OPERATIONS` for one architecture and dtype."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     wanted = [str(target), str(dtype).removeprefix("torch."), *map(str, dims)]
     command = [sys.executable, "-m", __name__, *wanted]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]

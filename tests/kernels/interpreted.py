@@ -1,7 +1,4 @@
-"""Where the Triton kernels run in these tests: on the GPU, or in Triton's interpreter on CPU tensors.
-
-Import this before any module of kernels: the interpreter is chosen when triton is first imported.
-"""
+"""Where the Triton kernels run in these tests: on the GPU, or in Triton's interpreter on CPU tensors (`tests`)."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, which is installed with torch on Linux")
 
 
