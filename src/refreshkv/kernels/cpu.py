@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refreshkv.config import Reduction
 from refreshkv.kernels import reference
+from refreshkv.kernels.cpu_heads import attend_heads, pairs, share_beside_sink
 from refreshkv.kernels.reference import Attended, Scored
 from refreshkv.selection import FREE, Selection, candidates
 
@@ -73,9 +74,10 @@ def attend_and_score(
     """See `reference.attend_and_score`."""
     entries = keys.shape[2]
     keys, values, visible = _within(lengths, visible, keys, values)
-    output = values.new_zeros(*query.shape[:2], values.shape[-1])
-    scored = _score(query, keys, values, output, scale, softcap, sinks, visible, reduction, heads)
-    return Attended(output, scored.lse), _padded(scored, entries)
+    attended, scored = _one_query(
+        query, keys, values, scale, softcap, sinks, visible, reduction, heads
+    )
+    return attended, _padded(scored, entries)
 
 
 def score(
@@ -93,7 +95,7 @@ def score(
     """See `reference.score`."""
     entries = keys.shape[2]
     keys, _, visible = _within(lengths, visible, keys, keys)
-    scored = _score(query, keys, None, None, scale, softcap, sinks, visible, reduction, heads)
+    _, scored = _one_query(query, keys, None, scale, softcap, sinks, visible, reduction, heads)
     return _padded(scored, entries)
 
 
@@ -149,7 +151,7 @@ def select(
     most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
     positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
     counts = filled.tolist()
-    for row, head in _pairs(scores, heads):
+    for row, head in pairs(scores, heads):
         count = counts[row][head]
         if count:
             positions[row, head, :count] = _best(pooled[row, head].numpy(), count)
@@ -171,7 +173,7 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
     """See `reference.gather`. Filled slots come first in every row, so a head is one contiguous `index_select`."""
     counts = (positions >= 0).sum(-1).tolist()
-    for row, head in _pairs(positions, heads):
+    for row, head in pairs(positions, heads):
         count = counts[row][head]
         torch.index_select(
             source[row, head], 0, positions[row, head, :count], out=out[row, head, :count]
@@ -202,103 +204,31 @@ def _padded(scored: Scored, entries: int) -> Scored:
     )
 
 
-def _score(
+def _one_query(
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
-    output: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     visible: Tensor | None,
     reduction: Reduction,
     heads: Tensor | None,
-) -> Scored:
-    """Scores, log-sum-exp and, where `values` are given, the output of each wanted head (written into `output`)."""
-    rows, kv_heads, length, _ = keys.shape
-    group = query.shape[1] // kv_heads
-    # Where every score is written, none needs a zero.
-    new = torch.empty if visible is None and heads is None else torch.zeros
-    scores = new(rows, kv_heads, length, dtype=torch.float32)
-    lses = torch.zeros(rows, kv_heads, group, dtype=torch.float32)
-    seen_from = spans(visible, rows, length)
-    own_span = len(seen_from[0]) > 1  # else the heads of a row share one
-    scaled = (query * scale).to(query.dtype)  # on G x D numbers instead of G x L
-    for row, head in _pairs(keys, heads):
-        members = slice(head * group, (head + 1) * group)
-        first, hidden = seen_from[row][head if own_span else 0]
-        columns = _tall_matmul(keys[row, head, first:], scaled[row, members].T.contiguous())
-        # Column by column: several times faster than `.T.contiguous()`.
-        logits = torch.stack(columns.unbind(1)).float()
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        if hidden is not None:
-            logits.masked_fill_(hidden, float("-inf"))
-        # Softmax written out, because its parts are the log-sum-exp.
-        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-        weights = logits.sub_(top).exp_()
-        mass = weights.sum(-1, keepdim=True)
-        weights.mul_(mass.reciprocal())
-        if hidden is not None:
-            weights.nan_to_num_(0.0)  # a row that sees nothing
-        lse = (mass.log() + top)[:, 0]
-        lses[row, head] = lse
-        if sinks is not None:
-            weights *= share_beside_sink(lse, sinks[members])[:, None]
-        reduce = torch.amax if reduction == "max" else torch.mean
-        reduce(weights, 0, out=scores[row, head, first:])
-        if values is not None and output is not None:
-            output[row, members] = weights.to(values.dtype) @ values[row, head, first:]
-    return Scored(scores, lses.flatten(1, 2))
-
-
-def _tall_matmul(tall: Tensor, narrow: Tensor) -> Tensor:
-    """`[L, D] @ [D, G]`. The long operand comes first, and as a stack of blocks where it is long.
-
-    Measured at L = 64K, D = 64, G = 4 in bfloat16, a layer of eight heads: 11 ms in blocks, 13 at once, 22 with the
-    narrow operand first.
-    """
-    blocks = tall.shape[0] // _BLOCK
-    if blocks < 2:
-        return tall @ narrow
-    out = tall.new_empty(tall.shape[0], narrow.shape[1])
-    even = blocks * _BLOCK
-    torch.bmm(
-        tall[:even].unflatten(0, (blocks, _BLOCK)),
-        narrow.expand(blocks, -1, -1),
-        out=out[:even].unflatten(0, (blocks, _BLOCK)),
+) -> tuple[Attended, Scored]:
+    """Output, log-sum-exp and scores of a query after everything else."""
+    rows, _, length, _ = keys.shape
+    output, scores, lse = attend_heads(
+        query[:, :, None],
+        keys,
+        values,
+        starts=[length - 1] * rows,
+        counts=[1] * rows,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        visible=visible,
+        reduction=reduction,
+        heads=heads,
     )
-    torch.mm(tall[even:], narrow, out=out[even:])
-    return out
-
-
-def share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
-    """What is left for the tokens: a sink only adds to the denominator. exp(lse) / (exp(lse) + exp(sink))."""
-    return torch.sigmoid(lse - sinks.float())
-
-
-def spans(visible: Tensor | None, rows: int, length: int) -> list[list[tuple[int, Tensor | None]]]:
-    """Per row and head: the first visible token, and what is hidden after it (`None` where nothing is, as usual).
-
-    `visible` is `[B or 1, Hkv or 1, L]`; one head stands for all. Left padding is cut off rather than masked: it costs
-    nothing, and a row computes exactly what it would alone.
-    """
-    if visible is None:
-        return [[(0, None)]] * rows
-    visible = visible.expand(rows, -1, -1)
-    first = visible.int().argmax(-1)
-    whole = (visible.sum(-1) == length - first).tolist()
-    return [
-        [
-            (start, None if whole[row][head] else ~visible[row, head, start:])
-            for head, start in enumerate(first[row].tolist())
-        ]
-        for row in range(rows)
-    ]
-
-
-def _pairs(like: Tensor, heads: Tensor | None) -> list[list[int]]:
-    """The (row, KV head) pairs to work on."""
-    if heads is not None:
-        return heads.nonzero().tolist()
-    return [[row, head] for row in range(like.shape[0]) for head in range(like.shape[1])]
+    lse = lse.squeeze(2)
+    return Attended(output.squeeze(2), lse), Scored(scores, lse)
