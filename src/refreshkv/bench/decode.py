@@ -6,6 +6,7 @@ them alike, and medians are reported beside the bytes that they had to move.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from refreshkv.integrations.transformers import RefreshCache
 # bfloat16 on the 1B shape: 0.005 for our full attention, 0.032 for a full step, which rounds the attention logits to
 # bfloat16 in each of 16 layers.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 0.05}
+# `(shape, device, dtype)` -> a model.
+Builder = Callable[[str, torch.device, torch.dtype], PreTrainedModel]
 # What full attention may be compared with, the most trusted first.
 _YARDSTICKS = ("static", "default", "flash", "own_dense")
 
@@ -55,7 +58,7 @@ def run(
     skip: tuple[str, ...] = (),
     results: Path | None = None,
     progress: bool = True,
-    model: PreTrainedModel | None = None,
+    builder: Builder | None = None,
 ) -> dict[str, Any]:
     """Check, then time; returns the record (`docs/bench.md`) and appends its row to `results` (CSV).
 
@@ -67,7 +70,7 @@ def run(
         steps, cycles: timed steps and cycles, after two for warming up.
         threads: CPU threads; `None` leaves torch's choice.
         skip: variants to leave out ("default" needs minutes at long contexts).
-        model: of this shape, from `shapes.build`, where several runs share one.
+        builder: makes the model; a cached one where several runs share it. `None` is `shapes.build`.
 
     Raises:
         ValueError: an unknown shape or variant, a number out of range, a file that holds other columns.
@@ -93,7 +96,7 @@ def run(
         records.check_file(results, records.flat(report(job, sizes), LEFT_OUT))
     if threads is not None:
         torch.set_num_threads(threads)
-    model = build(shape, job.device, job.dtype) if model is None else model
+    model = (builder or build)(shape, job.device, job.dtype)
     bandwidth = read_bandwidth(job.device)
     with torch.no_grad(), refreshkv.attach(model) as session:
         below = session.implementation_below
@@ -136,7 +139,7 @@ class _Turns:
             name: found for name in list(self.steps) if (found := self._first(name)) is not None
         }
         trusted = next((name for name in _YARDSTICKS if name in logits), None)
-        errors = {}
+        errors: dict[str, float] = {}
         for name in ("own_dense", "full"):
             if name in logits and trusted not in (None, name):
                 errors[name] = self._compare(name, logits[name], logits[trusted], trusted)
@@ -237,19 +240,13 @@ def run_sizes(
     sizes: list[tuple[int, int]],
     show: Callable[[Mapping[str, Any]], None],
     *,
-    shape: str,
     device: str,
-    dtype: str,
     **options: Any,
 ) -> None:
     """`run` for several `(batch, context)` with one model; each record goes to `show` as soon as it is there."""
-    place, kind = torch.device(device), getattr(torch, dtype)
-    if options.get("threads") is not None:
-        torch.set_num_threads(options["threads"])
-    model = build(shape, place, kind) if len(sizes) > 1 else None
+    builder = functools.cache(build)
     for batch, context in sizes:
-        size = {"batch": batch, "context": context, "model": model}
-        show(run(shape=shape, device=device, dtype=dtype, **size, **options))
-        if place.type == "cuda":
+        show(run(batch=batch, context=context, device=device, builder=builder, **options))
+        if torch.device(device).type == "cuda":
             torch._dynamo.reset()  # compiled graphs hold on to the caches of this size
             torch.cuda.empty_cache()

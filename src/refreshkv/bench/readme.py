@@ -32,6 +32,7 @@ _DECODE = {
     "over StaticCache": ("ratios.mix_over_static", "{:.2f}x"),
     "over DynamicCache": ("ratios.mix_over_default", "{:.2f}x"),
     "of what the bytes allow": ("ratios.share_of_ideal", "{:.0%}"),
+    "`fast` over our dense": ("ratios.fast_over_own_dense", "{:.2f}x"),
 }
 _EXACT = {
     "draft": ("ms.draft", _MS),

@@ -6,16 +6,16 @@ Python); it is negative where the weights are read faster than that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from refreshkv.bench import decode
 from refreshkv.bench.record import Row, rounded
-from refreshkv.bench.shapes import build, config_of
+from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import VARIANTS
 
 FITTED = {
@@ -51,10 +51,7 @@ def run(
     sizes = grid(contexts, batches, budgets)
     if len(sizes) < 2:
         raise ValueError("a fit needs two sizes: give several contexts, batches or budgets")
-    config_of(shape)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = build(shape, torch.device(device), getattr(torch, dtype))
+    builder = functools.cache(build)
     found = [
         decode.run(
             shape=shape,
@@ -68,7 +65,8 @@ def run(
             skip=_SKIP,
             results=results,
             progress=progress,
-            model=model,
+            threads=threads,
+            builder=builder,
         )
         for context, batch, budget in sizes
     ]

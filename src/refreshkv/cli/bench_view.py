@@ -14,17 +14,20 @@ Record = Mapping[str, Any]
 
 
 def decode(record: Record) -> None:
-    """Milliseconds, bandwidth and what the bytes allow, by variant; then the ratios and the curve."""
+    """Milliseconds, bytes and what they allow, by variant; then the ratios and the curve."""
     from refreshkv.bench.report import NAMES
 
     settings = ("context", "batch", "budget", "stride", "draft", "acceptance", "dtype", "threads")
-    table = _table(record, settings, ("variant", "ms", "range", "of bandwidth", "of ideal", "what"))
+    columns = ("variant", "ms", "range", "tokens/s", "MB", "of bandwidth", "of ideal", "what")
+    table = _table(record, settings, columns)
     for name, ms in record["ms"].items():
         ends = record["ms_range"].get(name)
         table.add_row(
             name,
             _number(ms, ".2f"),
             "" if ends is None else f"{ends[0]:.2f} - {ends[1]:.2f}",
+            _number(record["tokens_per_s"].get(name), ".4g"),
+            f"{record['bytes'][name] / 1e6:.4g}" if name in record["bytes"] else "",
             _number(record["bandwidth_share"].get(name), ".0%"),
             _number(record["share_of_ideal"].get(name), ".0%"),
             record["notes"].get(name, NAMES[name]),
