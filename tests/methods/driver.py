@@ -15,7 +15,8 @@ from refreshkv.step import Algorithm, Attention
 from tests.helpers import Held, Tokens
 
 KEPT = [name for name, m in METHODS.items() if name != "no-reselection" and m.make]
-EVICTING = [name for name in KEPT if name not in ("quest", "token-select", "oracle-topk")]
+CHOOSING = ("quest", "token-select", "int4-keys", "int2-keys", "oracle-topk")  # anew in every step
+EVICTING = [name for name in KEPT if name not in CHOOSING]
 
 
 class Driver:

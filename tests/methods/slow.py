@@ -5,7 +5,9 @@ Each yields, for every decode step, the positions that each KV head attends to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,26 @@ def oracle(row: Row) -> Iterator[Sets]:
         ]
 
 
+def rounded_keys(bits: int) -> Callable[[Row], Iterator[Sets]]:
+    def run(row: Row) -> Iterator[Sets]:
+        keys = row.text.keys
+        low, high = keys.amin(-1, keepdim=True), keys.amax(-1, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        rough = copy.copy(row)
+        rough.text = replace(row.text, keys=low + ((keys - low) / step).round() * step)
+        for now in row.steps:
+            older = list(range(now))
+            sets = []
+            for head in row.heads:
+                scores = rough.reduced(rough.weights(head, now, [*older, now]))[:-1]
+                sets.append(
+                    sorted([*best(dict(zip(older, scores, strict=True)), row.budget - 1), now])
+                )
+            yield sets
+
+    return run
+
+
 SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "streaming-llm": streaming_llm,
     "h2o": h2o,
@@ -181,6 +203,8 @@ SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "tova": tova,
     "quest": quest,
     "token-select": token_select,
+    "int4-keys": rounded_keys(4),
+    "int2-keys": rounded_keys(2),
     "oracle-topk": oracle,
 }
 

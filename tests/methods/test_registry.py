@@ -20,6 +20,8 @@ NAMES = [
     "tova",
     "quest",
     "token-select",
+    "int4-keys",
+    "int2-keys",
     "oracle-topk",
     "refreshkv",
     "refreshkv-fast",
@@ -72,7 +74,7 @@ def test_a_method_says_where_it_comes_from_and_takes_the_settings_it_uses(name: 
     ("name", "message"),
     [
         ("snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
-        ("nonsense", "one of: full, h2o, no-full-attention"),
+        ("nonsense", "one of: full, h2o, int2-keys"),
         (None, "unknown method None"),
     ],
 )

@@ -12,10 +12,11 @@ from refreshkv.kernels import REFERENCE
 from refreshkv.methods import METHODS
 from refreshkv.methods.pyramidkv import layer_budget
 from refreshkv.methods.quest import PAGE, Quest
+from refreshkv.methods.rounded_keys import round_keys
 from refreshkv.step import Attention
 from tests.helpers import random_tokens
 
-from .driver import EVICTING, KEPT, Driver, close, full_attention
+from .driver import CHOOSING, EVICTING, KEPT, Driver, close, full_attention
 from .slow import SLOW, Row, ablation, snapkv
 
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])
@@ -75,7 +76,7 @@ def test_softcap_and_sinks(name: str, attention: str) -> None:
     check(Driver(tokens, name, PROMPT, attention=ATTENTIONS[attention], budget=12), name)
 
 
-@pytest.mark.parametrize("name", ["h2o", "snapkv", "snapkv-1", "oracle-topk"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "snapkv-1", "int4-keys", "oracle-topk"])
 def test_the_mean_of_a_group(name: str) -> None:
     tokens = random_tokens(rows=2, group=4, pads=(0, 7), length=LENGTH)
     mean, maximum = ({"budget": 40, "group_reduction": r} for r in ("mean", "max"))
@@ -208,7 +209,7 @@ def test_what_would_bring_evicted_entries_back_is_refused(name: str) -> None:
         driver.algorithm.crop(PROMPT)
 
 
-@pytest.mark.parametrize("name", ["quest", "token-select", "oracle-topk"])
+@pytest.mark.parametrize("name", CHOOSING)
 def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
     driver = Driver(tokens, name, PROMPT, budget=20)
@@ -265,6 +266,27 @@ def test_quest_bounds_every_product_of_a_page(pads: tuple[int, ...] | None) -> N
             # Exact for a page of one token.
             if pages[-1].shape[-1] == 1:
                 close(bounds[row, :, len(pages) - 1], largest[:, -1])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rounded_keys_are_off_by_at_most_half_a_step(bits: int) -> None:
+    keys = random_tokens(rows=2, length=LENGTH).keys
+    rounded, steps = round_keys(keys, bits), 2**bits - 1
+    extent = keys.amax(-1, keepdim=True) - keys.amin(-1, keepdim=True)
+    assert ((rounded - keys).abs() <= extent / steps / 2 + 1e-6).all()
+    assert max(len(key.unique()) for key in rounded.flatten(0, 2)) <= 2**bits
+    assert torch.equal(
+        round_keys(torch.full((1, 1, 1, 8), 0.3), bits), torch.full((1, 1, 1, 8), 0.3)
+    )
+
+
+def test_rounded_keys_are_counted() -> None:
+    """32 dimensions: 4 bits a component and 32 a token make 160 of an entry's 1,024, rounded up."""
+    tokens = random_tokens(rows=2, pads=(0, 21), dim=32, length=LENGTH)
+    driver = Driver(tokens, "int4-keys", PROMPT, budget=16)
+    driver.run(2)
+    expected = [sum(2 * (16 + -(-n * 160 // 1024)) for n in row) for row in ([61, 62], [40, 41])]
+    assert [int(driver.stats.row(row).layers[0].read) for row in (0, 1)] == expected
 
 
 def test_quest_counts_its_bounds() -> None:
