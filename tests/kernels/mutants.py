@@ -24,10 +24,9 @@ class Mutant:
     module: str
     old: str
     new: str
-    name: str
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.old} -> {self.new}"
 
 
 @contextmanager

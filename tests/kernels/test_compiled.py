@@ -1,0 +1,40 @@
+"""Every kernel compiles for Ampere and Hopper as it is launched; none spills, and two programs or more fit an SM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.compiled import OPERATIONS, TARGETS, resources
+from tests.kernels.interpreted import device  # noqa: F401  # skips where there is no triton
+
+REGISTERS = 65536  # of an SM, on both
+SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of an SM
+RESERVED = 1024  # of them for each program
+TYPICAL, OTHERS = (128,), (64, 80, 256)
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "target, dtype, dims",
+    [
+        (90, torch.bfloat16, TYPICAL),
+        pytest.param(90, torch.bfloat16, OTHERS, marks=slow),
+        pytest.param(80, torch.bfloat16, TYPICAL + OTHERS, marks=slow),
+        pytest.param(90, torch.float32, TYPICAL + OTHERS, marks=slow),
+        pytest.param(80, torch.float32, TYPICAL + OTHERS, marks=slow),
+    ],
+    ids=str,
+)
+def test_what_is_launched_fits(target: int, dtype: torch.dtype, dims: tuple[int, ...]) -> None:
+    """float16 becomes the same code as bfloat16. What one operation shares with another is compiled once."""
+    assert target in TARGETS
+    kernels = resources(target, dtype, dims)
+    found = {kernel.operation for kernel in kernels}
+    assert found == {name for names in OPERATIONS.values() for name in names}
+    for kernel in kernels:
+        assert kernel.stack == kernel.local == 0, f"spills: {kernel}"
+        registers = -(-kernel.registers // 8) * 8 * 32 * kernel.warps  # given out by eights
+        assert 2 * registers <= REGISTERS, f"registers of two programs: {kernel}"
+        assert 2 * (kernel.shared + RESERVED) <= SHARED[target], f"shared memory: {kernel}"
