@@ -158,7 +158,7 @@ MUTANTS = [
     ("score", Mutant(SPLIT, "top + tl.log(mass)", "tl.log(mass)")),
     ("score", Mutant(SPLIT, "logits_ptr + queries[:, None]", "logits_ptr + 0 * queries[:, None]")),
     ("score", Mutant(COMMON, "weights / GROUP", "weights")),
-    ("long", Mutant(FULL, "to(tl.int64) * BLOCK", "to(tl.int64) * (BLOCK - 1)")),
+    ("long", Mutant(FULL, "to(tl.int64) * BLOCK", "to(tl.int64) * BLOCK * 2")),
     ("lengths", Mutant(FULL, "places < length", "places < entries")),
     ("lengths", Mutant(COMMON, "mass = mass * decay +", "mass = 1 + mass * decay +")),
     ("heads", Mutant(FULL, "if not tl.load(heads_ptr", "if tl.load(heads_ptr")),

@@ -36,7 +36,7 @@ IN_PLACE = {
     (256, 2): Config(block=32, warps=8, stages=3),
     (64, 4): Config(block=64, warps=8, stages=2),
     (128, 4): Config(block=32, warps=8, stages=2),
-    (256, 4): Config(block=32, warps=8, stages=2),
+    (256, 4): Config(block=16, warps=8, stages=2),
 }
 # Entries by a list. The list is read ahead of the keys, which takes stages: with these, as many keys are under way.
 LISTED = {
