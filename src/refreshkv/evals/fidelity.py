@@ -1,6 +1,7 @@
 """Run directories of `refreshkv eval` -> the tables and plots of docs/fidelity.md: what is kept, and what is read.
 
-`python -m refreshkv.evals.fidelity RUN [RUN ...] [--plots DIR]` prints a Markdown table of each run (ours).
+`python -m refreshkv.evals.fidelity RUN [RUN ...] [--plots DIR]` prints a Markdown table of each run (ours): of a run of
+`evals.breadth` a row a family, otherwise a row a task and method.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from refreshkv.evals.report import save_pareto
 from refreshkv.evals.summary import Summary, read_results, scale, summarize
 
+_FAMILY = "breadth-"  # how their tasks are called
 COLUMNS = ("score", "95 %", "same text", "KV read", "worst", "passes")
 
 
@@ -36,6 +38,31 @@ def table(summaries: Sequence[Summary]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def family_table(summaries: Sequence[Summary]) -> str:
+    """Markdown of a run of `evals.breadth`: a row a family.
+
+    Of every method but full attention: prompts whose whole text is that of full attention, KV read share (both in per
+    cent), and passes a token where there are drafts.
+    """
+    families: dict[str, dict[str, Summary]] = {}
+    for row in summaries:
+        families.setdefault(row.task.removeprefix(_FAMILY), {})[row.method] = row
+    methods = [name for name in next(iter(families.values())) if name != "full"]
+    lines = [
+        f"| | full solves | {' | '.join(f'`{name}`' for name in methods)} |",
+        "|---|" + "---:|" * (1 + len(methods)),
+    ]
+    for family, rows in families.items():
+        cells = [_kept(rows[name]) for name in methods]
+        lines.append(f"| {family} | {100 * rows['full'].score:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kept(row: Summary) -> str:
+    shares = f"{100 * (row.same_as_full or 0):.0f}, {100 * (row.kv_read_share or 0):.0f}"
+    return shares if row.passes_per_token is None else f"{shares}, {row.passes_per_token:.2f}"
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
@@ -49,7 +76,8 @@ def main() -> None:
     for run in given.runs:
         records = read_results(run)
         summaries = [row for row in summarize(records) if row.mode == "free"]
-        print(f"### {run.name}\n\n{table(summaries)}")
+        families = all(row.task.startswith(_FAMILY) for row in summaries)
+        print(f"### {run.name}\n\n{(family_table if families else table)(summaries)}")
         if given.plots is not None:
             given.plots.mkdir(parents=True, exist_ok=True)
             for task in dict.fromkeys(row.task for row in summaries):
