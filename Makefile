@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-cpu bench-gpu report fidelity crosscheck clean
+.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,27 @@ fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into 
 	OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks breadth --length 1024 --limit 12 --batch 12 --methods $(BREADTH) \
 		--out out/breadth-1024
 	$(BIN)/python -m refreshkv.evals.fidelity out/fidelity-2048 out/breadth-1024 --plots out/plots
+
+# Few prompts each, the page's shorter tables: small copies of the keys, lengths of drafts, longer prompts, recall.
+SHORT := OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks
+DRAFTS := full,refreshkv:draft=2,refreshkv:draft=4,refreshkv:draft=8,refreshkv:draft=16,refreshkv:draft=32
+LONG := full,refreshkv:budget=0.0625,refreshkv-fast
+THREE := chain-of-key,html-to-tsv,key-value --length 2048 --limit 20 --batch 20
+fidelity-wide: $(STAMP)  ## the shorter tables of docs/fidelity.md, into out/
+	$(SHORT) $(THREE) --methods full,int4-keys:budget=0.0625,int2-keys:budget=0.0625 --out out/rounded-2048
+	$(SHORT) $(THREE) --methods $(DRAFTS) --out out/drafts-2048
+	$(SHORT) breadth --length 2048 --limit 3 --batch 3 --methods $(LONG) --out out/breadth-2048
+	$(SHORT) breadth --length 4096 --limit 2 --batch 2 --methods $(LONG) --out out/breadth-4096
+	$(BIN)/python -m refreshkv.evals.fidelity out/rounded-2048 out/drafts-2048 out/breadth-2048 out/breadth-4096
+	$(BIN)/python -m refreshkv.evals.recall
+
+# A model of natural text: about 20 minutes to train on one core, and as long to feed it 24 documents in six ways.
+TEXT := full,refreshkv-fast,refreshkv-paper,snapkv,streaming-llm,oracle-topk:budget=0.0625,int4-keys:budget=0.0625,$\
+	int2-keys:budget=0.0625
+fidelity-text: $(STAMP)  ## train the text model and compare perplexities, into out/
+	$(BIN)/python -m refreshkv.demo.text_model --out out/text
+	OMP_NUM_THREADS=1 $(BIN)/refreshkv eval --device cpu --model out/text/model --tasks perplexity --length 2048 \
+		--task-option perplexity.data=out/text/held-out --limit 24 --batch 8 --methods $(TEXT) --out out/text-2048
 
 # A second environment, because kvpress wants a transformers of its own.
 CROSS := .venv-crosscheck/bin/python
