@@ -147,7 +147,7 @@ class LayerCache:
     def push_newest(self) -> None:
         """The token appended last enters the partial cache."""
         assert self.partial is not None
-        self.partial.push(*self.store.newest(), self.length - 1)
+        self.partial.push(self.store.keys[:, :, -1], self.store.values[:, :, -1], self.length - 1)
 
     def resolve_budget(self, visible: Tensor | None, tokens: int) -> None:
         """Turn the budget into tokens for a prompt of `tokens` tokens of which `visible` `[B, tokens]` count.

@@ -95,33 +95,14 @@ class PartialCache:
         self.steps += 1
         self.fetched.zero_()
 
-    def fetch(self, positions: Tensor, wanted: Tensor) -> None:
-        """Tokens of the store enter as pushed ones do, but those that are there already, and `~wanted`, do not.
+    def fetch(self, positions: Tensor) -> None:
+        """Tokens of the store enter as pushed ones do, but those that are there already.
 
-        `positions` and `wanted` `[B, Hkv, m]`. It is not a step. With m fetched a step a ring has turned over after
-        K / (m + 1) steps without a refresh.
+        `positions` `[B, Hkv, m]` int64, distinct in a ring, `FREE` for none. It is not a step. With m fetched a step a
+        ring has turned over after K / (m + 1) steps without a refresh.
         """
-        there = (self.positions[:, :, None] == positions[..., None]).any(-1)
-        missing = wanted & ~there
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        heads = torch.arange(positions.shape[1], device=positions.device)
         self._make_room(positions.shape[2])
-        # One after the other, so that each has a slot of its own; where nothing is missing the slot keeps its entry.
-        for position, enters in zip(positions.unbind(-1), missing.unbind(-1), strict=True):
-            slot, source = self._next_slot(), position.masked_fill(~enters, 0)
-            chosen = enters[..., None]
-            self._write(
-                slot,
-                torch.where(
-                    chosen, self._store.keys[rows, heads, source], self.keys[rows, heads, slot]
-                ),
-                torch.where(
-                    chosen, self._store.values[rows, heads, source], self.values[rows, heads, slot]
-                ),
-                torch.where(enters, position, self.positions[rows, heads, slot]),
-            )
-            self.pushed += enters
-        self.fetched.copy_(missing.sum(-1))
+        self.fetched.copy_(self._insert(positions))
         if not self._full:
             self._measure()
 
@@ -140,6 +121,20 @@ class PartialCache:
         ):
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self._measure()
+
+    def _insert(self, positions: Tensor) -> Tensor:
+        """Copy tokens of the store into the rings; returns how many were not there, `[B, Hkv]`."""
+        return self._backend.insert(
+            self._store.keys,
+            self._store.values,
+            positions,
+            ring_keys=self.keys,
+            ring_values=self.values,
+            ring_positions=self.positions,
+            filled=self.filled,
+            pushed=self.pushed,
+            budget=self.budget,
+        )
 
     def _next_slot(self) -> Tensor:
         return (self.filled + self.pushed) % self.budget[:, None]

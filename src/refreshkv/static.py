@@ -45,13 +45,6 @@ class StaticStore(DenseStore):
         """`[B, Hkv, C, D]`."""
         return self._buffer(self._values)
 
-    def newest(self) -> tuple[Tensor, Tensor]:
-        """See `DenseStore.newest`."""
-        place = (self.length - 1).view(1)
-        return self.keys.index_select(2, place)[:, :, 0], self.values.index_select(2, place)[
-            :, :, 0
-        ]
-
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.length.zero_()
@@ -75,6 +68,13 @@ class StaticPartialCache(PartialCache):
     def entries(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `PartialCache.entries`; all slots, of which the first `used` count."""
         return self.keys, self.values, self.used
+
+    def push_stored(self, position: Tensor) -> None:
+        """As `push`, for the token at `position` (int64 scalar) of the store."""
+        self.newest.copy_(self._next_slot())
+        self._insert(position.expand(*self.newest.shape, 1))
+        self.steps += 1
+        self.fetched.zero_()
 
     def _reserve(self, slots: int) -> None:
         pass
@@ -156,6 +156,10 @@ class StaticLayerCache(LayerCache):
         """All that a decode step reads and writes, row by row; beside them only `length` and counts."""
         ring = [part for part in vars(self._ring).values() if isinstance(part, Tensor)]
         return [self.store.keys, self.store.values, *ring, *self._kept.values()]
+
+    def push_newest(self) -> None:
+        """See `LayerCache.push_newest`."""
+        self._ring.push_stored(self.store.length - 1)
 
     def remember(self, reference: Tensor, heads: Tensor | None) -> None:
         """See `LayerCache.remember`."""

@@ -121,7 +121,7 @@ def attend_partial(
         count=config.successor,
     )
     found = partial.positions.gather(-1, best)
-    partial.fetch(found + 1, (found != FREE) & (found + 1 < end))
+    partial.fetch(torch.where((found != FREE) & (found + 1 < end), found + 1, FREE))
     return attended
 
 

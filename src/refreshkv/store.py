@@ -56,10 +56,6 @@ class DenseStore:
         self._values[:, :, self.length : end] = values
         self.length = end
 
-    def newest(self) -> tuple[Tensor, Tensor]:
-        """K and V of the token appended last, `[B, Hkv, D]`."""
-        return self.keys[:, :, -1], self.values[:, :, -1]
-
     def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
         """Tokens `[B, Hkv, n, D]` of row i go to the places `starts[i]` and after, `[B]` int64, over what is there.
 

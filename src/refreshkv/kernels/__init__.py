@@ -26,6 +26,7 @@ class Backend:
     vote: Callable[..., reference.Scored]
     select: Callable[..., selection.Selection]
     gather: Callable[..., None]
+    insert: Callable[..., Tensor]
 
 
 REFERENCE = Backend(
@@ -39,6 +40,7 @@ REFERENCE = Backend(
     vote=reference.vote,
     select=selection.select,
     gather=reference.gather,
+    insert=reference.insert,
 )
 CPU = Backend(
     name="cpu",
@@ -51,6 +53,7 @@ CPU = Backend(
     vote=cpu_verify.vote,
     select=cpu.select,
     gather=cpu.gather,
+    insert=reference.insert,
 )
 
 _BY_DEVICE = {"cpu": CPU}

@@ -23,15 +23,20 @@ _ATTENTION = (
 
 
 def _operator(
-    name: str, arguments: str, results: int, shapes: Callable[..., Any]
+    name: str,
+    arguments: str,
+    results: int,
+    shapes: Callable[..., Any],
+    writes: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Define `refreshkv::name`, and return a call with the arguments of the reference.
 
     Args:
         name: of a kernel in `Backend`.
         arguments: of the operator, as in a schema. What the caller leaves out is `None`.
-        results: how many tensors come back; 0 where the kernel writes into its argument `out`.
+        results: how many tensors come back.
         shapes: empty results, from the arguments by name.
+        writes: the arguments that the kernel writes into.
     """
     names = [argument.split()[-1] for argument in arguments.split(", ")]
 
@@ -39,12 +44,15 @@ def _operator(
         found = getattr(backend_for(given[0].device), name)(
             **{name: value for name, value in zip(names, given, strict=True) if value is not None}
         )
-        return tuple(_distinct(found)) if results else None
+        if results == 0:
+            return None
+        tensors = _distinct(found)
+        return tensors[0] if results == 1 else tuple(tensors)
 
     operator = torch.library.custom_op(
         f"refreshkv::{name}",
         run,
-        mutates_args=[] if results else ["out"],
+        mutates_args=writes,
         schema=f"({arguments}) -> ({', '.join(['Tensor'] * results)})",
     )
     operator.register_fake(lambda *given: shapes(**dict(zip(names, given, strict=True))))
@@ -123,6 +131,15 @@ _gather = _operator(
     "Tensor source, Tensor positions, Tensor(a!) out, Tensor? heads",
     0,
     lambda **_: None,
+    writes=("out",),
+)
+_insert = _operator(
+    "insert",
+    "Tensor keys, Tensor values, Tensor wanted, Tensor(a!) ring_keys, Tensor(b!) ring_values,"
+    " Tensor(c!) ring_positions, Tensor filled, Tensor(d!) pushed, Tensor budget",
+    1,
+    lambda pushed, **_: torch.empty_like(pushed),
+    writes=("ring_keys", "ring_values", "ring_positions", "pushed"),
 )
 
 
@@ -149,6 +166,7 @@ OPERATORS = Backend(
     score=lambda *given, **named: Scored(*_score(*given, **named)),
     select=_select_named,
     gather=_gather,
+    insert=_insert,
     # Outside of a decode step: the first selection, and the lossless mode.
     attend_at=reference.attend_at,
     verify=lambda query, *given, **named: backend_for(query.device).verify(query, *given, **named),

@@ -244,6 +244,47 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
     slots.copy_(torch.where(wanted[..., None], rows, slots))
 
 
+def insert(
+    keys: Tensor,
+    values: Tensor,
+    wanted: Tensor,
+    *,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    ring_positions: Tensor,
+    filled: Tensor,
+    pushed: Tensor,
+    budget: Tensor,
+) -> Tensor:
+    """Tokens of the store enter each ring one after the other, in place, but those that are there already.
+
+    Args:
+        keys, values: `[B, Hkv, L, D]`, the full cache.
+        wanted: `[B, Hkv, m]` int64, distinct positions in it, `FREE` for none.
+        ring_keys, ring_values: `[B, Hkv, C, D]`; ring_positions: `[B, Hkv, C]` int64, `FREE` where a slot is free.
+        filled, pushed: `[B, Hkv]` int64; the next token goes to slot `(filled + pushed) % K` and counts in `pushed`.
+        budget: `[B]` int64, K of each row.
+
+    Returns:
+        `[B, Hkv]` int64, how many entered.
+    """
+    there = (ring_positions[:, :, None] == wanted[..., None]).any(-1)
+    missing = (wanted >= 0) & ~there
+    row = torch.arange(wanted.shape[0], device=wanted.device)[:, None]
+    head = torch.arange(wanted.shape[1], device=wanted.device)
+    for position, enters in zip(wanted.unbind(-1), missing.unbind(-1), strict=True):
+        # Where nothing enters the slot keeps its entry.
+        slot, source = (filled + pushed) % budget[:, None], position.clamp(min=0)
+        for ring, store in ((ring_keys, keys), (ring_values, values)):
+            entry = torch.where(enters[..., None], store[row, head, source], ring[row, head, slot])
+            ring[row, head, slot] = entry
+        ring_positions[row, head, slot] = torch.where(
+            enters, position, ring_positions[row, head, slot]
+        )
+        pushed += enters
+    return missing.sum(-1)
+
+
 def _logits(
     query: Tensor, keys: Tensor, scale: float, softcap: float | None, visible: Tensor | None
 ) -> Tensor:

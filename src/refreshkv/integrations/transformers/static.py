@@ -1,7 +1,7 @@
 """`StaticRefreshCache`: a `StaticCache` whose full-attention layers keep a partial cache, for compiled decoding.
 
-`generate(cache_implementation="static")` inside `attach` uses it: the prompt runs eagerly, then transformers compiles the
-forward pass, on GPUs into CUDA graphs. The lossless mode is not among what it serves: its loop is Python's.
+`generate(cache_implementation="static")` inside `attach` uses it: the prompt runs eagerly, then transformers compiles
+the forward pass, on GPUs into CUDA graphs. The lossless mode is not among what it serves: its loop is Python's.
 """
 
 from __future__ import annotations
