@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import CPU, REFERENCE, Backend, backend_for, cpu
-from refreshkv.selection import Selection
+from refreshkv.kernels import CPU, REFERENCE, Backend, backend_for, cpu, reference
+from refreshkv.kernels.cpu_threads import in_shares
+from refreshkv.selection import FREE, Selection
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
     CASES,
@@ -67,6 +69,54 @@ def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
 
 def test_select_equals_the_worked_examples() -> None:
     check_select(cpu.select)
+
+
+@pytest.mark.parametrize("budget", [[40, 40], [40, 3], [1, 2]], ids=str)
+def test_insert_leaves_what_the_reference_leaves(budget: list[int]) -> None:
+    gen = torch.Generator().manual_seed(sum(budget))
+    store = torch.randn(2, 2, 2, 90, 8, generator=gen).unbind(0)
+    # Rings that hold the places from 0, and three other places and one free entry to come, of which some are there.
+    ring: dict[str, Tensor] = {
+        "ring_keys": torch.randn(2, 2, 40, 8, generator=gen),
+        "ring_values": torch.randn(2, 2, 40, 8, generator=gen),
+        "ring_positions": torch.arange(40).expand(2, 2, -1).clone(),
+        "filled": torch.tensor([[40, 30], [3, 1]]),
+        "pushed": torch.tensor([[0, 15], [1, 0]]),
+    }
+    wanted = torch.tensor([[[80, 5, 81, 82], [7, FREE, 3, 9]], [[50, 51, 52, 53], [60, 2, 61, 62]]])
+    theirs = {name: tensor.clone() for name, tensor in ring.items()}
+    entered = cpu.insert(*store, wanted, **ring, budget=torch.tensor(budget))
+    assert torch.equal(
+        entered, reference.insert(*store, wanted, **theirs, budget=torch.tensor(budget))
+    )
+    for name, tensor in ring.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_verify_on_threads_of_its_own_leaves_torch_its_number(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            check_verify(CPU.verify, Case(length=5000, kv_heads=2, rows=2))
+        assert torch.get_num_threads() == threads
+        seen: list[int] = []
+        other = Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert seen == [threads]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failure_on_a_thread_is_raised() -> None:
+    def work(items: Sequence[int]) -> None:
+        if 1 in items:
+            raise ValueError("one")
+
+    with pytest.raises(ValueError, match="one"):
+        in_shares(work, [0, 1, 2])
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)

@@ -53,7 +53,7 @@ CPU = Backend(
     vote=cpu_verify.vote,
     select=cpu.select,
     gather=cpu.gather,
-    insert=reference.insert,
+    insert=cpu.insert,
 )
 
 _BY_DEVICE = {"cpu": CPU}

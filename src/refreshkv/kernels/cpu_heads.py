@@ -6,7 +6,7 @@ step, or several, as in the verification of a draft: the group and the queries t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from refreshkv.config import Reduction
 from refreshkv.kernels.cpu_product import Room
+from refreshkv.kernels.cpu_threads import in_shares
 
+_LONG = 4096  # tokens: a head of so many is worth a thread
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -54,38 +56,48 @@ def attend_heads(
     group = query_heads // kv_heads
     width = 0 if values is None else values.shape[-1]
     output = query.new_zeros(rows, query_heads, queries, width)
-    scores = torch.zeros(rows, kv_heads, length, dtype=torch.float32)
+    # Where every score is written, none needs a zero.
+    whole = visible is None and heads is None and window is None and all(counts)
+    whole = whole and all(start + queries == length for start in starts)
+    new = torch.empty if whole else torch.zeros
+    scores = new(rows, kv_heads, length, dtype=torch.float32)
     lse = torch.full((rows, query_heads, queries), float("-inf"), dtype=torch.float32)
     scaled = query.float() * scale  # on G x D numbers instead of G x L
     reduce = torch.amax if reduction == "max" else torch.mean
 
-    room = Room(group * queries, length, dim, keys.dtype)
-    votes = torch.empty(queries * length, dtype=torch.float32)
-    for part in _parts(keys, starts, queries, visible, window, heads):
-        voting = counts[part.row]
-        if not voting:
-            continue
-        members = slice(part.head * group, (part.head + 1) * group)
-        own = (part.row, part.head, slice(part.first, part.end))
-        logits = room.logits(scaled[part.row, members].flatten(0, 1), keys[own])
-        logits = logits.unflatten(0, (group, queries))
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        _hide(logits, part, window)
-        lse[part.row, members] = _softmax(logits)
-        weights = logits
-        if sinks is not None:
-            share = share_beside_sink(lse[part.row, members], sinks[members, None])
-            weights.mul_(share[..., None])
-        if values is not None:
-            mixed = room.mix(weights.flatten(0, 1), values[own])
-            output[part.row, members] = mixed.unflatten(0, (group, queries)).to(values.dtype)
-        if voting == 1:
-            reduce(weights[:, 0], 0, out=scores[own])
-        else:
-            size = (voting, weights.shape[-1])
-            reduced = votes[: size[0] * size[1]].view(size)
-            torch.mean(reduce(weights[:, :voting], 0, out=reduced), 0, out=scores[own])
+    def work(parts: Sequence[Part]) -> None:
+        room = Room(group * queries, max(counts), length, dim, keys.dtype)
+        for part in parts:
+            voting = counts[part.row]
+            members = slice(part.head * group, (part.head + 1) * group)
+            own = (part.row, part.head, slice(part.first, part.end))
+            logits = room.logits(scaled[part.row, members].flatten(0, 1), keys[own])
+            logits = logits.unflatten(0, (group, queries))
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            _hide(logits, part, window)
+            lse[part.row, members] = _softmax(logits)
+            weights = logits
+            if sinks is not None:
+                share = share_beside_sink(lse[part.row, members], sinks[members, None])
+                weights.mul_(share[..., None])
+            if values is not None:
+                mixed = room.mix(weights.flatten(0, 1), values[own])
+                output[part.row, members] = mixed.unflatten(0, (group, queries))
+            if voting == 1:
+                reduce(weights[:, 0], 0, out=scores[own])
+            else:
+                reduced = room.reduced(voting, weights.shape[-1])
+                torch.mean(reduce(weights[:, :voting], 0, out=reduced), 0, out=scores[own])
+
+    parts = [
+        part for part in _parts(keys, starts, queries, visible, window, heads) if counts[part.row]
+    ]
+    # One query is bound by memory, which torch's own threads share well enough.
+    if queries > 1 and length >= _LONG and torch.get_num_threads() > 1:
+        in_shares(work, parts)
+    else:
+        work(parts)
     return output, scores, lse
 
 
