@@ -52,11 +52,12 @@ def run_there(operation: Callable[..., Any]) -> Callable[..., Any]:
     """`operation` on the device, with tensors of the CPU in and out."""
 
     def run(*tensors: Any, **options: Any) -> Any:
-        moved, named = _each(there, tensors), _each(there, options)
-        return _each(lambda tensor: tensor.cpu(), operation(*moved, **named))
+        moved, named = each_tensor(there, tensors), each_tensor(there, options)
+        return each_tensor(lambda tensor: tensor.cpu(), operation(*moved, **named))
 
     return run
 
 
-def _each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def each_tensor(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same nest of tuples and dictionaries with every tensor in it changed."""
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, tree)

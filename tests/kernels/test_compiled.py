@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from tests.kernels.compiled import OPERATIONS, TARGETS, resources
-from tests.kernels.interpreted import device  # noqa: F401  # skips where there is no triton
+from tests.kernels.compiled import OPERATIONS, TARGETS, arguments, resources
+from tests.kernels.interpreted import each_tensor
 
 REGISTERS = 65536  # of an SM, on both
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of an SM
@@ -14,6 +16,23 @@ RESERVED = 1024  # of them for each program
 TYPICAL, OTHERS = (128,), (64, 80, 256)
 
 slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "module, name", [(module, name) for module, names in OPERATIONS.items() for name in names]
+)
+def test_no_operation_asks_the_device(
+    module: str, name: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph does not allow it, and a tensor without data raises."""
+    kernel = importlib.import_module("refreshkv.kernels.triton_common").merge_kernel
+    launched = []
+    monkeypatch.setattr(type(kernel), "run", lambda kernel, *_, **__: launched.append(kernel))
+    operation = getattr(importlib.import_module(f"refreshkv.kernels.{module}"), name)
+    given = arguments(operation, 64, torch.bfloat16, plain)
+    operation(**each_tensor(lambda tensor: tensor.to("meta"), given))
+    assert launched
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,20 @@ def test_signatures_are_those_of_the_reference(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("heads", "entries", "expected"),
+    [
+        (8, 1024, 16),  # a partial cache at batch 1: a block each
+        (8, 131072, 128),  # a long one: 1024 entries each
+        (1, 524288, triton_common.MOST_SPLITS),
+        (512, 131072, 4),  # the GPU is full: short waves
+        (5000, 100, 1),
+    ],
+)
+def test_how_many_programs_share_a_head(heads: int, entries: int, expected: int) -> None:
+    assert triton_common.split_count(heads, entries, block=64) == expected
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend_equals_the_reference(case: Case) -> None:
     check_attend(on(triton_partial, "attend"), case)
