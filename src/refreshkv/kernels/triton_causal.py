@@ -31,7 +31,7 @@ from refreshkv.kernels.triton_common import (
 ATTEND = {
     (64, 2): Config(block=128, warps=4, stages=3),
     (128, 2): Config(block=64, warps=4, stages=3),
-    (256, 2): Config(block=32, warps=8, stages=2),
+    (256, 2): Config(block=32, warps=4, stages=2),
     (64, 4): Config(block=32, warps=8, stages=2),
     (128, 4): Config(block=32, warps=8, stages=2),
     (256, 4): Config(block=16, warps=8, stages=2),

@@ -29,9 +29,9 @@ from refreshkv.kernels.triton_common import (
 
 # By padded head dim and the bytes of an element, as in `triton_causal`.
 VOTE = {
-    (64, 2): Config(block=256, warps=8, stages=1),
-    (128, 2): Config(block=128, warps=8, stages=1),
-    (256, 2): Config(block=64, warps=8, stages=1),
+    (64, 2): Config(block=128, warps=8, stages=1),
+    (128, 2): Config(block=64, warps=8, stages=1),
+    (256, 2): Config(block=32, warps=8, stages=1),
     (64, 4): Config(block=64, warps=8, stages=1),
     (128, 4): Config(block=32, warps=8, stages=1),
     (256, 4): Config(block=32, warps=8, stages=1),

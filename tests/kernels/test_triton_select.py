@@ -1,0 +1,250 @@
+"""Selection and gather in Triton equal `selection.select` and the reference exactly, and broken ones are noticed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refreshkv import selection
+from refreshkv.kernels import reference
+from refreshkv.selection import FREE, Selection
+from tests.kernels.comparison import check_gather, check_select
+from tests.kernels.interpreted import run_there
+from tests.kernels.mutants import Mutant, mutated
+
+triton_select = importlib.import_module("refreshkv.kernels.triton_select")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """So that a short row has several blocks and several sorted chunks."""
+    rank, radix = (
+        importlib.import_module(f"refreshkv.kernels.triton_{n}") for n in ("select", "radix")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank, "RANK", replace(rank.RANK, block=64))
+        patch.setattr(radix, "COUNT", replace(radix.COUNT, block=64))
+        patch.setattr(radix, "SORT", replace(radix.SORT, block=16))
+        yield
+
+
+def compare(module: Any, scores: Tensor, budget: Tensor, **options: Any) -> Selection:
+    heads = options.get("heads")
+    wanted = torch.ones(scores.shape[:2], dtype=torch.bool) if heads is None else heads
+    with small_blocks():
+        chosen = run_there(module.select)(scores, budget, **options)
+    expected = selection.select(scores, budget, **options)
+    assert chosen.positions.shape == expected.positions.shape
+    assert chosen.positions.dtype == chosen.filled.dtype == torch.int64
+    assert torch.equal(chosen.filled[wanted], expected.filled[wanted])
+    assert torch.equal(chosen.positions[wanted], expected.positions[wanted])
+    return chosen
+
+
+def some_scores(gen: torch.Generator, length: int, kind: str) -> Tensor:
+    """Shares of attention: all different over many octaves, or on few levels, or none at all."""
+    scores = torch.rand(2, 2, length, generator=gen)
+    if kind == "many":
+        return (20 * (scores - 1)).exp()
+    return (scores * 4).floor() / 4 if kind == "few" else scores * 0
+
+
+def some_anchors(gen: torch.Generator, length: int) -> Tensor:
+    """Different places of each head, and `FREE` among them."""
+    places = torch.rand(2, 2, length, generator=gen).argsort(-1)[..., : length // 3 + 1]
+    return places.masked_fill(torch.rand(places.shape, generator=gen) < 0.3, FREE)
+
+
+def check_random(module: Any, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+
+    def one_of(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=gen))]
+
+    length = one_of(1, 20, 64, 150)
+    budget = torch.randint(1, length + 4, (2,), generator=gen)
+    visible = torch.rand(2, length, generator=gen) < one_of(0.7, 0.02)
+    compare(
+        module,
+        some_scores(gen, length, one_of("many", "few", "none")),
+        budget,
+        pool_kernel=one_of(1, 3, 7),
+        visible=one_of(None, visible),
+        heads=one_of(None, torch.rand(2, 2, generator=gen) < 0.5),
+        recent=one_of(0, 5, torch.tensor([0, 3])),
+        anchors=one_of(None, some_anchors(gen, length)),
+        ends=one_of(None, torch.randint(1, length + 1, (2,), generator=gen)),
+        slots=one_of(None, length + 2, int(budget.max())),
+    )
+
+
+def test_signatures_are_those_of_the_definition() -> None:
+    for ours, theirs in (
+        (triton_select.select, selection.select),
+        (triton_select.gather, reference.gather),
+    ):
+        assert inspect.signature(ours) == inspect.signature(theirs)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_select_equals_the_definition(seed: int) -> None:
+    check_random(triton_select, seed)
+
+
+def test_blocks_and_chunks_as_they_are_launched() -> None:
+    """A plateau across blocks, cut by the budget; more than one chunk."""
+    gen = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 2, 4200, generator=gen)
+    scores[0, 1, 2000:] = 0.5
+    budget = torch.tensor([1100])
+    chosen = run_there(triton_select.select)(scores, budget, slots=1100)
+    assert torch.equal(chosen.positions, selection.select(scores, budget).positions)
+
+
+def check_rules(module: Any) -> None:
+    """Every option at once, in rows that differ."""
+    gen = torch.Generator().manual_seed(1)
+    compare(
+        module,
+        some_scores(gen, 150, "few"),
+        torch.tensor([60, 37]),
+        pool_kernel=3,
+        visible=torch.rand(2, 150, generator=gen) < 0.7,
+        recent=torch.tensor([9, 4]),
+        anchors=some_anchors(gen, 60),
+        ends=torch.tensor([150, 133]),
+        slots=64,
+    )
+
+
+def check_heads(module: Any) -> None:
+    scores = some_scores(torch.Generator().manual_seed(2), 20, "many")
+    heads = torch.tensor([[True, False], [False, True]])
+    chosen = compare(module, scores, torch.tensor([3, 4]), heads=heads)
+    assert bool((chosen.positions[~heads] == FREE).all()) and not chosen.filled[~heads].any()
+
+
+def check_strides(module: Any) -> None:
+    """Scores, mask and heads as views of something else."""
+    gen = torch.Generator().manual_seed(3)
+    scores = some_scores(gen, 40, "many").transpose(1, 2).contiguous().transpose(1, 2)
+    visible = (torch.rand(2, 80, generator=gen) < 0.7)[:, ::2]
+    heads = torch.tensor([[True, False], [True, True]]).T
+    compare(module, scores, torch.tensor([9, 9]), visible=visible, heads=heads)
+
+
+def test_the_heads_left_out_are_free() -> None:
+    check_heads(triton_select)
+
+
+def test_select_reads_views() -> None:
+    check_strides(triton_select)
+
+
+def test_select_equals_the_worked_examples() -> None:
+    with small_blocks():
+        check_select(run_there(triton_select.select))
+
+
+def test_more_tokens_than_a_key_holds() -> None:
+    with pytest.raises(ValueError, match="33554433 tokens are more"):
+        triton_select.select(torch.empty(1, 1, 1).expand(1, 1, 2**25 + 1), torch.tensor([1]))
+
+
+def writes_there(module: Any) -> Callable[..., None]:
+    """`gather` with an `out` of the CPU."""
+
+    def run(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
+        def gathered(*tensors: Any) -> Tensor:
+            module.gather(*tensors)
+            return tensors[2]
+
+        out.copy_(run_there(gathered)(source, positions, out, heads))
+
+    return run
+
+
+def check_gathered(module: Any) -> None:
+    check_gather(writes_there(module))
+
+
+def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
+    check_gathered(triton_select)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [80, 256])
+def test_gather_copies_every_bit(dim: int, dtype: torch.dtype) -> None:
+    """Several blocks of slots; K and V beside each other; heads as columns."""
+    gen = torch.Generator().manual_seed(dim)
+    both = torch.randn(2, 200, 2, 2 * dim, generator=gen).to(dtype).transpose(1, 2)
+    source = both[..., dim:]
+    positions = torch.randint(-1, 200, (2, 2, 150), generator=gen)
+    heads = torch.tensor([[True, False], [True, True]]).T
+    out, expected = (torch.zeros(2, 2, 160, dim, dtype=dtype) for _ in range(2))
+    writes_there(triton_select)(source, positions, out, heads)
+    reference.gather(source, positions, expected, heads)
+    assert torch.equal(out, expected)
+
+
+# From here on: what the lines of the kernels are for.
+
+BREAKABLE: dict[str, Callable[[Any], None]] = {
+    "rules": check_rules,
+    "heads": check_heads,
+    "strides": check_strides,
+    "gather": check_gathered,
+}
+SELECT, RADIX = "triton_select", "triton_radix"
+MUTANTS = [
+    ("rules", Mutant(SELECT, "places + (step - POOL // 2)", "places + step")),
+    ("rules", Mutant(SELECT, "if step == POOL // 2", "if step == 0")),
+    ("rules", Mutant(SELECT, "tl.load(visible, mask=shown, other=0) != 0", "shown")),
+    ("rules", Mutant(SELECT, "near < tl.minimum(end, length)", "near < length")),
+    ("rules", Mutant(SELECT, "places >= end - tl.load", "places > end - tl.load")),
+    ("rules", Mutant(SELECT, "4.0, pooled", "1.0, pooled")),
+    ("rules", Mutant(SELECT, "place, 2.0, mask", "place, 0.25, mask")),
+    ("rules", Mutant(SELECT, "bits >> 23", "bits >> 24")),
+    ("rules", Mutant(RADIX, "above >= need", "above > need")),
+    ("rules", Mutant(RADIX, "bins > digit, count", "bins >= digit, count")),
+    ("rules", Mutant(RADIX, "mask=agrees", "mask=key >= 0")),
+    ("rules", Mutant(RADIX, "key >= smallest", "key > smallest")),
+    ("rules", Mutant(RADIX, "slot = before + tl.cumsum", "slot = tl.cumsum")),
+    ("rules", Mutant(RADIX, "== ((index & width) == 0)", "== ((index & width) != 0)")),
+    ("rules", Mutant(RADIX, "probe < key", "probe > key")),
+    ("rules", Mutant(RADIX, "further <= size", "further < size")),
+    ("rules", Mutant(RADIX, "tl.cast(FREE, tl.int64)", "tl.cast(0, tl.int64)")),
+    ("rules", Mutant(RADIX, "tl.load(budget_ptr + row)", "tl.load(budget_ptr)")),
+    (
+        "heads",
+        Mutant(
+            SELECT,
+            "head * heads_head):\n            return\n    own",
+            "0):\n            return\n    own",
+        ),
+    ),
+    ("strides", Mutant(SELECT, "near * visible_place", "near")),
+    ("gather", Mutant(SELECT, "(place >= 0)[:, None]", "(place >= -1)[:, None]")),
+    ("gather", Mutant(SELECT, "place[:, None] * source_place", "slot[:, None] * source_place")),
+]
+
+
+@pytest.mark.parametrize("name", BREAKABLE)
+def test_the_checks_pass_unbroken(name: str) -> None:
+    BREAKABLE[name](triton_select)
+
+
+@pytest.mark.parametrize(("name", "mutant"), MUTANTS, ids=lambda value: repr(str(value)))
+def test_a_broken_kernel_is_noticed(name: str, mutant: Mutant) -> None:
+    with mutated(mutant, "triton_select") as broken, pytest.raises(AssertionError):
+        BREAKABLE[name](broken)
