@@ -42,7 +42,7 @@ IN_PLACE = {
 LISTED = {
     (64, 2): Config(block=64, warps=4, stages=5),
     (128, 2): Config(block=64, warps=4, stages=5),
-    (256, 2): Config(block=32, warps=8, stages=5),
+    (256, 2): Config(block=32, warps=4, stages=5),
     (64, 4): Config(block=64, warps=8, stages=3),
     (128, 4): Config(block=32, warps=8, stages=3),
     (256, 4): Config(block=16, warps=8, stages=3),
