@@ -71,6 +71,8 @@ def test_decode_options(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Pat
         "dtype": "float32",
         "steps": 1,
         "cycles": 1,
+        "static": None,
+        "compiled": False,
         "threads": 1,
         "skip": ("default", "empty"),
         "results": path,

@@ -54,6 +54,8 @@ def run(
     dtype: str = "bfloat16",
     steps: int = 20,
     cycles: int = 4,
+    static: bool | None = None,
+    compiled: bool = False,
     threads: int | None = None,
     skip: tuple[str, ...] = (),
     results: Path | None = None,
@@ -68,6 +70,8 @@ def run(
         budget, stride: as in `RefreshConfig`; `stride=None` gives a mix of partial steps only.
         draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
         steps, cycles: timed steps and cycles, after two for warming up.
+        static: our single steps on the static form of the cache; `None`: on a GPU, into CUDA graphs.
+        compiled: they are compiled as well, which takes a minute or more.
         threads: CPU threads; `None` leaves torch's choice.
         skip: variants to leave out ("default" needs minutes at long contexts).
         builder: makes the model; a cached one where several runs share it. `None` is `shapes.build`.
@@ -90,6 +94,8 @@ def run(
         dtype=getattr(torch, dtype),
         steps=steps,
         cycles=cycles,
+        static=torch.device(device).type == "cuda" if static is None else static or compiled,
+        compiled=compiled,
     )
     sizes = roofline.sizes_of(outline(config_of(shape), job.dtype))
     if results is not None:
@@ -119,9 +125,9 @@ class _Turns:
         self.notes: dict[str, str] = {}
         # Where our stores end: at the context, or earlier in those that are shorter by nature.
         self.ends = {
-            name: cache.layers[0].inner.length
+            name: end
             for name, cache in caches.items()
-            if isinstance(cache, RefreshCache)
+            if (end := variants.end_of(cache)) is not None
         }
         exact = caches.pop("exact", None)
         self.exact = None if exact is None else Exact(model, below, exact, job)
@@ -151,7 +157,7 @@ class _Turns:
         """Milliseconds of each timed turn."""
         job = self.job
         calls = dict(self.steps)
-        for name in self.ends.keys() & calls.keys():
+        for name in self.ends.keys() & calls.keys() if not job.compiled else ():
             replay = captured(lambda name=name: self._step(name), job.device)
             self._take_back(name)  # of a call that broke off
             if replay is not None:

@@ -98,6 +98,7 @@ def report(
         "tokens_per_pass": round(roofline.tokens_per_pass(job.draft, job.acceptance), 3),
         "steps": job.steps,
         "cycles": job.cycles,
+        "form": "compiled" if job.compiled else "static" if job.static else "growing",
         "device": about["device"],
         "dtype": str(job.dtype).removeprefix("torch."),
         "threads": about["threads"],

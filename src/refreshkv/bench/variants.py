@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from transformers.utils import is_flash_attn_2_available
 from refreshkv.bench.timing import WARM_UP
 from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.integrations.transformers import RefreshCache
+from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.step import Attention
 from refreshkv.store import DenseStore
 
+OURS = (RefreshCache, StaticRefreshCache)
 _SPARE = 8  # places beyond those that a run needs
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
@@ -60,6 +64,8 @@ class Job:
         stride: of the mix; `None` is partial steps only.
         draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
         steps, cycles: timed turns of single steps, and of such cycles.
+        static: our single steps run on the static form of the cache, which a CUDA graph can hold.
+        compiled: they are compiled too, as transformers' static cache always is on a GPU.
     """
 
     shape: str
@@ -73,6 +79,8 @@ class Job:
     dtype: torch.dtype
     steps: int
     cycles: int
+    static: bool = False
+    compiled: bool = False
 
     @property
     def room(self) -> int:
@@ -101,15 +109,21 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
         "exact": make_config("default", budget=job.budget, draft=job.draft),
     }
     wanted = [name for name in ours if name.split("_")[0] not in skip and name not in skip]
-    # A static, graph-capturable form of our cache belongs here, as one more variant beside these.
-    made: dict[str, Cache] = {name: RefreshCache(model.config, ours[name]) for name in wanted}
+    shorter = {"empty": 1, "snapkv": min(job.budget, job.context)}
+    made: dict[str, Cache] = {}
+    for name in wanted:
+        if job.static and name != "exact":  # whose loop is Python's
+            room = job.room - job.context + shorter.get(name, job.context)
+            made[name] = StaticRefreshCache(model.config, ours[name], max_cache_len=room)
+        else:
+            made[name] = RefreshCache(model.config, ours[name])
     if "static" not in skip:
         made["static"] = StaticCache(config=model.config, max_cache_len=job.room)
     if "flash" not in skip and job.device.type == "cuda" and is_flash_attn_2_available():
         made["flash"] = DynamicCache(config=model.config)
     if "default" not in skip:
         made["default"] = DynamicCache(config=model.config)
-    _fill(model, made, job, {"empty": 1, "snapkv": min(job.budget, job.context)})
+    _fill(model, made, job, shorter)
     return made
 
 
@@ -129,13 +143,22 @@ def _fill(
         queries = noise(config.num_attention_heads, kept)
         shared = None
         for name in sorted(made, key=lambda name: name != "static"):  # its buffers are shared
-            cache = made[name]
+            cache, tokens = made[name], shorter.get(name, job.context)
+            if isinstance(cache, StaticRefreshCache):
+                layer = cache.layers[index]
+                if "static" in made and name not in shorter:
+                    layer.share(made["static"].layers[index])
+                else:
+                    layer.update(keys[:, :, :tokens], values[:, :, :tokens])
+                layer.observe(queries, Attention(config.head_dim**-0.5), None)
+                layer.begin_decoding()
+                continue
             if not isinstance(cache, RefreshCache):
                 cache.update(keys, values, index)
                 continue
             inner = cache.layers[index].inner
             if name in shorter:
-                inner.append(keys[:, :, : shorter[name]], values[:, :, : shorter[name]])
+                inner.append(keys[:, :, :tokens], values[:, :, :tokens])
             else:
                 shared = shared or _shared_store(made.get("static"), index, keys, values, job)
                 inner.store = shared
@@ -165,7 +188,7 @@ def forward(
     """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
     config = model.config
     attached = config._attn_implementation_internal
-    if not isinstance(cache, RefreshCache):
+    if not isinstance(cache, OURS):
         config._attn_implementation_internal = implementation
     try:
         return model(
@@ -181,28 +204,38 @@ def stepper(
     """One decode step of a variant, `[B, V]` logits. `below`: the implementation under the attached one."""
     token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
     implementation = "flash_attention_2" if name == "flash" else below
-    if name != "static" or job.device.type != "cuda":
-        return lambda: forward(model, implementation, cache, token)[:, -1]
-
-    def call(cache: Cache, token: Tensor) -> Tensor:
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-
-    compiled = torch.compile(call, mode="reduce-overhead", dynamic=False)
 
     def step() -> Tensor:
-        config = model.config
-        attached = config._attn_implementation_internal
-        config._attn_implementation_internal = below
-        try:
-            return compiled(cache, token).clone()  # the next replay overwrites it
-        finally:
-            config._attn_implementation_internal = attached
+        return forward(run, implementation, cache, token)[:, -1]
 
+    theirs = job.device.type == "cuda" and type(cache) is StaticCache
+    ours = job.compiled and isinstance(cache, StaticRefreshCache)
+    run: Any = _Compiled(model) if theirs or ours else model
     return step
+
+
+class _Compiled:
+    """A model whose forward pass is compiled, as `generate` does it: on a GPU into CUDA graphs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self._call = torch.compile(model.__call__, mode="reduce-overhead", dynamic=False)
+
+    def __call__(self, **inputs: Any) -> Any:
+        out = self._call(**inputs)
+        out.logits = out.logits.clone()  # the next replay overwrites them
+        return out
+
+
+def end_of(cache: Cache) -> int | None:
+    """Where the store of one of ours ends; `None` for one of transformers'."""
+    return int(cache.layers[0].get_seq_length()) if isinstance(cache, OURS) else None
 
 
 def take_back(cache: Cache, length: int) -> None:
     """The store of one of ours ends at `length` again; what was selected from it stays."""
-    if isinstance(cache, RefreshCache):
-        for layer in cache.layers:
+    for layer in cache.layers:
+        if isinstance(cache, StaticRefreshCache):
+            layer.cumulative_length.fill_(length)
+        else:
             layer.inner.store.crop(length)

@@ -151,6 +151,10 @@ acceptance_option = click.option(
 @click.option("--steps", **at_least(1, 20, "Timed steps of each variant."))
 @click.option("--cycles", **at_least(1, 4, "Timed cycles of the lossless mode."))
 @click.option(
+    "--static/--growing", default=None, help="The form of our cache.  [default: static on a GPU]"
+)
+@click.option("--compiled", is_flag=True, help="Compile our steps, on the static form.")
+@click.option(
     "--skip",
     metavar="A,B",
     default="",

@@ -41,6 +41,18 @@ class StaticRefreshLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """See `StaticLayer`; the partial cache is allocated with the full one."""
         super().lazy_initialization(key_states, value_states)
+        self._allocate()
+
+    def share(self, other: StaticLayer) -> None:
+        """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
+        # Tensors of our own, because the keys carry a tag.
+        self.keys, self.values = (held.view_as(held) for held in (other.keys, other.values))
+        self.dtype, self.device = other.dtype, other.device
+        self.cumulative_length = other.cumulative_length.clone()
+        self.is_initialized = True
+        self._allocate()
+
+    def _allocate(self) -> None:
         self.inner = StaticLayerCache(
             self._refresh,
             self.keys,
@@ -57,14 +69,18 @@ class StaticRefreshLayer(StaticLayer):
         if mask is not None:
             visible = newest_row(mask, self.max_cache_len).expand(query.shape[0], -1)
         if query.shape[2] > 1 or self.current.prompt:
-            self.inner.await_selection(query)
-            self._prompt = attention, visible
+            self.observe(query, attention, visible)
             return None
         if self._prompt is not None:
             raise RuntimeError(
                 "the prompt is over: call begin_decoding() of the cache before the first decode step"
             )
         return decode_step(self.inner, query[:, :, 0], attention, visible)[:, :, None]
+
+    def observe(self, queries: Tensor, attention: Attention, visible: Tensor | None) -> None:
+        """A prompt, or a chunk of it, is in the cache; `queries` `[B, Hq, T, D]`, `visible` `[B, C]` bool or `None`."""
+        self.inner.await_selection(queries)
+        self._prompt = attention, visible
 
     def lend(self) -> None:
         """Another layer attends to these keys in full."""
