@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +59,54 @@ CPU = Backend(
     insert=cpu.insert,
 )
 
-_BY_DEVICE = {"cpu": CPU}
+_WIDEST = 256  # head dim that the Triton kernels have settings for
 
 
 def backend_for(device: torch.device) -> Backend:
     """The fastest kernels for a device; plain torch where there is nothing better."""
-    return _BY_DEVICE.get(device.type, REFERENCE)
+    if device.type == "cpu":
+        return CPU
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return triton_backend()
+    return REFERENCE
+
+
+@functools.cache
+def triton_backend() -> Backend:
+    """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
+    from refreshkv.kernels import (
+        triton_full,
+        triton_insert,
+        triton_partial,
+        triton_select,
+        triton_verify,
+    )
+
+    return Backend(
+        name="triton",
+        attend=_not_too_wide(triton_partial.attend),
+        attend_and_score=_not_too_wide(triton_full.attend_and_score),
+        attend_and_rank=_not_too_wide(triton_partial.attend_and_rank),
+        attend_at=_not_too_wide(triton_partial.attend_at),
+        score=_not_too_wide(triton_full.score),
+        verify=_not_too_wide(triton_verify.verify),
+        vote=_not_too_wide(triton_verify.vote),
+        select=triton_select.select,
+        gather=triton_select.gather,
+        insert=triton_insert.insert,
+    )
+
+
+def _not_too_wide(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, or the reference for heads that it was not written for."""
+
+    @functools.wraps(kernel)
+    def run(query: Tensor, keys: Tensor, *given: Any, **named: Any) -> Any:
+        plain = keys.shape[-1] > _WIDEST or any(t.shape[-1] > _WIDEST for t in given[:1])
+        chosen = getattr(reference, kernel.__name__) if plain else kernel
+        return chosen(query, keys, *given, **named)
+
+    return run
 
 
 def available() -> dict[str, str]:
@@ -70,6 +115,8 @@ def available() -> dict[str, str]:
         "cpu": "packed GQA on contiguous heads, for CPU tensors",
         "reference": "plain torch, any device",
     }
-    if torch.cuda.is_available():
-        found["reference"] += f" (serves {torch.cuda.get_device_name()}; never timed there)"
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        found["triton"] = (
+            f"split-K attention and radix selection, for {torch.cuda.get_device_name()}"
+        )
     return found

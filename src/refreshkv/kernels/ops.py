@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import Backend, backend_for, reference
+from refreshkv.kernels import Backend, backend_for
 from refreshkv.kernels.reference import Attended, Scored
 from refreshkv.selection import Selection
 
@@ -168,7 +168,9 @@ OPERATORS = Backend(
     gather=_gather,
     insert=_insert,
     # Outside of a decode step: the first selection, and the lossless mode.
-    attend_at=reference.attend_at,
+    attend_at=lambda query, *given, **named: backend_for(query.device).attend_at(
+        query, *given, **named
+    ),
     verify=lambda query, *given, **named: backend_for(query.device).verify(query, *given, **named),
     vote=lambda query, *given, **named: backend_for(query.device).vote(query, *given, **named),
 )
