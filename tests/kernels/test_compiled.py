@@ -1,4 +1,4 @@
-"""Every kernel compiles for Ampere and Hopper as it is launched; none spills, and two programs or more fit an SM."""
+"""Every kernel compiles for Ampere and Hopper as it is launched; none spills, and in 16 bits two programs fit an SM."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def test_no_operation_asks_the_device(
 def test_what_is_launched_fits(target: int, dtype: torch.dtype, dims: tuple[int, ...]) -> None:
     """float16 becomes the same code as bfloat16. What one operation shares with another is compiled once."""
     assert target in TARGETS
+    programs = 2 if dtype.itemsize == 2 else 1  # float32 is there to check with
     kernels = resources(target, dtype, dims)
     found = {kernel.operation for kernel in kernels}
     assert found == {name for names in OPERATIONS.values() for name in names}
     for kernel in kernels:
         assert kernel.stack == kernel.local == 0, f"spills: {kernel}"
         registers = -(-kernel.registers // 8) * 8 * 32 * kernel.warps  # given out by eights
-        assert 2 * registers <= REGISTERS, f"registers of two programs: {kernel}"
-        assert 2 * (kernel.shared + RESERVED) <= SHARED[target], f"shared memory: {kernel}"
+        assert programs * registers <= REGISTERS, f"registers: {kernel}"
+        assert programs * (kernel.shared + RESERVED) <= SHARED[target], f"shared memory: {kernel}"
