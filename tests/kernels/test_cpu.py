@@ -60,7 +60,6 @@ def test_each_head_may_be_masked_differently(op: str, case: Case) -> None:
 def test_without_the_fused_kernel_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "flash", None)
     check_attend(cpu.attend, case)
-    check_verify(CPU.verify, case)
 
 
 def test_gather_writes_the_filled_slots_and_nothing_else() -> None:

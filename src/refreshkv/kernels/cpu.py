@@ -2,7 +2,8 @@
 
 Two facts about CPU torch shape it. A batched matmul over a buffer with spare capacity clones the whole operand, while
 the `[L, D]` block of one head is contiguous; and the scores of a full step are there for free when the two matmuls are
-written out. In 16-bit dtypes the logits of a scored full step are rounded to that dtype, as in eager attention.
+written out (`cpu_heads.py`). In 16-bit dtypes the logits of a scored full step are rounded to that dtype, as in eager
+attention.
 
 Same signatures as `reference.py`.
 """
@@ -19,7 +20,7 @@ from refreshkv.kernels.cpu_heads import attend_heads, pairs, share_beside_sink
 from refreshkv.kernels.reference import Attended, Scored
 from refreshkv.selection import FREE, Selection, candidates
 
-_BLOCK = 4096  # rows of keys, half a megabyte of them: a block stays in the second-level cache
+_LONG = 4096  # tokens: below, a loop over heads does not pay
 
 # Attention with its log-sum-exp; `scaled_dot_product_attention` runs this very kernel but keeps the log-sum-exp.
 flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -41,7 +42,7 @@ def attend(
     keys, values, visible = _within(lengths, visible, keys, values)
     if flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
         options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
-        if keys.shape[2] < _BLOCK:  # too short for a loop over heads to pay
+        if keys.shape[2] < _LONG:
             return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
         return attend_and_score(query, keys, values, **options)[0]  # type: ignore[arg-type]
     packed = query.unflatten(1, (keys.shape[1], -1))

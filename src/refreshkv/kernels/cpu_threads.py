@@ -28,7 +28,8 @@ def in_shares(work: Callable[[Sequence[Item]], None], items: Sequence[Item]) -> 
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
             work(share)
 
-    for _ in _pool(os.getpid(), threads).map(task, [items[i::threads] for i in range(threads)]):
+    shares = [items[i::threads] for i in range(min(threads, len(items)))]
+    for _ in _pool(os.getpid(), threads).map(task, shares):
         pass  # raises what a share raised
 
 
