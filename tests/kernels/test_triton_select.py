@@ -51,17 +51,17 @@ def compare(module: Any, scores: Tensor, budget: Tensor, **options: Any) -> Sele
     return chosen
 
 
-def some_scores(gen: torch.Generator, length: int, kind: str) -> Tensor:
+def some_scores(gen: torch.Generator, length: int, kind: str, heads: int = 2) -> Tensor:
     """Shares of attention: all different over many octaves, or on few levels, or none at all."""
-    scores = torch.rand(2, 2, length, generator=gen)
+    scores = torch.rand(2, heads, length, generator=gen)
     if kind == "many":
         return (20 * (scores - 1)).exp()
     return (scores * 4).floor() / 4 if kind == "few" else scores * 0
 
 
-def some_anchors(gen: torch.Generator, length: int) -> Tensor:
+def some_anchors(gen: torch.Generator, length: int, heads: int = 2) -> Tensor:
     """Different places of each head, and `FREE` among them."""
-    places = torch.rand(2, 2, length, generator=gen).argsort(-1)[..., : length // 3 + 1]
+    places = torch.rand(2, heads, length, generator=gen).argsort(-1)[..., : length // 3 + 1]
     return places.masked_fill(torch.rand(places.shape, generator=gen) < 0.3, FREE)
 
 
@@ -96,7 +96,7 @@ def test_signatures_are_those_of_the_definition() -> None:
         assert inspect.signature(ours) == inspect.signature(theirs)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_select_equals_the_definition(seed: int) -> None:
     check_random(triton_select, seed)
 
@@ -116,14 +116,14 @@ def check_rules(module: Any) -> None:
     gen = torch.Generator().manual_seed(1)
     compare(
         module,
-        some_scores(gen, 150, "few"),
-        torch.tensor([60, 37]),
+        some_scores(gen, 100, "few", heads=1),
+        torch.tensor([40, 27]),
         pool_kernel=3,
-        visible=torch.rand(2, 150, generator=gen) < 0.7,
+        visible=torch.rand(2, 100, generator=gen) < 0.7,
         recent=torch.tensor([9, 4]),
-        anchors=some_anchors(gen, 60),
-        ends=torch.tensor([150, 133]),
-        slots=64,
+        anchors=some_anchors(gen, 60, heads=1),
+        ends=torch.tensor([100, 83]),
+        slots=44,
     )
 
 
