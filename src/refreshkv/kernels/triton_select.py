@@ -46,6 +46,8 @@ def select(
     lifts = None if anchors is None else _lifts(anchors, length)
     ranks = budget.new_empty(rows, kv_heads, length, dtype=torch.int32)
     counts = ranks.new_zeros(rows, kv_heads, DIGITS.value, BINS.value)
+    # What a row has one number of may come expanded.
+    budget, newest, ends = (x if x is None else x.contiguous() for x in (budget, newest, ends))
     rank_kernel[(triton.cdiv(length, RANK.block), kv_heads, rows)](
         scores,
         visible,

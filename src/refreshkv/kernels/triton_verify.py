@@ -54,7 +54,7 @@ def verify(
     window: int | None = None,
 ) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
-    options = (starts, counts, scale, softcap, sinks, visible, window)
+    options = (*_of_rows(starts, counts), scale, softcap, sinks, visible, window)
     query, keys, values = map(contiguous_rows, (query, keys, values))
     attended = attend_causal(query, keys, values, *options)
     return attended, _vote(query, keys, attended.lse, *options, reduction)
@@ -74,7 +74,7 @@ def vote(
     reduction: Reduction = "max",
 ) -> Scored:
     """See `reference.vote`."""
-    options = (starts, counts, scale, softcap, sinks, visible, None)
+    options = (*_of_rows(starts, counts), scale, softcap, sinks, visible, None)
     query, keys = map(contiguous_rows, (query, keys))
     return _vote(query, keys, attend_causal(query, keys, None, *options).lse, *options, reduction)
 
@@ -128,6 +128,11 @@ def _vote(
         num_stages=config.stages,
     )
     return Scored(scores, lse)
+
+
+def _of_rows(starts: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One number a row in memory, as the kernels read it; what comes in may be expanded."""
+    return starts.contiguous(), None if counts is None else counts.contiguous()
 
 
 @triton.jit
