@@ -29,7 +29,7 @@ from refreshkv.kernels.triton_common import (
     strides,
 )
 
-# By the larger padded head dim and the bytes of an element. None spills, and in 16 bits two programs fit an SM.
+# By the larger padded head dim and the bytes of an element. In 16 bits none spills and two programs fit an SM.
 IN_PLACE = {
     (64, 2): Config(block=128, warps=4, stages=3),
     (128, 2): Config(block=64, warps=4, stages=3),
