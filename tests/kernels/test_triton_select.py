@@ -234,7 +234,6 @@ MUTANTS = [
         ),
     ),
     ("strides", Mutant(SELECT, "near * visible_place", "near")),
-    ("gather", Mutant(SELECT, "(place >= 0)[:, None]", "(place >= -1)[:, None]")),
     ("gather", Mutant(SELECT, "place[:, None] * source_place", "slot[:, None] * source_place")),
 ]
 

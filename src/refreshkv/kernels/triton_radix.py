@@ -149,7 +149,7 @@ def collect_kernel(
         if enough > 0:
             before = tl.atomic_add(taken_ptr + own, enough.to(tl.int64))
             slot = before + tl.cumsum(reaches) - 1
-            tl.store(chosen_ptr + own * most + slot, key, mask=reaches > 0)
+            tl.store(chosen_ptr + own * most + slot, key, mask=(reaches > 0) & (slot < most))
 
 
 @triton.jit
@@ -212,4 +212,4 @@ def slot_kernel(
             step //= 2
         rank += smaller
     place_mask = (tl.cast(1, tl.int64) << PLACE_BITS) - 1
-    tl.store(positions_ptr + rank, key & place_mask, mask=used)
+    tl.store(positions_ptr + rank, key & place_mask, mask=used & (rank < most))
