@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from refreshkv import RefreshConfig
 from refreshkv.methods import METHODS
 
 from ..conftest import build
-from .prompts import greedy, left_padded, refreshed
+from .prompts import greedy, left_padded, refreshed, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -53,8 +55,57 @@ def test_the_methods(name: str) -> None:
         vanilla = greedy(model, there, new=12)
         for budget in (1000, 0.25):
             with refreshkv.attach(model, method=name, budget=budget) as session:
-                tokens = greedy(model, there, new=12)
-            assert budget == 0.25 or torch.equal(tokens, vanilla)
-        found.append((tokens.cpu(), session.stats.as_dict()))
+                given = greedy(model, there, new=12)
+            assert budget == 0.25 or torch.equal(given, vanilla)
+        found.append((given.cpu(), session.stats.as_dict()))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+STATIC = {
+    "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
+    "fast": refreshkv.PRESETS["fast"],
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("name", STATIC)
+def test_the_static_form_in_cuda_graphs(architecture: str, name: str) -> None:
+    """transformers compiles the forward pass with `reduce-overhead`; the tokens are those of the growing cache."""
+    model = build(architecture).cuda()
+    inputs = {key: tensor.cuda() for key, tensor in left_padded([50, 37, 21]).items()}
+    config = replace(STATIC[name], budget=8)
+    grown = refreshed(model, inputs, config)
+    assert torch.equal(refreshed(model, inputs, config, cache_implementation="static"), grown)
+
+
+def test_decoding_in_the_static_form_allocates_nothing_that_stays() -> None:
+    model = build("llama").cuda()
+    ids = tokens(2, 64).cuda()
+    with refreshkv.attach(model, STATIC["published"]) as session, torch.no_grad():
+        cache = session.new_static_cache(128)
+        out = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        cache.begin_decoding()
+        held = []
+        for _ in range(20):
+            out = model(input_ids=out, past_key_values=cache).logits[:, -1:].argmax(-1)
+            held.append(torch.cuda.memory_allocated())
+    assert len(set(held[3:])) == 1
+
+
+def test_a_step_in_the_static_form_never_waits() -> None:
+    model = build("llama").cuda()
+    ids = tokens(2, 64).cuda()
+    with refreshkv.attach(model, STATIC["published"]) as session, torch.no_grad():
+        cache = session.new_static_cache(128)
+        out = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        cache.begin_decoding()
+        for step in range(8):
+            if step == 4:  # kernels are compiled by now
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                out = model(input_ids=out, past_key_values=cache).logits[:, -1:].argmax(-1)
+            except RuntimeError:
+                torch.cuda.set_sync_debug_mode("default")
+                raise
+        torch.cuda.set_sync_debug_mode("default")

@@ -14,3 +14,17 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU machine the Triton kernels are tested on the GPU, by `-m gpu`; broken ones could leave it unusable."""
+    if not torch.cuda.is_available():
+        return
+    for item in items:
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.gpu)
+            if "broken" in item.name:
+                item.add_marker(
+                    pytest.mark.skip(reason="kernels are broken in the interpreter only")
+                )
