@@ -194,17 +194,21 @@ def test_rows_keep_their_own_ring(backend: Backend, rows: list[int]) -> None:
     ring.check(*[[[10, 11], [0, 1, 2, 10, 11]][row] for row in rows])
 
 
-def everywhere(ring: Ring, *positions: int) -> tuple[Tensor, Tensor]:
-    """The arguments with which `fetch` brings `positions` into every ring."""
-    wanted = torch.tensor(positions).expand(ring.rows, HEADS, -1)
-    return wanted, torch.ones_like(wanted, dtype=torch.bool)
+def everywhere(ring: Ring, *positions: int) -> Tensor:
+    """What brings `positions` into every ring, `[B, Hkv, m]`."""
+    return torch.tensor(positions).expand(ring.rows, HEADS, -1)
+
+
+def where(positions: Tensor, wanted: Tensor) -> Tensor:
+    """The wanted ones of `positions`, and no others."""
+    return positions.masked_fill(~wanted, FREE)
 
 
 def test_what_is_fetched_replaces_the_lowest_and_is_no_step(backend: Backend) -> None:
     ring = Ring(backend, [4], 10)
     ring.refresh(rising=False)  # 3, 2, 1, 0
     ring.push(1)  # over 3
-    ring.partial.fetch(*everywhere(ring, 5, 7))  # over 2 and 1
+    ring.partial.fetch(everywhere(ring, 5, 7))  # over 2 and 1
     ring.check([0, 5, 7, 10])
     assert ring.partial.steps.tolist() == [[1, 1]]
     assert ring.partial.pushed.tolist() == [[3, 3]]
@@ -217,7 +221,7 @@ def test_what_is_fetched_replaces_the_lowest_and_is_no_step(backend: Backend) ->
 def test_what_is_there_is_not_fetched_again(backend: Backend) -> None:
     ring = Ring(backend, [4], 10)
     ring.refresh(rising=False)
-    ring.partial.fetch(*everywhere(ring, 1, 3))
+    ring.partial.fetch(everywhere(ring, 1, 3))
     ring.check([0, 1, 2, 3])
     assert ring.partial.pushed.tolist() == [[0, 0]]
 
@@ -226,9 +230,9 @@ def test_each_head_fetches_for_itself(backend: Backend) -> None:
     ring = Ring(backend, [3], 10)
     ring.refresh(rising=False)  # 2, 1, 0
     positions = torch.tensor([[[7, 8], [2, 9]]])
-    ring.partial.fetch(positions, torch.tensor([[[False, True], [True, True]]]))
+    ring.partial.fetch(where(positions, torch.tensor([[[False, True], [True, True]]])))
     assert held(ring.partial) == [[[0, 1, 8], [0, 1, 9]]]
-    ring.partial.fetch(positions, torch.tensor([[[True, True], [False, False]]]))
+    ring.partial.fetch(where(positions, torch.tensor([[[True, True], [False, False]]])))
     assert held(ring.partial) == [[[0, 7, 8], [0, 1, 9]]]
     ring.push(1)
     assert held(ring.partial) == [[[7, 8, 10], [0, 9, 10]]]
@@ -239,7 +243,7 @@ def test_fetching_fills_free_slots_first(backend: Backend) -> None:
     ring = Ring(backend, [6, 20], 10)
     four = Selection(torch.tensor([[[3, 2, 1, 0]] * HEADS] * 2), torch.full((2, HEADS), 4))
     ring.partial.refresh(four)
-    ring.partial.fetch(*everywhere(ring, 7, 8, 9))
+    ring.partial.fetch(everywhere(ring, 7, 8, 9))
     ring.check([0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 7, 8, 9])
 
 
@@ -250,7 +254,7 @@ def test_fetching_nothing_changes_nothing(backend: Backend) -> None:
     names = ("keys", "values", "positions", "filled", "pushed", "steps", "newest", "used")
     before = {name: getattr(ring.partial, name).clone() for name in names}
     positions, wanted = everywhere(ring, 0, 4)
-    ring.partial.fetch(positions, ~wanted)
+    ring.partial.fetch(where(positions, ~wanted))
     for name, content in before.items():
         held_now = getattr(ring.partial, name)
         assert torch.equal(
@@ -309,7 +313,7 @@ def test_a_ring_is_a_queue_that_starts_sorted(
             positions = torch.tensor([positions for positions, _ in drawn])
             wanted = torch.tensor([wanted for _, wanted in drawn])[:, None].expand_as(positions)
             shape = (len(budget), HEADS, -1)
-            ring.partial.fetch(positions.view(shape), wanted.reshape(shape))
+            ring.partial.fetch(where(positions.view(shape), wanted.reshape(shape)))
         else:
             heads = torch.tensor(data.draw(flags)).view(len(budget), HEADS)
             ring.refresh(rising=False, heads=heads)

@@ -26,10 +26,13 @@ import torch
 OPERATIONS = {
     "triton_partial": ("attend", "attend_and_rank", "attend_at"),
     "triton_full": ("attend_and_score", "score"),
+    "triton_verify": ("verify", "vote"),
+    "triton_select": ("select", "gather"),
+    "triton_insert": ("insert",),
 }
 TARGETS = (80, 90)  # Ampere and Hopper
 DIMS = (64, 80, 128, 256)
-ROWS, KV_HEADS, GROUP, LENGTH, SLOTS, PAGE, QUERIES = 2, 8, 4, 4096, 512, 16, 5
+ROWS, KV_HEADS, GROUP, LENGTH, SLOTS, PAGE, QUERIES = 2, 8, 4, 4096, 512, 16, 9
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def arguments(operation: Any, dim: int, dtype: torch.dtype, plain: bool) -> dict
         "budget": torch.full((ROWS,), SLOTS),
         "slots": SLOTS,
         "ends": per_head[:, 0],
+        "wanted": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int64),
+        "ring_keys": cache(),
+        "ring_values": cache(),
+        "ring_positions": torch.zeros(ROWS, KV_HEADS, LENGTH, dtype=torch.int64),
+        "filled": per_head,
+        "pushed": per_head,
     }
     if not plain:
         typical |= {

@@ -51,7 +51,8 @@ def test_no_operation_asks_the_device(
 def test_what_is_launched_fits(target: int, dtype: torch.dtype, dims: tuple[int, ...]) -> None:
     """float16 becomes the same code as bfloat16. What one operation shares with another is compiled once."""
     assert target in TARGETS
-    programs = 2 if dtype.itemsize == 2 else 1  # float32 is there to check with
+    # Hopper is what they are set for; float32 is there to check with.
+    programs = 2 if target == 90 and dtype.itemsize == 2 else 1
     kernels = resources(target, dtype, dims)
     found = {kernel.operation for kernel in kernels}
     assert found == {name for names in OPERATIONS.values() for name in names}
