@@ -117,10 +117,12 @@ fidelity-wide: $(STAMP)  ## the shorter tables of docs/fidelity.md, into out/
 # A model of natural text: about 20 minutes to train on one core, and as long to feed it 24 documents in six ways.
 TEXT := full,refreshkv-fast,refreshkv-paper,snapkv,streaming-llm,oracle-topk:budget=0.0625,int4-keys:budget=0.0625,$\
 	int2-keys:budget=0.0625
-fidelity-text: $(STAMP)  ## train the text model and compare perplexities, into out/
+fidelity-text: $(STAMP)  ## train the text model, perplexities and lossless texts, into out/
 	$(BIN)/python -m refreshkv.demo.text_model --out out/text
 	OMP_NUM_THREADS=1 $(BIN)/refreshkv eval --device cpu --model out/text/model --tasks perplexity --length 2048 \
 		--task-option perplexity.data=out/text/held-out --limit 24 --batch 8 --methods $(TEXT) --out out/text-2048
+	OMP_NUM_THREADS=1 $(BIN)/python -m refreshkv.evals.continuation --model out/text/model --data out/text/held-out \
+		--methods refreshkv refreshkv:confidence=0.5 refreshkv:confidence=0.3 refreshkv:confidence=0.1 refreshkv:confidence=0.0
 
 # A second environment, because kvpress wants a transformers of its own.
 CROSS := .venv-crosscheck/bin/python

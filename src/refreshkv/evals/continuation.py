@@ -1,0 +1,89 @@
+"""Do methods continue a text as full attention does, and what do they read for it? (ours)
+
+`python -m refreshkv.evals.continuation --model M --data FOLDER` continues the beginning of each text greedily, in
+float32, and prints a row a method. There is no right answer; the yardstick is what full attention says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from refreshkv.cli.loading import load
+from refreshkv.evals.decoding import Output, answer_tokens, generate
+from refreshkv.evals.grid import parse_methods
+from refreshkv.evals.prefill import Prefills
+from refreshkv.evals.tasks import make_task
+from refreshkv.integrations.transformers import attach
+from refreshkv.stats import RowStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 8
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    new_tokens: int,
+    methods: Sequence[str],
+) -> dict[str, list[Output]]:
+    """Method (`name[:setting=value ...]`) -> what it makes of each text, at most `new_tokens` tokens."""
+    found: dict[str, list[Output]] = {name: [] for name in methods}
+    prefills = Prefills(model)
+    for start in range(0, len(texts), BATCH):
+        part = texts[start : start + BATCH]
+        for method in parse_methods(methods):
+            stats = RowStats()
+            with attach(model, method=method.name, stats=stats, **method.settings) as session:
+                room = [new_tokens] * len(part)
+                found[method.text] += generate(
+                    model, tokenizer, session, part, room, prefills=prefills
+                )
+    return found
+
+
+def table(found: dict[str, list[Output]]) -> str:
+    """Markdown: texts that are those of "full", mean and largest KV read in per cent, passes a token where drafted."""
+    lines = ["| | same text | KV read | worst | passes |", "|---|---:|---:|---:|---:|"]
+    for name, outputs in found.items():
+        same = sum(a.tokens == b.tokens for a, b in zip(outputs, found["full"], strict=True))
+        reads = [100 * output.stats["kv_read_share"] for output in outputs]
+        passes = [output.stats["passes_per_token"] for output in outputs]
+        drafted = "1" if None in passes else f"{sum(passes) / len(passes):.2f}"
+        mean = sum(reads) / len(reads)
+        lines.append(
+            f"| `{name}` | {same}/{len(outputs)} | {mean:.1f} | {max(reads):.1f} | {drafted} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="as for `refreshkv eval`")
+    parser.add_argument("--data", required=True, help="as `perplexity.data` of `refreshkv eval`")
+    parser.add_argument("--length", type=int, default=1800, help="tokens of a beginning")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=24, help="texts")
+    parser.add_argument(
+        "--methods", nargs="+", default=["refreshkv"], help="besides full attention"
+    )
+    given = parser.parse_args(arguments)
+    loaded = load(given.model, dtype="float32")
+    task = make_task(
+        "perplexity", data=given.data, length=given.length, scored=max(32, given.new_tokens)
+    )
+    examples = task.examples(
+        lambda text: len(answer_tokens(loaded.tokenizer, text)), 0, given.limit
+    )
+    texts = [example.prompt for example in examples]
+    methods = ["full", *given.methods]
+    print(table(continuations(loaded.model, loaded.tokenizer, texts, given.new_tokens, methods)))
+
+
+if __name__ == "__main__":
+    main()
