@@ -10,7 +10,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refreshkv.cli.loading import load
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refreshkv import demo
 from refreshkv.evals.decoding import Output, answer_tokens, generate
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
@@ -61,10 +64,17 @@ def table(found: dict[str, list[Output]]) -> str:
     return "\n".join(lines)
 
 
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name == "demo":
+        return demo.load()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="as for `refreshkv eval`")
+    parser.add_argument("--model", required=True, help="a folder or hub id, or demo")
     parser.add_argument("--data", required=True, help="as `perplexity.data` of `refreshkv eval`")
     parser.add_argument("--length", type=int, default=1800, help="tokens of a beginning")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -73,16 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", default=["refreshkv"], help="besides full attention"
     )
     given = parser.parse_args(arguments)
-    loaded = load(given.model, dtype="float32")
+    model, tokenizer = _load(given.model)
     task = make_task(
         "perplexity", data=given.data, length=given.length, scored=max(32, given.new_tokens)
     )
-    examples = task.examples(
-        lambda text: len(answer_tokens(loaded.tokenizer, text)), 0, given.limit
-    )
+    examples = task.examples(lambda text: len(answer_tokens(tokenizer, text)), 0, given.limit)
     texts = [example.prompt for example in examples]
     methods = ["full", *given.methods]
-    print(table(continuations(loaded.model, loaded.tokenizer, texts, given.new_tokens, methods)))
+    print(table(continuations(model, tokenizer, texts, given.new_tokens, methods)))
 
 
 if __name__ == "__main__":
