@@ -93,8 +93,7 @@ def attend_heads(
     parts = [
         part for part in _parts(keys, starts, queries, visible, window, heads) if counts[part.row]
     ]
-    # One query is bound by memory, which torch's own threads share well enough.
-    if queries > 1 and length >= _LONG and torch.get_num_threads() > 1:
+    if length >= _LONG and torch.get_num_threads() > 1:
         in_shares(work, parts)
     else:
         work(parts)

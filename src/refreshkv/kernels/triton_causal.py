@@ -33,7 +33,7 @@ ATTEND = {
     (128, 2): Config(block=64, warps=4, stages=3),
     (256, 2): Config(block=32, warps=4, stages=2),
     (64, 4): Config(block=32, warps=8, stages=2),
-    (128, 4): Config(block=32, warps=8, stages=2),
+    (128, 4): Config(block=16, warps=8, stages=2),
     (256, 4): Config(block=16, warps=8, stages=2),
 }
 # Queries of a group in one matrix product.
