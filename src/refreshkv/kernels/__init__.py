@@ -66,9 +66,14 @@ def backend_for(device: torch.device) -> Backend:
     """The fastest kernels for a device; plain torch where there is nothing better."""
     if device.type == "cpu":
         return CPU
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and _has_triton():
         return triton_backend()
     return REFERENCE
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -112,10 +117,10 @@ def _not_too_wide(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def available() -> dict[str, str]:
     """The backends that work on this machine and what they serve."""
     found = {
-        "cpu": "packed GQA on contiguous heads, for CPU tensors",
+        "cpu": "packed GQA, heads shared over threads, for CPU tensors",
         "reference": "plain torch, any device",
     }
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    if torch.cuda.is_available() and _has_triton():
         found["triton"] = (
             f"split-K attention and radix selection, for {torch.cuda.get_device_name()}"
         )
