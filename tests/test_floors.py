@@ -21,6 +21,7 @@ FLOORS = [
     {"cache"},
     {"step"},
     {"exact", "static", "methods"},
+    {"static_exact"},
     {"integrations"},
     {"bench", "evals", "training", "demo"},
     {"cli"},

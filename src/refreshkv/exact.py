@@ -32,11 +32,13 @@ class ExactLayer:
     def __init__(self, cache: LayerCache, visible: Tensor | None) -> None:
         self.cache = cache
         self.visible = visible
-        self.ends = torch.full((cache.rows,), cache.length, device=cache.store.keys.device)
+        device = cache.store.keys.device
+        self.ends = torch.zeros(cache.rows, dtype=torch.int64, device=device) + cache.length
         # [B, Hkv, L], of the last full pass, not yet selected from
         self.votes: Tensor | None = None
-        self.drafted = 0  # tokens drafted in this cycle
-        self.read: list[Tensor] = []  # [B] a step, entries that the drafts of this cycle read
+        self.drafted = torch.zeros((), dtype=torch.int64, device=device)  # tokens, in this cycle
+        # [steps, B], entries that each of these drafts read
+        self.read = self.ends.new_zeros(cache.config.draft, cache.rows)
         self.verified = torch.zeros_like(self.ends)  # queries of each row in the last full pass
 
     def draft(self, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
@@ -48,10 +50,11 @@ class ExactLayer:
         partial = self.cache.partial
         assert partial is not None
         partial.push(key, value, (self.ends + self.drafted)[:, None])
-        self.drafted += 1
         used = partial.used
         output = attend_partial(self.cache, query, attention, self.ends[:, None, None]).output
-        self.read.append((used + partial.fetched).sum(-1))
+        read = (used + partial.fetched).sum(-1)
+        self.read.index_copy_(0, self.drafted.view(1), read[None])
+        self.drafted += 1
         return output
 
     def verify(
@@ -86,7 +89,7 @@ class ExactLayer:
             **attention.options(over_heads(self._seen())),
             reduction=cache.config.group_reduction,
         )
-        self.votes, self.verified = scored.scores, counts
+        self._voted(scored.scores, counts)
         return output
 
     def commit(self, kept: Tensor) -> None:
@@ -95,9 +98,9 @@ class ExactLayer:
         assert cache.hidden is not None
         heads, before = cache.kv_heads, self.ends - cache.hidden
         # What the drafts of others made a row read is not its own.
+        steps = torch.arange(len(self.read), device=kept.device)[:, None]
         read = (before + self.verified) * heads
-        for step, entries in enumerate(self.read):
-            read = read + torch.where(step + 1 < self.verified, entries, 0)
+        read = read + self.read.masked_fill(steps + 1 >= self.verified, 0).sum(0)
         # Full attention would have read one entry more with each token.
         available = (kept * before + kept * (kept + 1) // 2) * heads
         cache.stats.record(
@@ -109,17 +112,22 @@ class ExactLayer:
             read=torch.where(self.verified > 0, read, 0),
             available=available,
         )
-        self.ends = self.ends + kept
-        self.drafted, self.read = 0, []
+        self.ends += kept
+        self.drafted.zero_()
+        self.read.zero_()
 
     def take_back(self, ends: Tensor) -> None:
         """Rows that are longer than `ends` `[B]` forget what they have beyond."""
-        self.ends = torch.minimum(self.ends, ends)
+        self.ends.copy_(torch.minimum(self.ends, ends))
 
     def close(self, length: int) -> None:
         """Every row has at least `length` places, and the layer goes on with those."""
         self.cache.crop(length)
         self.cache.forget_selection()
+
+    def _voted(self, votes: Tensor, counts: Tensor) -> None:
+        """What the full pass leaves for the next selection and for the statistics."""
+        self.votes, self.verified = votes, counts
 
     def _select(self, attention: Attention) -> None:
         """The partial cache of this cycle, where it does not exist yet."""
@@ -166,8 +174,8 @@ class ExactWindowLayer(ExactLayer):
         return self._attend(queries, keys, values, self.ends, attention)
 
     def commit(self, kept: Tensor) -> None:
-        self.ends = self.ends + kept
-        self.drafted = 0
+        self.ends += kept
+        self.drafted.zero_()
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, attention: Attention

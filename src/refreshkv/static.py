@@ -49,6 +49,13 @@ class StaticStore(DenseStore):
         """Forget everything; the memory stays."""
         self.length.zero_()
 
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+        """See `DenseStore.write`. There must be room; what lies beyond a row is finite already."""
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        places = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
+        self.keys[rows, :, places] = keys.transpose(1, 2)
+        self.values[rows, :, places] = values.transpose(1, 2)
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """See `DenseStore.append`. There must be room."""
         places = self.length + torch.arange(keys.shape[2], device=keys.device)
@@ -141,6 +148,10 @@ class StaticLayerCache(LayerCache):
         else:
             self.resolve_budget(visible, prompt)
             self.pending = None
+        self.settle()
+
+    def settle(self) -> None:
+        """What a first selection left moves to where decoding reads and writes it."""
         if self.anchors is not None:
             most = round(self.slots * self.config.anchor)
             self.anchors = F.pad(self.anchors, (0, most - self.anchors.shape[2]), value=FREE)

@@ -65,6 +65,7 @@ def test_the_methods(name: str) -> None:
 STATIC = {
     "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
     "fast": refreshkv.PRESETS["fast"],
+    "lossless": refreshkv.PRESETS["default"],
 }
 
 
@@ -75,6 +76,8 @@ def test_the_static_form_in_cuda_graphs(architecture: str, name: str) -> None:
     model = build(architecture).cuda()
     inputs = {key: tensor.cuda() for key, tensor in left_padded([50, 37, 21]).items()}
     config = replace(STATIC[name], budget=8)
+    if name == "lossless" and architecture != "llama":
+        pytest.skip("windows: it runs as full attention")
     grown = refreshed(model, inputs, config)
     assert torch.equal(refreshed(model, inputs, config, cache_implementation="static"), grown)
 

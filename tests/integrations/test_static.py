@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from refreshkv import RefreshConfig
 from refreshkv.integrations.transformers.static import StaticRefreshCache
 
 from .prompts import NEW, greedy, left_padded, refreshed, tokens
-from .test_equalities import EVERY_OPTION
+from .test_equalities import EVERY_OPTION, OURS
 
 RAGGED = [50, 37, 21]
 STATIC = {"cache_implementation": "static"}
+OURS_WITHOUT_TRIGGER = {name: OURS[name] for name in ("recent", "successor", "window", "anchor")}
 CONFIGS = {
     "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
     "fixed stride": RefreshConfig(budget=0.25, stride=3, threshold=None),
@@ -112,8 +114,6 @@ def test_the_end_of_the_prompt_must_be_announced(llama: PreTrainedModel) -> None
 
 def test_what_has_no_static_form_says_so(llama: PreTrainedModel) -> None:
     ids = tokens(1, 40)
-    with refreshkv.attach(llama), pytest.raises(ValueError, match="preset='fast'"):
-        greedy(llama, ids, **STATIC)
     with (
         refreshkv.attach(llama, method="h2o") as session,
         pytest.raises(ValueError, match="'h2o' has no static cache"),
@@ -131,6 +131,65 @@ def test_transformers_static_cache_is_refused(llama: PreTrainedModel) -> None:
         pytest.raises(ValueError, match="past_key_values is a StaticCache"),
     ):
         greedy(llama, tokens(1, 40), past_key_values=cache)
+
+
+EXACT = [
+    RefreshConfig(mode="exact", budget=8, draft=5, confidence=0.0, **OURS_WITHOUT_TRIGGER),
+    RefreshConfig(mode="exact", budget=0.5, draft=3, confidence=0.0),
+]
+
+
+@pytest.mark.parametrize("config", EXACT, ids=["every option", "plain"])
+def test_lossless(model: PreTrainedModel, config: RefreshConfig) -> None:
+    """Rows that keep different numbers of drafts; with windows it is full attention, and says so."""
+    inputs = left_padded(RAGGED)
+    grown, counts = counted(model, inputs, config)
+    windows = getattr(model.config, "sliding_window", None)
+    with pytest.warns(UserWarning, match="sliding-window") if windows else nullcontext():
+        static, static_counts = counted(model, inputs, config, **STATIC)
+    assert torch.equal(static, greedy(model, inputs)) and torch.equal(static, grown)
+    assert windows or static_counts == counts
+
+
+def test_lossless_there_are_two_graphs(llama: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with refreshkv.attach(llama, EXACT[0]) as session:
+        for seed in (0, 1):
+            inputs = left_padded(RAGGED, seed)
+            assert torch.equal(greedy(llama, inputs, **compiled()), greedy(llama, inputs))
+    assert session.stats.drafts.drafted > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_lossless_sampling_draws_what_the_growing_cache_draws(llama: PreTrainedModel) -> None:
+    inputs, drawn = left_padded(RAGGED), []
+    with refreshkv.attach(llama, EXACT[1]):
+        for options in ({}, STATIC):
+            torch.manual_seed(3)
+            drawn.append(llama.generate(**inputs, max_new_tokens=NEW, do_sample=True, **options))
+    assert torch.equal(*drawn)
+
+
+def test_lossless_beams_are_full_attention(llama: PreTrainedModel) -> None:
+    inputs = left_padded(RAGGED[1:])
+    with refreshkv.attach(llama, EXACT[0]), pytest.warns(UserWarning, match="beam search"):
+        static = greedy(llama, inputs, num_beams=3, **STATIC)
+    assert torch.equal(static, greedy(llama, inputs, num_beams=3))
+
+
+def test_lossless_a_second_turn_on_the_cache(llama: PreTrainedModel) -> None:
+    first, more = tokens(2, 40), tokens(2, 7, seed=9)
+    turns = []
+    for attached in (True, False):
+        with refreshkv.attach(llama, EXACT[0]) if attached else nullcontext() as session:
+            cache = session.new_static_cache(120) if attached else None
+            options = {"past_key_values": cache} if attached else {}
+            out = llama.generate(first, max_new_tokens=12, do_sample=False, **options)
+            ids = torch.cat([out, more], 1)
+            turns.append(llama.generate(ids, max_new_tokens=12, do_sample=False, **options))
+    assert torch.equal(*turns)
 
 
 def counted(

@@ -2,7 +2,7 @@
 
 An operator is opaque to the compiler: it runs what `backend_for` picks for the device of its tensors, which on a CPU
 may look at them. What the compiler learns is shapes, and those follow from shapes alone. Signatures as in
-`reference.py`; what the lossless mode needs is not here, because its loop asks the device once a cycle.
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -119,6 +119,17 @@ _score = _operator(
     2,
     lambda **given: (_scores(**given), _attended(**given, values=given["keys"])[1]),
 )
+_verify = _operator(
+    "verify",
+    "Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor? counts, float scale, float? softcap,"
+    " Tensor? sinks, Tensor? visible, str reduction, int? window",
+    3,
+    lambda query, keys, values, **_: (
+        values.new_empty(*query.shape[:3], values.shape[-1]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+        _scores(keys),
+    ),
+)
 _select = _operator(
     "select",
     "Tensor scores, Tensor budget, int pool_kernel, Tensor? visible, Tensor? heads, Tensor? recent,"
@@ -153,6 +164,11 @@ def _attend_and_rank_named(*given: Any, **named: Any) -> tuple[Attended, Tensor]
     return Attended(output, lse), best
 
 
+def _verify_named(*given: Any, **named: Any) -> tuple[Attended, Scored]:
+    output, lse, scores = _verify(*given, **named)
+    return Attended(output, lse), Scored(scores, lse)
+
+
 def _select_named(*given: Any, recent: Tensor | int = 0, **named: Any) -> Selection:
     kept = recent if isinstance(recent, Tensor) else None  # 0, as from `selection.recent_share`
     return Selection(*_select(*given, recent=kept, **named))
@@ -167,10 +183,10 @@ OPERATORS = Backend(
     select=_select_named,
     gather=_gather,
     insert=_insert,
-    # Outside of a decode step: the first selection, and the lossless mode.
+    verify=_verify_named,
+    # Not in a pass that is compiled.
     attend_at=lambda query, *given, **named: backend_for(query.device).attend_at(
         query, *given, **named
     ),
-    verify=lambda query, *given, **named: backend_for(query.device).verify(query, *given, **named),
     vote=lambda query, *given, **named: backend_for(query.device).vote(query, *given, **named),
 )

@@ -126,10 +126,12 @@ class Session:
         """A cache of fixed size for compiled decoding, as `generate(cache_implementation="static")` uses it.
 
         Raises:
-            ValueError: the lossless mode, or a method other than RefreshKV.
+            ValueError: a method other than RefreshKV.
         """
         if self.method is not None and self.method.make is not None:
             raise ValueError(f"method {self.method.name!r} has no static cache: drop it")
+        if self.config.mode == "exact":
+            max_cache_len += self.config.draft + 1  # of a row that has all but its last token
         return StaticRefreshCache(
             self.model.config, self.config, max_cache_len=max_cache_len, stats=self.stats
         )
@@ -221,9 +223,9 @@ class Session:
         )
         made = model_kwargs.get("past_key_values")
         if type(made) is StaticCache:
-            model_kwargs["past_key_values"] = self.new_static_cache(
-                max(layer.max_cache_len for layer in made.layers)
-            )
+            longest = max(layer.max_cache_len for layer in made.layers)
+            model_kwargs["past_key_values"] = self.new_static_cache(longest)
+            model_kwargs["past_key_values"].is_kept = False
         elif given is None and type(made) is DynamicCache:
             final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
             model_kwargs["past_key_values"] = self.new_cache(reserve=final_length)

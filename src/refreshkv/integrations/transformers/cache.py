@@ -119,7 +119,7 @@ class RefreshLayer(DynamicLayer):
         """`[B, Hq, T, D]` -> the same where the pass is ours; `None` where the implementation below should attend."""
         self.current.awaiting = None
         if self.exact is not None:
-            return self._exact_step(query, attention)
+            return exact_step(self, query, attention)
         if self.window is not None:
             return None  # over a window the implementation below, with the host's mask, is right
         visible = self._visible(mask)
@@ -149,19 +149,6 @@ class RefreshLayer(DynamicLayer):
             current.visible = None if bool(row.all()) else row.expand(self.inner.rows, -1)
             current.mask = weakref.ref(mask)
         return current.visible
-
-    def _exact_step(self, query: Tensor, attention: Attention) -> Tensor:
-        """`[B, Hq, T, D]` -> `[B, Hq, T, D]`: what the pass under way asks of this layer."""
-        assert self.exact is not None and self.newest is not None
-        keys, values = self.newest
-        if self.current.drafting == "draft":
-            key, value = keys[:, :, 0], values[:, :, 0]
-            return self.exact.draft(query[:, :, 0], key, value, attention)[:, :, None]
-        if self.current.drafting != "verify" or self.current.counts is None:
-            raise RuntimeError(
-                "this cache is inside a lossless `generate`: no other pass may use it"
-            )
-        return self.exact.verify(query, keys, values, self.current.counts, attention)
 
     def get_seq_length(self) -> int:
         """Tokens in the full store."""
@@ -212,7 +199,33 @@ class RefreshLayer(DynamicLayer):
     prefetch = offload
 
 
-class RefreshCache(DynamicCache):
+class Drafting:
+    """What a cache of ours offers to the loop of the lossless mode."""
+
+    layers: list[Any]
+    _current: Pass
+
+    @property
+    def exact_layers(self) -> list[Any]:
+        """The layers that take part in the lossless mode."""
+        return [layer for layer in self.layers if hasattr(layer, "begin_exact")]
+
+    @contextmanager
+    def drafting(
+        self, kind: Literal["draft", "verify"], counts: Tensor | None = None
+    ) -> Iterator[None]:
+        """The pass inside is one of the lossless mode; `counts` as in `ExactLayer.verify`."""
+        self._current.drafting, self._current.counts = kind, counts
+        try:
+            yield
+        finally:
+            self._current.drafting = self._current.counts = None
+
+    def before_drafts(self) -> None:
+        """A cycle begins in which some row drafts."""
+
+
+class RefreshCache(Drafting, DynamicCache):
     """The KV cache of a model under RefreshKV, for `generate(..., past_key_values=cache)`.
 
     Sliding-window, linear and other special layers stay transformers' own. The model must be attached
@@ -269,22 +282,6 @@ class RefreshCache(DynamicCache):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    @property
-    def exact_layers(self) -> list[RefreshLayer]:
-        """The layers that take part in the lossless mode, which are all that hold keys."""
-        return [layer for layer in self.layers if isinstance(layer, RefreshLayer)]
-
-    @contextmanager
-    def drafting(
-        self, kind: Literal["draft", "verify"], counts: Tensor | None = None
-    ) -> Iterator[None]:
-        """The pass inside is one of the lossless mode; `counts` as in `ExactLayer.verify`."""
-        self._current.drafting, self._current.counts = kind, counts
-        try:
-            yield
-        finally:
-            self._current.drafting = self._current.counts = None
-
     @contextmanager
     def prompt(self) -> Iterator[None]:
         """Passes inside belong to a prompt even when they hold one token (the last chunk of a chunked prefill)."""
@@ -310,6 +307,18 @@ class RefreshCache(DynamicCache):
                 " this architecture changes them after the cache; it is not supported"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def exact_step(layer: Any, query: Tensor, attention: Attention) -> Tensor:
+    """`[B, Hq, T, D]` -> `[B, Hq, T, D]`: what the pass of the lossless mode under way asks of this layer."""
+    keys, values = layer.newest
+    layer.newest = None
+    if layer.current.drafting == "draft":
+        key, value = keys[:, :, 0], values[:, :, 0]
+        return layer.exact.draft(query[:, :, 0], key, value, attention)[:, :, None]
+    if layer.current.drafting != "verify" or layer.current.counts is None:
+        raise RuntimeError("this cache is inside a lossless `generate`: no other pass may use it")
+    return layer.exact.verify(query, keys, values, layer.current.counts, attention)
 
 
 def check_attached(decoder: PreTrainedConfig) -> None:

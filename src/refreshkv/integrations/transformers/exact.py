@@ -19,6 +19,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from refreshkv.integrations.transformers.cache import RefreshCache
 from refreshkv.integrations.transformers.processors import process, unserved
+from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.integrations.transformers.support import exact_reason, rope_reason
 from refreshkv.speculation import accept_greedy, accept_sampled
 from refreshkv.stats import DraftCounts
@@ -26,6 +27,7 @@ from refreshkv.stats import DraftCounts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CACHES = (RefreshCache, StaticRefreshCache)
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -48,7 +50,7 @@ def decode(
     mode = generation_config.get_generation_mode()
     limit = stopping_criteria.max_length
     # A cache of other settings goes its own way.
-    wanted = not isinstance(cache, RefreshCache) or cache.refresh.mode == "exact"
+    wanted = not isinstance(cache, _CACHES) or cache.refresh.mode == "exact"
     reason = None
     if wanted:
         reason = _reason(model, input_ids, logits_processor, mode, limit, model_kwargs)
@@ -98,8 +100,11 @@ def _reason(
     """Why this call cannot draft; `None` where it can."""
     if mode not in _SERVED:
         return f"{mode.value.replace('_', ' ')} does not draft"
-    if not isinstance(model_kwargs.get("past_key_values"), RefreshCache):
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, _CACHES):
         return "no RefreshCache"
+    if len(cache.exact_layers) < len(cache.layers):
+        return "over a static cache its sliding-window layers cannot take a draft back"
     positions = model_kwargs.get("position_ids")
     if positions is None:
         return "the model takes no position_ids"
@@ -152,7 +157,7 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        cache: RefreshCache,
+        cache: RefreshCache | StaticRefreshCache,
         input_ids: Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
@@ -160,6 +165,8 @@ class _Run:
         new: int | None,
     ) -> None:
         self.model, self.cache, self.config = model, cache, config
+        self.call: Any = model  # what a pass after the prompt runs
+        self.static = isinstance(cache, StaticRefreshCache)
         self.processors = processors
         self.new = new  # most new tokens of a row
         self.start = 0
@@ -187,7 +194,9 @@ class _Run:
         )
         mask = model_kwargs.get("attention_mask")
         visible = None if mask is None or bool(mask.all()) else mask.bool()
-        self.start = self.cache.get_seq_length()
+        self.start = int(self.cache.get_seq_length())
+        if self.static and self.model._valid_auto_compile_criteria(model_kwargs, self.config):
+            self.call = self.model.get_compiled_call(self.config.compile_config)
         for layer in self.cache.exact_layers:
             layer.begin_exact(visible)
         logits = outputs.logits[:, -1:].float()
@@ -209,7 +218,7 @@ class _Run:
         last = self._last()[:, None]
         real = torch.where(active, counts + 1, 0)
         with self.cache.drafting("verify", real):
-            logits = self._forward(torch.cat([last, drafts], 1))
+            logits = self._verify(torch.cat([last, drafts], 1))
         scores = self._process(logits, self.made)
         if self.config.do_sample:
             accepted, after = accept_sampled(drafts, draft_probs, scores.softmax(-1), counts)
@@ -274,6 +283,8 @@ class _Run:
         """
         tokens, probs, token = [], [], self._last()
         going, drafted = counts > 0, torch.zeros_like(counts)
+        if bool(going.any()):
+            self.cache.before_drafts()
         while bool(going.any()):
             step = len(tokens)
             with self.cache.drafting("draft"):
@@ -295,20 +306,27 @@ class _Run:
         proposed = torch.stack(probs, 1) if probs else none.new_zeros(self.rows, 0, 1).float()
         return stacked[:, :most], proposed[:, :most], drafted
 
+    def _verify(self, tokens: Tensor) -> Tensor:
+        """The full pass over `[B, T]`; one that is compiled always takes as many tokens as it ever may."""
+        count = tokens.shape[1]
+        if self.static:
+            tokens = torch.nn.functional.pad(tokens, (0, self.most + 1 - count))
+        return self._forward(tokens)[:, :count]
+
     def _forward(self, tokens: Tensor, ahead: int = 0) -> Tensor:
         """`[B, T]` tokens, `ahead` places after the last sure one -> float32 logits `[B, T, V]`."""
         steps = torch.arange(ahead, ahead + tokens.shape[1], device=tokens.device)
         ahead_of_prompt = self.made[:, None] + steps
         if self.new is not None:  # a row that drafts less than others may have no such position
             ahead_of_prompt = ahead_of_prompt.clamp(max=self.new - 1)
-        output = self.model(
+        output = self.call(
             input_ids=tokens,
             position_ids=self.position + ahead_of_prompt,
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
         )
-        return output.logits.float()
+        return output.logits.float().clone() if self.static else output.logits.float()
 
     def _process(self, logits: Tensor, made: Tensor) -> Tensor:
         """`[B, T, V]` through the logits processors; row i's first follows `made[i]` new tokens of `ids`."""
@@ -368,6 +386,7 @@ class _Run:
         Rows that ended early take the padding after their end through the model, which ordinary loops do step by step.
         """
         last = sequences.shape[1] - 1
+        self.call = self.model  # once, over any number of tokens: not worth a graph
         have = self.prompt + self.made - 1
         missing = (last - have).clamp(min=0)
         for layer in self.cache.exact_layers:

@@ -1,7 +1,8 @@
 """`StaticRefreshCache`: a `StaticCache` whose full-attention layers keep a partial cache, for compiled decoding.
 
-`generate(cache_implementation="static")` inside `attach` uses it: the prompt runs eagerly, then transformers compiles
-the forward pass, on GPUs into CUDA graphs. The lossless mode is not among what it serves: its loop is Python's.
+`generate(cache_implementation="static")` inside `attach` uses it: the prompt runs eagerly, then the forward pass is
+compiled as over transformers' own static cache, on GPUs into CUDA graphs. The lossless mode has two of them, one for
+drafts and one for full passes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from refreshkv.config import RefreshConfig
-from refreshkv.integrations.transformers.cache import Pass, check_attached, tag
+from refreshkv.integrations.transformers.cache import (
+    Drafting,
+    Pass,
+    check_attached,
+    exact_step,
+    tag,
+)
 from refreshkv.integrations.transformers.masks import newest_row
 from refreshkv.static import StaticLayerCache
+from refreshkv.static_exact import StaticExactLayer
 from refreshkv.stats import Stats
 from refreshkv.step import Attention, decode_step
 
@@ -37,6 +45,11 @@ class StaticRefreshLayer(StaticLayer):
         self._refresh = refresh
         self._stats = stats
         self._prompt: tuple[Attention, Tensor | None] | None = None  # until decoding begins
+        self._last: tuple[Tensor, Attention] | None = (
+            None  # queries of the prompt, for the lossless mode
+        )
+        self.exact: StaticExactLayer | None = None  # while `generate` drafts and verifies
+        self.newest: tuple[Tensor, Tensor] | None = None  # keys and values of such a pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """See `StaticLayer`; the partial cache is allocated with the full one."""
@@ -63,8 +76,33 @@ class StaticRefreshLayer(StaticLayer):
         )
         tag(self.keys, self)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `StaticLayer`; in the lossless mode the algorithm decides what is written, and where."""
+        if self.exact is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.newest = (key_states, value_states)
+        return self.keys, self.values
+
+    def begin_exact(self, visible: Tensor | None) -> None:
+        """From here on passes are drafts or verifications. `visible` `[B, prompt]`; `None` when everything is."""
+        assert self._last is not None
+        queries, attention = self._last
+        prompt = int(self.cumulative_length)
+        self.exact = StaticExactLayer(self.inner, queries, attention, visible, prompt)
+        self._stay(self.inner.state() + self.exact.state())
+
+    def end_exact(self, length: int) -> None:
+        """Back to ordinary passes, with the first `length` places of every row."""
+        assert self.exact is not None
+        self.exact.close(length)
+        self.exact = self.newest = None
+
     def attend(self, query: Tensor, attention: Attention, mask: Tensor | None) -> Tensor | None:
         """A decode step, `[B, Hq, 1, D]` -> the same; `None` for a prompt, which is not ours to attend."""
+        if self.exact is not None:
+            return exact_step(self, query, attention)
         visible = None
         if mask is not None:
             visible = newest_row(mask, self.max_cache_len).expand(query.shape[0], -1)
@@ -91,36 +129,41 @@ class StaticRefreshLayer(StaticLayer):
             return
         (attention, visible), prompt = self._prompt, int(self.cumulative_length)
         visible = None if visible is None else visible[:, :prompt]
+        assert self.inner.pending is not None
+        self._last = self.inner.pending, attention
         self.inner.begin_decoding(attention, visible, prompt)
-        for state in self.inner.state():
-            torch._dynamo.mark_static_address(state)
-        for count in self._stats.count_on(self.index, self.keys.device):
-            torch._dynamo.mark_static_address(count)
+        self._stay(self.inner.state() + self._stats.count_on(self.index, self.keys.device))
         self._prompt = None
+
+    @staticmethod
+    def _stay(tensors: list[Tensor]) -> None:
+        """A graph may write into these, because they never move."""
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
     def reset(self) -> None:
         """Back to empty; the memory stays."""
         super().reset()
         if self.is_initialized:
             self.inner.reset()
-        self._prompt = None
+        self._prompt = self._last = self.exact = self.newest = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues the old row `beam_idx[i]`."""
         self.inner.take_rows(beam_idx)
 
 
-class StaticRefreshCache(StaticCache):
+class StaticRefreshCache(Drafting, StaticCache):
     """The KV cache of a model under RefreshKV, in buffers for `max_cache_len` tokens.
 
     Args:
         config: `model.config` of the attached model, the very object.
-        refresh: the settings; not those of the lossless mode.
-        max_cache_len: tokens of prompt and answer together.
+        refresh: the settings.
+        max_cache_len: tokens of prompt and answer together. The lossless mode needs `refresh.draft + 1` places more.
         stats: where decode steps are counted.
 
-    Raises:
-        ValueError: settings of the lossless mode.
+    Attributes:
+        is_kept: somebody holds on to the cache after `generate`.
     """
 
     def __init__(
@@ -131,12 +174,10 @@ class StaticRefreshCache(StaticCache):
         max_cache_len: int,
         stats: Stats | None = None,
     ) -> None:
-        if refresh.mode == "exact":
-            raise ValueError(
-                "the lossless mode has no static cache: drop cache_implementation, or attach with preset='fast'"
-            )
         super().__init__(config=config, max_cache_len=max_cache_len)
+        self.refresh = refresh
         self.stats = Stats() if stats is None else stats
+        self.is_kept = True
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         for index, layer in enumerate(self.layers):
@@ -154,6 +195,11 @@ class StaticRefreshCache(StaticCache):
         finally:
             self._current.prompt = False
         self.begin_decoding()
+
+    def before_drafts(self) -> None:
+        """See `Drafting`: selects, which drafts over tensors that stay cannot do themselves."""
+        for layer in self.exact_layers:
+            layer.exact.select()
 
     def begin_decoding(self) -> None:
         """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""
