@@ -202,7 +202,6 @@ def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel, mode: st
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "a foreign cache": ({"past_key_values": DynamicCache}, "session.new_cache"),
     "no cache": ({"use_cache": False}, "use_cache"),
-    "a static cache": ({"cache_implementation": "static"}, "cache_implementation"),
     "offloading": ({"cache_implementation": "offloaded"}, "cache_implementation"),
 }
 
