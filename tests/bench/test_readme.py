@@ -38,7 +38,7 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
     assert [line.split(" | ")[0] for line in lines] == ["| 2 x 8K", "| 2 x 64K"] * 2
     assert "222" in lines[0] and "| - |" in lines[0] and "444" in lines[1]
     assert "111" not in text and "333" not in text
-    assert "3 drafts a cycle, of which 0.50 stand" in text
+    assert "| 2 x 8K | 32 | 3 | 50% |" in text
 
 
 def test_kernels(tmp_path: Path) -> None:
