@@ -32,7 +32,7 @@ VOTE = {
     (64, 2): Config(block=128, warps=8, stages=1),
     (128, 2): Config(block=64, warps=8, stages=1),
     (256, 2): Config(block=32, warps=8, stages=1),
-    (64, 4): Config(block=64, warps=8, stages=1),
+    (64, 4): Config(block=32, warps=8, stages=1),
     (128, 4): Config(block=32, warps=8, stages=1),
     (256, 4): Config(block=32, warps=8, stages=1),
 }
