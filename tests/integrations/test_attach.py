@@ -180,13 +180,17 @@ def test_a_forward_pass_without_our_cache_is_ordinary(model: PreTrainedModel) ->
             assert torch.equal(model(**inputs).logits, vanilla)
 
 
+@pytest.mark.parametrize("form", [None, "static"])
 @pytest.mark.parametrize("mode", ["refresh", "exact"])
-def test_keys_are_not_kept_alive_by_the_session(llama: PreTrainedModel, mode: str) -> None:
+def test_keys_are_not_kept_alive_by_the_session(
+    llama: PreTrainedModel, mode: str, form: str | None
+) -> None:
     import gc
     import weakref
 
     with refreshkv.attach(llama, mode=mode, budget=6) as session:
-        out = llama.generate(tokens(1, 20), max_new_tokens=3, return_dict_in_generate=True)
+        options = {"max_new_tokens": 3, "return_dict_in_generate": True}
+        out = llama.generate(tokens(1, 20), cache_implementation=form, **options)
         cache = weakref.ref(out.past_key_values.layers[0].inner.store)
         gc.disable()
         try:

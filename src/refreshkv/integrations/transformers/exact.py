@@ -103,7 +103,7 @@ def _reason(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, _CACHES):
         return "no RefreshCache"
-    if len(cache.exact_layers) < len(cache.layers):
+    if isinstance(cache, StaticRefreshCache) and len(cache.exact_layers) < len(cache.layers):
         return "over a static cache its sliding-window layers cannot take a draft back"
     positions = model_kwargs.get("position_ids")
     if positions is None:

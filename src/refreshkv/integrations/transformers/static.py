@@ -45,9 +45,8 @@ class StaticRefreshLayer(StaticLayer):
         self._refresh = refresh
         self._stats = stats
         self._prompt: tuple[Attention, Tensor | None] | None = None  # until decoding begins
-        self._last: tuple[Tensor, Attention] | None = (
-            None  # queries of the prompt, for the lossless mode
-        )
+        # Of the prompt, for the lossless mode.
+        self._last: tuple[Tensor, Attention] | None = None
         self.exact: StaticExactLayer | None = None  # while `generate` drafts and verifies
         self.newest: tuple[Tensor, Tensor] | None = None  # keys and values of such a pass
 
@@ -58,8 +57,7 @@ class StaticRefreshLayer(StaticLayer):
 
     def share(self, other: StaticLayer) -> None:
         """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
-        # Tensors of our own, because the keys carry a tag.
-        self.keys, self.values = (held.view_as(held) for held in (other.keys, other.values))
+        self.keys, self.values = other.keys, other.values
         self.dtype, self.device = other.dtype, other.device
         self.cumulative_length = other.cumulative_length.clone()
         self.is_initialized = True
@@ -74,16 +72,19 @@ class StaticRefreshLayer(StaticLayer):
             index=self.index,
             stats=self._stats,
         )
-        tag(self.keys, self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `StaticLayer`; in the lossless mode the algorithm decides what is written, and where."""
+        """See `StaticLayer`; the keys carry a tag. In the lossless mode the algorithm decides what is written."""
         if self.exact is None:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.newest = (key_states, value_states)
-        return self.keys, self.values
+            super().update(key_states, value_states, *args, **kwargs)
+        else:
+            self.newest = (key_states, value_states)
+        # A tag on the buffer itself would be a circle, which keeps a cache alive for the garbage collector.
+        keys = self.keys.view_as(self.keys)
+        tag(keys, self)
+        return keys, self.values
 
     def begin_exact(self, visible: Tensor | None) -> None:
         """From here on passes are drafts or verifications. `visible` `[B, prompt]`; `None` when everything is."""
