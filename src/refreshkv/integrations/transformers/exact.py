@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from refreshkv.integrations.transformers.cache import RefreshCache
-from refreshkv.integrations.transformers.processors import process, unserved
+from refreshkv.integrations.transformers.fallback import CACHES, full_reason
+from refreshkv.integrations.transformers.processors import process
 from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.support import exact_reason, rope_reason
 from refreshkv.speculation import accept_greedy, accept_sampled
 from refreshkv.stats import DraftCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CACHES = (RefreshCache, StaticRefreshCache)
-_SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def decode(
@@ -50,10 +47,10 @@ def decode(
     mode = generation_config.get_generation_mode()
     limit = stopping_criteria.max_length
     # A cache of other settings goes its own way.
-    wanted = not isinstance(cache, _CACHES) or cache.refresh.mode == "exact"
+    wanted = not isinstance(cache, CACHES) or cache.refresh.mode == "exact"
     reason = None
     if wanted:
-        reason = _reason(model, input_ids, logits_processor, mode, limit, model_kwargs)
+        reason = full_reason(model, input_ids, logits_processor, mode, limit, model_kwargs)
     if reason is not None or not wanted:
         name = GENERATION_MODES_MAPPING[mode]
         if "/" in name:
@@ -87,34 +84,6 @@ def decode(
     except BaseException:
         run.abandon()
         raise
-
-
-def _reason(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    mode: GenerationMode,
-    limit: int | None,
-    model_kwargs: dict[str, Any],
-) -> str | None:
-    """Why this call cannot draft; `None` where it can."""
-    if mode not in _SERVED:
-        return f"{mode.value.replace('_', ' ')} does not draft"
-    cache = model_kwargs.get("past_key_values")
-    if not isinstance(cache, _CACHES):
-        return "no RefreshCache"
-    if isinstance(cache, StaticRefreshCache) and len(cache.exact_layers) < len(cache.layers):
-        return "over a static cache its sliding-window layers cannot take a draft back"
-    positions = model_kwargs.get("position_ids")
-    if positions is None:
-        return "the model takes no position_ids"
-    first = int(positions.max()) + 1
-    last = None if limit is None else first + limit - input_ids.shape[1] - 1
-    return (
-        unserved(processors, len(input_ids))
-        or rope_reason(model.config, first, last)
-        or exact_reason(model.config)
-    )
 
 
 def _loop(run: _Run, stopping_criteria: StoppingCriteriaList, streamer: Any) -> Tensor:
