@@ -295,7 +295,8 @@ class _Run:
             use_cache=True,
             return_dict=True,
         )
-        return output.logits.float().clone() if self.static else output.logits.float()
+        # The next replay of a CUDA graph overwrites what this one gave.
+        return output.logits.to(torch.float32, copy=self.static)
 
     def _process(self, logits: Tensor, made: Tensor) -> Tensor:
         """`[B, T, V]` through the logits processors; row i's first follows `made[i]` new tokens of `ids`."""
