@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreshkv import selection
-from refreshkv.kernels import cpu, cpu_verify, reference
+from refreshkv.kernels import cpu, cpu_verify, native, reference
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ REFERENCE = Backend(
     gather=reference.gather,
     insert=reference.insert,
 )
-CPU = Backend(
-    name="cpu",
+CPU_TORCH = Backend(
+    name="cpu-torch",
     attend=cpu.attend,
     attend_and_score=cpu.attend_and_score,
     attend_and_rank=cpu.attend_and_rank,
@@ -57,6 +57,31 @@ CPU = Backend(
     select=cpu.select,
     gather=cpu.gather,
     insert=cpu.insert,
+)
+
+
+def _native_first(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled twin of `kernel`, or `kernel` for tensors that it does not take."""
+    twin = getattr(native, kernel.__name__)
+
+    @functools.wraps(kernel)
+    def run(query: Tensor, keys: Tensor, *given: Any, **named: Any) -> Any:
+        values = given[0] if given else named.get("values")
+        chosen = twin if native.serves(query, keys, values) else kernel
+        return chosen(query, keys, *given, **named)
+
+    return run
+
+
+CPU = replace(
+    CPU_TORCH,
+    name="cpu",
+    attend=_native_first(cpu.attend),
+    attend_and_score=_native_first(cpu.attend_and_score),
+    attend_and_rank=_native_first(cpu.attend_and_rank),
+    score=_native_first(cpu.score),
+    verify=_native_first(cpu_verify.verify),
+    vote=_native_first(cpu_verify.vote),
 )
 
 _WIDEST = 256  # head dim that the Triton kernels have settings for
@@ -117,7 +142,7 @@ def _not_too_wide(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def available() -> dict[str, str]:
     """The backends that work on this machine and what they serve."""
     found = {
-        "cpu": "packed GQA, heads shared over threads, for CPU tensors",
+        "cpu": f"packed GQA, heads shared over threads, for CPU tensors; {_compiled()}",
         "reference": "plain torch, any device",
     }
     if torch.cuda.is_available() and _has_triton():
@@ -125,3 +150,10 @@ def available() -> dict[str, str]:
             f"split-K attention and radix selection, for {torch.cuda.get_device_name()}"
         )
     return found
+
+
+def _compiled() -> str:
+    library = native.library()
+    if library is None:
+        return "not compiled"
+    return f"bfloat16 compiled, products by {library.refreshkv_products().decode()}"

@@ -1,0 +1,115 @@
+"""Compile `attention.cpp` for the machine it runs on, once, and load it.
+
+The library goes to `$XDG_CACHE_HOME/refreshkv` (`~/.cache/refreshkv`) under a name made of the source, the flags and
+the features of the processor. It shares the OpenMP threads of torch, which has loaded that runtime before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+_SOURCES = tuple(Path(__file__).with_name(n) for n in ("attention.cpp", "product.h", "lanes.h"))
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class BuildError(RuntimeError):
+    """There is no library, and why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled in the first call on this machine (seconds); `None`, with a warning, where that fails."""
+    if os.environ.get("REFRESHKV_NATIVE", "1") == "0":
+        return None
+    try:
+        return load(build())
+    except BuildError as error:
+        warnings.warn(
+            f"attention in bfloat16 on the CPU runs in plain torch, which takes up to four times as long on long "
+            f"contexts: {error}. Install a C++ compiler (g++ 11 or newer, or clang++), name it in CXX, or set "
+            f"REFRESHKV_NATIVE=0 to do without",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def build(extra: Sequence[str] = ()) -> Path:
+    """The compiled library, from the cache if it is there; `extra` flags come last."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise BuildError("no C++ compiler is on the path")
+    flags = [*_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native", *extra]
+    made_of = [compiler, *flags, _processor(), *(source.read_text() for source in _SOURCES)]
+    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    target = _folder() / f"attention-{name}.so"
+    if not target.exists():
+        _compile([compiler, *flags], target)
+    return target
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library in a file, ready to be called."""
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled library does not load ({error})") from error
+    found.refreshkv_products.restype = ctypes.c_char_p
+    found.refreshkv_attend.restype = ctypes.c_int
+    return found
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Compile beside the target and move, so that nobody ever sees half a library."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, str(_SOURCES[0]), "-o", name], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason"]
+            raise BuildError(f"{command[0]} failed ({said[0].strip()})")
+        os.replace(name, target)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run ({error})") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    """The user's cache, or a folder of this process where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refreshkv"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(_folder_of_this_process().name)
+
+
+@functools.cache
+def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="refreshkv-")
+
+
+def _processor() -> str:
+    """What `native` means here: a home directory may be shared by different machines."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"
