@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from refreshkv import selection
-from refreshkv.kernels import cpu, cpu_verify, native, reference
+from refreshkv.kernels import cpu, cpu_verify, reference
+from refreshkv.kernels.native import attention
+from refreshkv.kernels.native import selection as native_selection
+from refreshkv.kernels.native.build import library
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,13 @@ CPU_TORCH = Backend(
 )
 
 
-def _native_first(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled twin of `kernel`, or `kernel` for tensors that it does not take."""
-    twin = getattr(native, kernel.__name__)
+def _native_first(twin: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled `twin` of `kernel`, or `kernel` for what its module does not take."""
+    serves = sys.modules[twin.__module__].serves
 
     @functools.wraps(kernel)
-    def run(query: Tensor, keys: Tensor, *given: Any, **named: Any) -> Any:
-        values = given[0] if given else named.get("values")
-        chosen = twin if native.serves(query, keys, values) else kernel
-        return chosen(query, keys, *given, **named)
+    def run(*given: Any, **named: Any) -> Any:
+        return (twin if serves(*given, **named) else kernel)(*given, **named)
 
     return run
 
@@ -76,12 +78,15 @@ def _native_first(kernel: Callable[..., Any]) -> Callable[..., Any]:
 CPU = replace(
     CPU_TORCH,
     name="cpu",
-    attend=_native_first(cpu.attend),
-    attend_and_score=_native_first(cpu.attend_and_score),
-    attend_and_rank=_native_first(cpu.attend_and_rank),
-    score=_native_first(cpu.score),
-    verify=_native_first(cpu_verify.verify),
-    vote=_native_first(cpu_verify.vote),
+    attend=_native_first(attention.attend, cpu.attend),
+    attend_and_score=_native_first(attention.attend_and_score, cpu.attend_and_score),
+    attend_and_rank=_native_first(attention.attend_and_rank, cpu.attend_and_rank),
+    score=_native_first(attention.score, cpu.score),
+    verify=_native_first(attention.verify, cpu_verify.verify),
+    vote=_native_first(attention.vote, cpu_verify.vote),
+    select=_native_first(native_selection.select, cpu.select),
+    gather=_native_first(native_selection.gather, cpu.gather),
+    insert=_native_first(native_selection.insert, cpu.insert),
 )
 
 _WIDEST = 256  # head dim that the Triton kernels have settings for
@@ -153,7 +158,7 @@ def available() -> dict[str, str]:
 
 
 def _compiled() -> str:
-    library = native.library()
-    if library is None:
+    found = library()
+    if found is None:
         return "not compiled"
-    return f"bfloat16 compiled, products by {library.refreshkv_products().decode()}"
+    return f"bfloat16 compiled, products by {found.refreshkv_products().decode()}"

@@ -1,4 +1,4 @@
-"""Compile `attention.cpp` for the machine it runs on, once, and load it.
+"""Compile the C++ files beside this one for the machine they run on, once, and load them.
 
 The library goes to `$XDG_CACHE_HOME/refreshkv` (`~/.cache/refreshkv`) under a name made of the source, the flags and
 the features of the processor. It shares the OpenMP threads of torch, which has loaded that runtime before.
@@ -19,7 +19,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(n) for n in ("attention.cpp", "product.h", "lanes.h"))
+from torch import Tensor
+
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -37,8 +40,8 @@ def library() -> ctypes.CDLL | None:
         return load(build())
     except BuildError as error:
         warnings.warn(
-            f"attention in bfloat16 on the CPU runs in plain torch, which takes up to four times as long on long "
-            f"contexts: {error}. Install a C++ compiler (g++ 11 or newer, or clang++), name it in CXX, or set "
+            f"the CPU kernels run in plain torch, which takes up to four times as long on long contexts:"
+            f" {error}. Install a C++ compiler (g++ 11 or newer, or clang++), name it in CXX, or set "
             f"REFRESHKV_NATIVE=0 to do without",
             RuntimeWarning,
             stacklevel=2,
@@ -51,10 +54,19 @@ def build(extra: Sequence[str] = ()) -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise BuildError("no C++ compiler is on the path")
-    flags = [*_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native", *extra]
-    made_of = [compiler, *flags, _processor(), *(source.read_text() for source in _SOURCES)]
+    flags = [
+        *_FLAGS,
+        "-mcpu=native" if platform.machine() == "aarch64" else "-march=native",
+        *extra,
+    ]
+    made_of = [
+        compiler,
+        *flags,
+        _processor(),
+        *(file.read_text() for file in (*_SOURCES, *_HEADERS)),
+    ]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    target = _folder() / f"attention-{name}.so"
+    target = _folder() / f"native-{name}.so"
     if not target.exists():
         _compile([compiler, *flags], target)
     return target
@@ -67,7 +79,15 @@ def load(path: Path) -> ctypes.CDLL:
     except OSError as error:
         raise BuildError(f"the compiled library does not load ({error})") from error
     found.refreshkv_products.restype = ctypes.c_char_p
-    found.refreshkv_attend.restype = ctypes.c_int
+    for name, pointers, numbers in (
+        ("attend", 1, 0),
+        ("select", 1, 0),
+        ("insert", 1, 0),
+        ("gather", 4, 11),
+        ("top_slots", 3, 3),
+    ):
+        kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
+        getattr(found, f"refreshkv_{name}").argtypes = kinds
     return found
 
 
@@ -77,7 +97,7 @@ def _compile(command: list[str], target: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command, str(_SOURCES[0]), "-o", name], capture_output=True, text=True, check=False
+            [*command, *map(str, _SOURCES), "-o", name], capture_output=True, text=True, check=False
         )
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason"]
@@ -113,3 +133,8 @@ def _processor() -> str:
             if line.startswith(("flags", "Features")):
                 return line
     return f"{platform.machine()} {platform.processor()}"
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the numbers of a tensor begin; the caller keeps it alive."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,227 @@
+// What surrounds attention, for one row and KV head after the other: `selection.select`, and `gather`, `insert` and
+// `top_slots` of `reference.py`. A plain C interface, called by selection.py; tensors of any dtype are moved as bytes.
+
+#include <new>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+// Scores are not negative, and non-negative floats order like their bits; what cannot be chosen is negative.
+inline int32_t bits_of(float score) {
+  int32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits;
+}
+// Score over position: distinct, and the later token wins a tie.
+inline int64_t key_of(float score, int64_t position) {
+  return (static_cast<int64_t>(bits_of(score)) << 32) | position;
+}
+
+// Where the heads of the rows lie: bytes from one to the next.
+struct Strides {
+  int64_t row, head, token;
+};
+
+}  // namespace
+
+extern "C" {
+
+// What selection.py fills in, field by field; null: not given.
+struct Choice {
+  const float* scores;     // [B, Hkv, L] contiguous
+  const int64_t* budget;   // [B]
+  const uint8_t* visible;  // [B, L] contiguous, or null
+  const uint8_t* heads;    // [B, Hkv] contiguous, or null
+  const int64_t* recent;   // [B], or null
+  const int64_t* anchors;  // [B, Hkv, A] contiguous, or null
+  const int64_t* ends;     // [B], or null
+  int64_t* positions;      // [B, Hkv, slots] contiguous, filled with -1
+  int64_t* filled;         // [B, Hkv]
+  int64_t rows, kv_heads, length, anchor_count, slots, pool_kernel, threads;
+};
+}
+
+namespace {
+
+constexpr float kAnchor = 2.0f, kRecent = 4.0f;  // as in selection.py: above every score
+
+// Each token takes the best score of its neighbours; `own` and `pooled` have `reach` places more on both sides.
+void pool(const float* scores, const uint8_t* visible, int64_t length, int64_t reach, float* own, float* pooled) {
+  std::fill(own, own + reach, 0.0f);
+  std::fill(own + reach + length, own + length + 2 * reach + kLanes, 0.0f);
+  for (int64_t i = 0; i < length; ++i) own[reach + i] = visible && !visible[i] ? 0.0f : scores[i];
+  for (int64_t i = 0; i < length; i += kLanes) {
+    Floats best = load<Floats>(own + i);
+    for (int64_t back = 1; back <= 2 * reach; ++back) best = larger(best, load<Floats>(own + i + back));
+    store(pooled + i, best);
+  }
+}
+
+int64_t count_from(int32_t least, const float* scores, int64_t length) {
+  Ints tally{};
+  for (int64_t i = 0; i < length; i += kLanes) tally -= load<Ints>(scores + i) >= least;
+  int64_t count = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) count += tally[lane];
+  return count;
+}
+
+// The keys of the `count` >= 1 best, lowest first, in the last places of `keys`. Lanes behind `length` are negative.
+void best_keys(const float* scores, int64_t length, int64_t count, std::vector<int64_t>& keys) {
+  // Bit by bit: a bound that enough scores reach, and few more.
+  int32_t least = 0;
+  for (int bit = 30; bit >= 0; --bit) {
+    const int32_t higher = least | (1 << bit);
+    const int64_t reaching = count_from(higher, scores, length);
+    if (reaching >= count) least = higher;
+    if (reaching >= count && reaching <= 2 * count) break;
+  }
+  keys.clear();
+  for (int64_t i = 0; i < length; i += kLanes) {
+    const Ints reaches = load<Ints>(scores + i) >= least;
+    uint64_t any[8], some = 0;
+    std::memcpy(any, &reaches, sizeof any);
+    for (const uint64_t two : any) some |= two;
+    for (int64_t lane = 0; some && lane < kLanes; ++lane)
+      if (reaches[lane]) keys.push_back(key_of(scores[i + lane], i + lane));
+  }
+  std::nth_element(keys.begin(), keys.end() - count, keys.end());
+  std::sort(keys.end() - count, keys.end());
+}
+
+struct Shelf {
+  std::vector<float> own, pooled;
+  std::vector<int64_t> keys;
+};
+
+// Not inlined: it would look up where the shelf of its thread is, again and again.
+__attribute__((noinline)) void choose(const Choice& job, int64_t row, int64_t head, Shelf& shelf) {
+  const int64_t part = row * job.kv_heads + head, reach = job.pool_kernel / 2;
+  const int64_t end = job.ends ? std::min(job.length, job.ends[row]) : job.length;
+  const uint8_t* visible = job.visible ? job.visible + row * job.length : nullptr;
+  int64_t there = end;
+  if (visible) there = std::count_if(visible, visible + end, [](uint8_t shown) { return shown != 0; });
+  const int64_t count = std::min(job.budget[row], there);
+  job.filled[part] = count;
+  if (count <= 0 || (job.heads && !job.heads[part])) return;
+
+  shelf.own.resize(end + 2 * reach + kLanes);
+  shelf.pooled.resize(end + kLanes);
+  float* ranked = shelf.pooled.data();
+  pool(job.scores + part * job.length, visible, end, reach, shelf.own.data(), ranked);
+  for (int64_t i = 0; i < job.anchor_count; ++i) {
+    const int64_t anchor = job.anchors[part * job.anchor_count + i];
+    if (anchor >= 0 && anchor < end) ranked[anchor] += kAnchor;
+  }
+  if (job.recent) std::fill(ranked + std::max<int64_t>(0, end - job.recent[row]), ranked + end, kRecent);
+  for (int64_t i = 0; visible && i < end; ++i)
+    if (!visible[i]) ranked[i] = -1.0f;
+
+  std::fill(ranked + end, ranked + end + kLanes, -1.0f);
+  best_keys(ranked, end, count, shelf.keys);
+  const int64_t* best = shelf.keys.data() + shelf.keys.size() - count;
+  for (int64_t i = 0; i < count; ++i) job.positions[part * job.slots + i] = best[i] & 0xffffffff;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 where there is not enough memory.
+int refreshkv_select(const Choice* given) {
+  const Choice& job = *given;
+  bool failed = false;
+#pragma omp parallel num_threads(static_cast<int>(job.threads)) reduction(|| : failed)
+  {
+    static thread_local Shelf shelf;  // kept: fresh memory costs its page faults
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < job.rows * job.kv_heads; ++part) {
+      try {
+        choose(job, part / job.kv_heads, part % job.kv_heads, shelf);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+    }
+  }
+  return failed;
+}
+
+// Tokens `positions` [B, Hkv, K] of `source` to the first slots of `out`, `bytes` each; negative ones leave theirs.
+void refreshkv_gather(const char* source, const int64_t* positions, char* out, const uint8_t* heads, int64_t rows,
+                      int64_t kv_heads, int64_t slots, int64_t bytes, int64_t source_row, int64_t source_head,
+                      int64_t source_token, int64_t out_row, int64_t out_head, int64_t out_token, int64_t threads) {
+  constexpr int64_t ahead = 16;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
+  for (int64_t part = 0; part < rows * kv_heads; ++part) {
+    if (heads && !heads[part]) continue;
+    const int64_t row = part / kv_heads, head = part % kv_heads;
+    const char* from = source + row * source_row + head * source_head;
+    char* to = out + row * out_row + head * out_head;
+    const int64_t* wanted = positions + part * slots;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      if (slot + ahead < slots && wanted[slot + ahead] >= 0)
+        for (int64_t line = 0; line < bytes; line += 64)
+          __builtin_prefetch(from + wanted[slot + ahead] * source_token + line);
+      if (wanted[slot] >= 0) std::memcpy(to + slot * out_token, from + wanted[slot] * source_token, bytes);
+    }
+  }
+}
+
+// What `reference.insert` does, for keys and values of `key_bytes` and `value_bytes` a token.
+struct Entry {
+  const char *keys, *values;  // the store
+  char *ring_keys, *ring_values;
+  const int64_t* wanted;    // [B, Hkv, m] contiguous
+  int64_t* ring_positions;  // [B, Hkv, C] contiguous
+  const int64_t* filled;    // [B, Hkv]
+  int64_t* pushed;          // [B, Hkv]
+  const int64_t* budget;    // [B]
+  int64_t* entered;         // [B, Hkv]
+  int64_t rows, kv_heads, wanted_count, slots, key_bytes, value_bytes;
+  Strides key, value, ring_key, ring_value;
+};
+
+void refreshkv_insert(const Entry* given) {
+  const Entry& job = *given;
+  for (int64_t part = 0; part < job.rows * job.kv_heads; ++part) {
+    const int64_t row = part / job.kv_heads, head = part % job.kv_heads;
+    int64_t* held = job.ring_positions + part * job.slots;
+    const int64_t* wanted = job.wanted + part * job.wanted_count;
+    const auto at = [&](auto* data, const Strides& strides, int64_t token) {
+      return data + row * strides.row + head * strides.head + token * strides.token;
+    };
+    // What is there is looked at before anything enters.
+    std::vector<int64_t> missing;
+    for (int64_t i = 0; i < job.wanted_count; ++i)
+      if (wanted[i] >= 0 && std::find(held, held + job.slots, wanted[i]) == held + job.slots)
+        missing.push_back(wanted[i]);
+    for (const int64_t position : missing) {
+      const int64_t slot = (job.filled[part] + job.pushed[part]++) % job.budget[row];
+      std::memcpy(at(job.ring_keys, job.ring_key, slot), at(job.keys, job.key, position), job.key_bytes);
+      std::memcpy(at(job.ring_values, job.ring_value, slot), at(job.values, job.value, position), job.value_bytes);
+      held[slot] = position;
+    }
+    job.entered[part] = static_cast<int64_t>(missing.size());
+  }
+}
+
+// The `count` <= K best of `scores` [parts, K], best first, the slot `newest` last of all; ties to the later slot.
+void refreshkv_top_slots(const float* scores, const int64_t* newest, int64_t* best, int64_t parts, int64_t slots,
+                         int64_t count) {
+  std::vector<int64_t> keys(count + 1);
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* row = scores + part * slots;
+    int64_t kept = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t key = key_of(slot == newest[part] ? -1.0f : row[slot], slot);
+      if (kept == count && key < keys[kept - 1]) continue;
+      int64_t place = kept;
+      for (; place > 0 && keys[place - 1] < key; --place) keys[place] = keys[place - 1];
+      keys[place] = key;
+      kept = std::min(kept + 1, count);
+    }
+    for (int64_t i = 0; i < count; ++i) best[part * count + i] = keys[i] & 0xffffffff;
+  }
+}
+}

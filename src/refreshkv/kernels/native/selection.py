@@ -1,0 +1,134 @@
+"""Selection and what follows it: what `selection.cpp` is called with. Signatures as in `reference.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreshkv.kernels.native.build import address, library
+from refreshkv.selection import FREE, Selection
+
+
+class Choice(ctypes.Structure):
+    """`struct Choice` of `selection.cpp`, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "budget", "visible", "heads", "recent", "anchors", "ends")),
+        *((name, ctypes.c_void_p) for name in ("positions", "filled")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "length", "anchor_count", "slots", "pool_kernel")),
+        ("threads", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class Entry(ctypes.Structure):
+    """`struct Entry` of `selection.cpp`, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "ring_keys", "ring_values", "wanted")),
+        *((name, ctypes.c_void_p) for name in ("ring_positions", "filled", "pushed", "budget", "entered")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "wanted_count", "slots", "key_bytes", "value_bytes")),
+        *((f"{of}_{step}", ctypes.c_int64) for of in ("key", "value", "ring_key", "ring_value")
+          for step in ("row", "head", "token")),
+    )  # fmt: skip
+
+
+def select(
+    scores: Tensor,
+    budget: Tensor,
+    *,
+    pool_kernel: int = 7,
+    visible: Tensor | None = None,
+    heads: Tensor | None = None,
+    recent: int | Tensor = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
+    slots: int | None = None,
+) -> Selection:
+    """See `selection.select`."""
+    rows, kv_heads, length = scores.shape
+    slots = min(int(budget.max()) if slots is None else slots, length)
+    positions = torch.full((rows, kv_heads, slots), FREE)
+    filled = torch.empty(rows, kv_heads, dtype=torch.int64)
+    if not isinstance(recent, Tensor):
+        recent = torch.full((rows,), recent)
+    # The names keep the copies alive.
+    scores, heads = scores.float().contiguous(), None if heads is None else heads.contiguous()
+    visible = None if visible is None else visible.expand(rows, -1).contiguous()
+    job = Choice(
+        *map(address, (scores, budget, visible, heads, recent, anchors, ends, positions, filled)),
+        *(rows, kv_heads, length, 0 if anchors is None else anchors.shape[-1], slots, pool_kernel),
+        torch.get_num_threads(),
+    )
+    if _compiled().refreshkv_select(ctypes.byref(job)):
+        raise MemoryError(f"selection among {length} tokens: not enough memory")
+    return Selection(positions, filled)
+
+
+def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
+    """See `reference.gather`."""
+    rows, kv_heads, slots = positions.shape
+    heads = None if heads is None else heads.contiguous()
+    size = source.element_size()
+    _compiled().refreshkv_gather(
+        *map(address, (source, positions, out, heads)),
+        *(rows, kv_heads, slots, source.shape[-1] * size),
+        *(step * size for x in (source, out) for step in x.stride()[:3]),
+        torch.get_num_threads(),
+    )
+
+
+def insert(
+    keys: Tensor,
+    values: Tensor,
+    wanted: Tensor,
+    *,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    ring_positions: Tensor,
+    filled: Tensor,
+    pushed: Tensor,
+    budget: Tensor,
+) -> Tensor:
+    """See `reference.insert`."""
+    rows, kv_heads, count = wanted.shape
+    entered = torch.empty_like(filled)
+    size = keys.element_size()
+    job = Entry(
+        *map(address, (keys, values, ring_keys, ring_values, wanted)),
+        *map(address, (ring_positions, filled, pushed, budget, entered)),
+        *(rows, kv_heads, count, ring_positions.shape[2], keys.shape[-1] * size, values.shape[-1] * size),
+        *(step * size for x in (keys, values, ring_keys, ring_values) for step in x.stride()[:3]),
+    )  # fmt: skip
+    _compiled().refreshkv_insert(ctypes.byref(job))
+    return entered
+
+
+def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
+    """See `reference.top_slots`."""
+    *parts, slots = scores.shape
+    scores, newest = scores.contiguous(), newest.contiguous()
+    best = newest.new_empty(*parts, min(count, slots))
+    _compiled().refreshkv_top_slots(
+        *map(address, (scores, newest, best)), newest.numel(), slots, best.shape[-1]
+    )
+    return best
+
+
+def serves(*given: Any, **named: Any) -> bool:
+    """Whether these functions take such arguments here: positions and counts whole, the numbers of a token together."""
+    tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
+    return (
+        all(x.is_contiguous() if x.dtype == torch.int64 else x.stride(-1) == 1 for x in tensors)
+        and all(x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _compiled() -> ctypes.CDLL:
+    compiled = library()
+    assert compiled is not None, "`serves` has said so"
+    return compiled
