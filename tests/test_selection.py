@@ -1,7 +1,8 @@
-"""Both selections equal a slow definition: sort the visible tokens by (pooled score, position)."""
+"""Every selection on a CPU equals a slow definition: sort the visible tokens by (pooled score, position)."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,18 @@ from hypothesis import strategies as st
 
 from refreshkv import selection
 from refreshkv.kernels import cpu
+from refreshkv.kernels.native import selection as native_selection
 from refreshkv.selection import FREE, Selection
 from tests.helpers import PROPERTY, left_padding
 from tests.slow import slow_select
 
 Select = Callable[..., Selection]
-both = pytest.mark.parametrize("select", [selection.select, cpu.select], ids=["torch", "cpu"])
+compiled = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+implementations = pytest.mark.parametrize(
+    "select",
+    [selection.select, cpu.select, pytest.param(native_selection.select, marks=compiled)],
+    ids=["torch", "cpu", "native"],
+)
 
 
 @dataclass
@@ -68,7 +75,7 @@ def check(chosen: Selection, case: Scores, visible: list[list[bool]], wanted: to
         assert chosen.filled[row, head] == len(expected)
 
 
-@both
+@implementations
 @PROPERTY
 @given(case=scores())
 def test_equals_the_slow_definition(select: Select, case: Scores) -> None:
@@ -78,7 +85,7 @@ def test_equals_the_slow_definition(select: Select, case: Scores) -> None:
     check(case.run(select, masked=False), case, nothing_hidden, everyone)
 
 
-@both
+@implementations
 @PROPERTY
 @given(case=scores(), data=st.data())
 def test_the_heads_asked_for_are_right(select: Select, case: Scores, data: st.DataObject) -> None:
@@ -86,7 +93,7 @@ def test_the_heads_asked_for_are_right(select: Select, case: Scores, data: st.Da
     check(case.run(select, heads=heads), case, case.visible, heads)
 
 
-@both
+@implementations
 @PROPERTY
 @given(case=scores(), data=st.data())
 def test_a_row_of_a_batch_equals_the_row_alone(
@@ -106,20 +113,20 @@ def test_a_row_of_a_batch_equals_the_row_alone(
         assert bool((batch.positions[row, :, width:] == FREE).all())
 
 
-@both
+@implementations
 def test_the_later_token_wins_a_tie(select: Select) -> None:
     flat = torch.full((1, 1, 5), 0.2)
     assert select(flat, torch.tensor([2]), pool_kernel=1).positions.tolist() == [[[3, 4]]]
 
 
-@both
+@implementations
 def test_pooling_lets_neighbours_of_a_peak_in(select: Select) -> None:
     peak = torch.tensor([[[0.1, 0.0, 0.9, 0.0, 0.0, 0.3]]])
     assert select(peak, torch.tensor([3]), pool_kernel=1).positions.tolist() == [[[0, 5, 2]]]
     assert select(peak, torch.tensor([3]), pool_kernel=3).positions.tolist() == [[[1, 2, 3]]]
 
 
-@both
+@implementations
 def test_a_row_without_a_visible_token_gets_nothing(select: Select) -> None:
     visible = torch.tensor([[True, True, True], [False, False, False]])
     chosen = select(torch.ones(2, 1, 3), torch.tensor([2, 2]), visible=visible)
@@ -154,7 +161,7 @@ def slow_ruled(
     return [*others, *anchored, *newest][-case.budget[row] :]
 
 
-@both
+@implementations
 @PROPERTY
 @given(case=scores(), data=st.data())
 def test_rules_rank_above_scores_as_in_the_slow_definition(
@@ -191,7 +198,7 @@ def test_rules_rank_above_scores_as_in_the_slow_definition(
             assert chosen.filled[row, head] == len(expected)
 
 
-@both
+@implementations
 @PROPERTY
 @given(case=scores())
 def test_no_rule_changes_nothing(select: Select, case: Scores) -> None:
@@ -212,7 +219,7 @@ def test_no_rule_changes_nothing(select: Select, case: Scores) -> None:
 FALLING = torch.tensor([[[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]]])
 
 
-@both
+@implementations
 @pytest.mark.parametrize(
     ("budget", "recent", "anchors", "end", "expected"),
     [
@@ -248,7 +255,7 @@ def test_the_newest_tokens_take_at_most_a_quarter_of_the_budget() -> None:
     assert selection.recent_share(budget, 0) == 0
 
 
-@both
+@implementations
 def test_a_small_budget_still_selects_beside_what_is_kept_by_rule(select: Select) -> None:
     """K = 32 with the default's settings: half anchors, a quarter newest, a quarter by score."""
     scores = torch.zeros(1, 1, 200)
@@ -265,7 +272,7 @@ def test_a_small_budget_still_selects_beside_what_is_kept_by_rule(select: Select
     assert set(chosen.positions.flatten().tolist()) == wanted
 
 
-@both
+@implementations
 def test_padding_stays_out_whatever_the_rules_say(select: Select) -> None:
     visible = left_padding([6], 8)
     chosen = select(

@@ -11,9 +11,10 @@
 #include <cstdlib>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
+#ifndef _OPENMP
+#error "OpenMP is needed: one thread alone would be slower than torch"
 #endif
+#include <omp.h>
 
 #include "product.h"
 
@@ -47,14 +48,6 @@ struct Job {
 
 namespace {
 
-int64_t this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 // The queries of one row and KV head, and the places first .. end that any of them sees.
 struct Part {
   int64_t row, head, first, end, voting;
@@ -81,7 +74,7 @@ struct Part {
   int64_t chunks() const { return (end - first + kChunk - 1) / kChunk; }
 };
 
-constexpr int64_t kRow = kBlock + kLanes;  // floats from one query's logits to the next: not a power of two
+constexpr int64_t kRow = kBlock + kColumns;  // floats from one query's logits to the next: not a power of two
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;  // finite: -inf minus it is -inf
 
 // Memory that a thread takes again in its next call: fresh memory costs a page fault for every 4 KiB.
@@ -244,7 +237,7 @@ void attend_chunk(const Job& job, const Part& part, const Bench& bench, int64_t 
   for (int64_t place = from; place < to; place += kBlock) {
     const int64_t n = std::min(kBlock, to - place), padded = (n + 31) / 32 * 32;
     pack_keys(keys + place * job.key_token, job.key_token, n, job.dim, bench.packed);
-    product({bench.queries, job.dim, bench.packed, kBlock / kLanes, bench.logits, kRow, rows, padded, job.dim, false});
+    product({bench.queries, job.dim, bench.packed, kBlock / kColumns, bench.logits, kRow, rows, padded, job.dim, false});
     hide(job, part, place, n, padded, bench.logits);
     const int64_t offset = place - part.first;
     bfloat16* block = weights.rows + (job.scores ? offset : 0);
@@ -256,7 +249,7 @@ void attend_chunk(const Job& job, const Part& part, const Bench& bench, int64_t 
     }
     if (!values) continue;
     pack_values(values + place * job.value_token, job.value_token, n, job.value_dim, bench.packed);
-    product({block, weights.stride, bench.packed, job.value_dim / kLanes, result.mixed, job.value_dim, rows, job.value_dim, padded,
+    product({block, weights.stride, bench.packed, job.value_dim / kColumns, result.mixed, job.value_dim, rows, job.value_dim, padded,
              true});
   }
 }
@@ -286,7 +279,7 @@ void finish_part(const Job& job, const Part& part, const Softmax& result) {
     if (job.values) {
       const float* mixed = result.mixed + i * job.value_dim;
       bfloat16* output = job.output + query * job.value_dim;
-      for (int64_t d = 0; d < job.value_dim; d += 32) {
+      for (int64_t d = 0; d < job.value_dim; d += 2 * kLanes) {
         Floats low = load<Floats>(mixed + d), high = load<Floats>(mixed + d + kLanes);
         put_in_order(low, high);
         store(output + d, narrowed(low * share));
@@ -332,7 +325,7 @@ void score_part(const Job& job, const Part& part, const Weights& weights, const 
 void attend_parts(const Job& job, const Bench* benches, const Weights* weights, const Softmax* results) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(job.threads))
   for (int64_t index = 0; index < job.parts(); ++index) {
-    const int64_t thread = this_thread();
+    const int thread = omp_get_thread_num();
     const Part part(job, index);
     const Bench& bench = benches[thread];
     const Softmax &result = results[2 * thread], &more = results[2 * thread + 1];
@@ -352,7 +345,7 @@ void attend_chunks(const Job& job, const Bench* benches, const Weights* weights,
   const int64_t chunks = job.chunks();
 #pragma omp parallel num_threads(static_cast<int>(job.threads))
   {
-    const int64_t thread = this_thread();
+    const int thread = omp_get_thread_num();
     const Bench& bench = benches[thread];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < job.parts() * chunks; ++item) {

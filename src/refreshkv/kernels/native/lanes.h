@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, in the vector notation that GCC and Clang share: wide registers where there are any.
+// A register full of numbers at a time, in the vector notation that GCC and Clang share.
 
 #pragma once
 
@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -15,22 +17,21 @@ namespace {
 
 using bfloat16 = uint16_t;
 
-constexpr int64_t kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504f;
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint16_t Row __attribute__((vector_size(64)));  // 32 bfloat16
-
-// Lanes of two vectors, by their numbers; those of the second go on where the first ends.
-#ifdef __clang__
-#define REFRESHKV_LANES(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define REFRESHKV_LANES(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
-#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t Row __attribute__((vector_size(4 * kLanes)));  // twice as many bfloat16 as lanes
 
 template <typename Vector, typename Element>
 inline Vector load(const Element* from) {
@@ -42,16 +43,34 @@ template <typename Vector, typename Element>
 inline void store(Element* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
+
+// The lanes of two vectors that `Order::at(0)`, `Order::at(1)`, ... name; those of the second go on after the first's.
+template <typename Order, typename Vector, int... lane>
+inline Vector rearranged(Vector a, Vector b, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, Order::at(lane)...);
+#else
+  using Index = std::conditional_t<sizeof a[0] == 2, Row, Words>;
+  return __builtin_shuffle(a, b, Index{Order::at(lane)...});
+#endif
+}
+template <typename Order, typename Vector>
+inline Vector rearranged(Vector a, Vector b) {
+  return rearranged<Order>(a, b, std::make_integer_sequence<int, sizeof(Vector) / sizeof a[0]>());
+}
+
 inline Floats all(float x) { return Floats{} + x; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // Over the lanes, half of them at a time.
-template <typename Combine>
+template <int distance>
+struct Across {
+  static constexpr int at(int lane) { return lane ^ distance; }
+};
+template <int distance = kLanes / 2, typename Combine>
 inline float folded(Floats v, Combine combine) {
-  v = combine(v, REFRESHKV_LANES(Ints, v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = combine(v, REFRESHKV_LANES(Ints, v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = combine(v, REFRESHKV_LANES(Ints, v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = combine(v, REFRESHKV_LANES(Ints, v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  v = combine(v, rearranged<Across<distance>>(v, v));
+  if constexpr (distance > 1) return folded<distance / 2>(v, combine);
   return v[0];
 }
 inline float largest(Floats v) { return folded(v, larger); }
@@ -60,7 +79,11 @@ inline float sum(Floats v) {
 }
 
 inline Floats widened(Halves v) {
+#ifdef __AVX512F__
+  return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)v) << 16);
+#else
   return (Floats)(__builtin_convertvector(v, Words) << 16);
+#endif
 }
 // To the nearest, ties to even; no NaN reaches this but from NaN inputs.
 inline Halves narrowed(Floats v) {

@@ -16,8 +16,9 @@ namespace {
 
 using Pair = uint32_t;  // two bfloat16, the first in the low half
 
-constexpr int64_t kBlock = 128;         // tokens that are packed at a time
-constexpr int64_t kTile = 16 * kLanes;  // pairs in a tile of a packed operand: 16 rows of 16
+constexpr int64_t kBlock = 128;          // tokens that are packed at a time
+constexpr int64_t kColumns = 16;         // of a tile of a packed operand
+constexpr int64_t kTile = 16 * kColumns;  // pairs in it: 16 rows
 
 // c [m, n] (+)= a [m, k] * b. Rows of a and c are lda and ldc apart. b is packed in tiles of 32 rows and 16 columns, the
 // tiles of a row of tiles `ldb` in number; k is a multiple of 32 and n one of 16.
@@ -31,7 +32,7 @@ struct Product {
   bool add;
 
   const Pair* tile(int64_t row, int64_t column) const {
-    return b + (row / 32 * ldb + column / kLanes) * kTile;
+    return b + (row / 32 * ldb + column / kColumns) * kTile;
   }
 };
 
@@ -48,6 +49,7 @@ inline Floats multiply_add(Floats c, Pair a, Words b) {
 #endif
 }
 
+// `rows` rows of c and `columns` registers of a tile of b.
 template <int rows, int columns>
 inline void vector_tile(const Product& x, int64_t i, int64_t j) {
   Floats c[rows][columns];
@@ -55,10 +57,10 @@ inline void vector_tile(const Product& x, int64_t i, int64_t j) {
     for (int q = 0; q < columns; ++q)
       c[r][q] = x.add ? load<Floats>(x.c + (i + r) * x.ldc + j + q * kLanes) : Floats{};
   for (int64_t p = 0; p < x.k; p += 32) {
-    const Pair* tile = x.tile(p, j);
+    const Pair* tile = x.tile(p, j) + j % kColumns;
     for (int64_t pair = 0; pair < 16; ++pair) {
       Words b[columns];
-      for (int q = 0; q < columns; ++q) b[q] = load<Words>(tile + q * kTile + pair * kLanes);
+      for (int q = 0; q < columns; ++q) b[q] = load<Words>(tile + pair * kColumns + q * kLanes);
       for (int r = 0; r < rows; ++r) {
         Pair a;
         std::memcpy(&a, x.a + (i + r) * x.lda + p + 2 * pair, sizeof a);
@@ -70,17 +72,14 @@ inline void vector_tile(const Product& x, int64_t i, int64_t j) {
     for (int q = 0; q < columns; ++q) store(x.c + (i + r) * x.ldc + j + q * kLanes, c[r][q]);
 }
 
-template <int rows>
-inline void vector_rows(const Product& x, int64_t i) {
-  int64_t j = 0;
-  for (; j + 2 * kLanes <= x.n; j += 2 * kLanes) vector_tile<rows, 2>(x, i, j);
-  for (; j < x.n; j += kLanes) vector_tile<rows, 1>(x, i, j);
-}
-
 void vector_product(const Product& x) {
-  int64_t i = 0;
-  for (; i + 4 <= x.m; i += 4) vector_rows<4>(x, i);
-  for (; i < x.m; ++i) vector_rows<1>(x, i);
+  constexpr int columns = kLanes < kColumns ? 2 : 1;
+  for (int64_t j = 0; j < x.n; j += columns * kLanes) {
+    int64_t i = 0;
+    for (; i + 8 <= x.m && kLanes == 16; i += 8) vector_tile<8, columns>(x, i, j);
+    for (; i + 4 <= x.m; i += 4) vector_tile<4, columns>(x, i, j);
+    for (; i < x.m; ++i) vector_tile<1, columns>(x, i, j);
+  }
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -209,64 +208,79 @@ int64_t rows_for(int64_t m) { return m <= 16 ? m : (m + 15) / 16 * 16; }
 
 alignas(64) constexpr bfloat16 kZeros[512] = {};
 
+// Lanes and rows of a square that differ in one bit change places.
+template <int bit, bool below>
+struct Swap {
+  static constexpr int at(int lane) {
+    const int from = ((lane & bit) != 0) == below ? lane : lane ^ bit;
+    return lane & bit ? kLanes + from : from;
+  }
+};
+template <int bit = 1>
+inline void transpose(Words (&rows)[kLanes]) {
+  for (int r = 0; r < kLanes; ++r)
+    if (!(r & bit)) {
+      const Words a = rows[r], b = rows[r + bit];
+      rows[r] = rearranged<Swap<bit, false>>(a, b);
+      rows[r + bit] = rearranged<Swap<bit, true>>(a, b);
+    }
+  if constexpr (2 * bit < kLanes) transpose<2 * bit>(rows);
+}
+
 // keys `[n, dim]` -> the tiles of `[dim, kBlock]`, zeros from n on to a multiple of 32.
 void pack_keys(const bfloat16* keys, int64_t stride, int64_t n, int64_t dim, Pair* packed) {
   const int64_t padded = (n + 31) / 32 * 32;
   for (int64_t first = 0; first < padded; first += kLanes)
-    for (int64_t d = 0; d < dim; d += 32) {
+    for (int64_t d = 0; d < dim; d += 2 * kLanes) {
       Words rows[kLanes];
       for (int64_t r = 0; r < kLanes; ++r) {
         const bfloat16* key = (first + r < n ? keys + (first + r) * stride : kZeros) + d;
         __builtin_prefetch(key + kBlock * stride, 0, 2);
         rows[r] = load<Words>(key);
       }
-      // A transposition: lanes and rows that differ in one bit change places, bit after bit.
-#define REFRESHKV_SWAP(bit, low, high)                        \
-  for (int r = 0; r < kLanes; ++r)                            \
-    if (!(r & bit)) {                                         \
-      const Words a = rows[r], b = rows[r + bit];             \
-      rows[r] = REFRESHKV_LANES(Words, a, b, low);            \
-      rows[r + bit] = REFRESHKV_LANES(Words, a, b, high);     \
-    }
-#define REFRESHKV_LIST(...) __VA_ARGS__
-      REFRESHKV_SWAP(1, REFRESHKV_LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                     REFRESHKV_LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-      REFRESHKV_SWAP(2, REFRESHKV_LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                     REFRESHKV_LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-      REFRESHKV_SWAP(4, REFRESHKV_LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                     REFRESHKV_LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-      REFRESHKV_SWAP(8, REFRESHKV_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                     REFRESHKV_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-#undef REFRESHKV_SWAP
-      Pair* tile = packed + (d / 32 * (kBlock / kLanes) + first / kLanes) * kTile;
-      for (int64_t r = 0; r < kLanes; ++r) store(tile + r * kLanes, rows[r]);
+      transpose(rows);
+      Pair* tile = packed + (d / 32 * (kBlock / kColumns) + first / kColumns) * kTile;
+      Pair* corner = tile + d % 32 / 2 * kColumns + first % kColumns;
+      for (int64_t r = 0; r < kLanes; ++r) store(corner + r * kColumns, rows[r]);
     }
 }
 
-// values `[n, dim]` -> the tiles of `[n, dim]`, zeros from n on to a multiple of 32. The columns of every two tiles are in
-// the order that interleaving within 128 bits leaves; `put_in_order` undoes it in the result.
+// Interleaving two rows within 128 bits: four numbers of each, the first or the second four.
+template <bool second>
+struct Interleave {
+  static constexpr int at(int lane) { return lane / 8 * 8 + second * 4 + lane % 8 / 2 + lane % 2 * 2 * kLanes; }
+};
+
+// values `[n, dim]` -> the tiles of `[n, dim]`, zeros from n on to a multiple of 32. The columns of a register and the
+// next are in the order that interleaving leaves; `put_in_order` undoes it in the result.
 void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim, Pair* packed) {
   for (int64_t first = 0; first < n; first += 32)
     for (int64_t pair = 0; pair < 16; ++pair) {
       const int64_t r = first + 2 * pair;
       const bfloat16* low = r < n ? values + r * stride : kZeros;
       const bfloat16* high = r + 1 < n ? values + (r + 1) * stride : kZeros;
-      Pair* to = packed + first / 32 * (dim / kLanes) * kTile + pair * kLanes;
-      for (int64_t d = 0; d < dim; d += 32, to += 2 * kTile) {
+      Pair* to = packed + first / 32 * (dim / kColumns) * kTile + pair * kColumns;
+      const auto column = [&](int64_t d) { return to + d / kColumns * kTile + d % kColumns; };
+      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
         __builtin_prefetch(low + kBlock * stride + d, 0, 2);
         __builtin_prefetch(high + kBlock * stride + d, 0, 2);
         const Row a = load<Row>(low + d), b = load<Row>(high + d);
-        store(to, REFRESHKV_LANES(Row, a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49,
-                                  18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59));
-        store(to + kTile, REFRESHKV_LANES(Row, a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52,
-                                          21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63));
+        store(column(d), rearranged<Interleave<false>>(a, b));
+        store(column(d + kLanes), rearranged<Interleave<true>>(a, b));
       }
     }
 }
 
+template <int begin>
+struct InOrder {
+  static constexpr int at(int lane) {
+    const int d = begin + lane;
+    return d / 8 * 4 + d % 4 + (d % 8 < 4 ? 0 : kLanes);
+  }
+};
 inline void put_in_order(Floats& a, Floats& b) {
-  const Floats first = REFRESHKV_LANES(Ints, a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  b = REFRESHKV_LANES(Ints, a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const Floats first = rearranged<InOrder<0>>(a, b);
+  b = rearranged<InOrder<kLanes>>(a, b);
   a = first;
 }
 

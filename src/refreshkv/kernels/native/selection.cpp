@@ -80,7 +80,7 @@ void best_keys(const float* scores, int64_t length, int64_t count, std::vector<i
   keys.clear();
   for (int64_t i = 0; i < length; i += kLanes) {
     const Ints reaches = load<Ints>(scores + i) >= least;
-    uint64_t any[8], some = 0;
+    uint64_t any[sizeof reaches / 8], some = 0;
     std::memcpy(any, &reaches, sizeof any);
     for (const uint64_t two : any) some |= two;
     for (int64_t lane = 0; some && lane < kLanes; ++lane)
