@@ -14,6 +14,7 @@ from refreshkv.bench.exact import kept
 from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer
+from refreshkv.kernels import language
 
 from .conftest import SMALL
 
@@ -30,6 +31,7 @@ def test_contract(record: dict[str, Any]) -> None:
     assert {"own_dense", "full", "verify"} == set(record["relative_rms_error"])
     assert all(error < 2e-6 for error in record["relative_rms_error"].values())
     assert record["versions"]["torch"] == torch.__version__ and record["device"]
+    assert record["versions"]["kernels"] == language(torch.device("cpu"))
 
 
 def test_derived_numbers(record: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ def test_kernels(tmp_path: Path) -> None:
         "device": "GPU 9000",
         "dtype": "bfloat16",
         "threads": 1,
+        "versions.kernels": "Triton",
         "kernel": "attend",
         "ms": 0.0123,
         "bandwidth_share": 0.834,

@@ -1,4 +1,4 @@
-"""The C++ kernels equal the reference in every build, threads and batches change no bit, and broken ones are noticed."""
+"""The C++ kernels equal the reference in every build, threads and batches change no bit, broken ones are noticed."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def section(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-_MACHINE = ("shape", "dtype", "device", "threads")
+_MACHINE = ("shape", "dtype", "device", "threads", "versions.kernels")
 _SIZE = (*_MACHINE, "batch", "context", "budget", "stride", "draft", "acceptance")
 
 
@@ -131,7 +131,7 @@ def _where(row: Row) -> str:
     threads = (
         f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if "CPU" in row["device"] else ""
     )
-    return f"{row['device']}{threads}"
+    return f"{row['device']}{threads}, kernels in {row['versions.kernels']}"
 
 
 def _table(first: str, rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:

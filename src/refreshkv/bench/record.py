@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import refreshkv
+from refreshkv.kernels import language
 
 Row = Mapping[str, Any]
 
@@ -25,7 +26,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions(device),
     }
 
 
@@ -37,13 +38,14 @@ def device_name(device: torch.device) -> str:
     return f"{capability} CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
-def versions() -> dict[str, str | None]:
-    """The libraries that decide the speed."""
+def versions(device: torch.device) -> dict[str, str | None]:
+    """The libraries, and the kernels, that decide the speed."""
     return {
         "refreshkv": refreshkv.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "triton": _triton(),
+        "kernels": language(device),
     }
 
 

@@ -147,7 +147,7 @@ def _not_too_wide(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def available() -> dict[str, str]:
     """The backends that work on this machine and what they serve."""
     found = {
-        "cpu": f"packed GQA, heads shared over threads, for CPU tensors; {_compiled()}",
+        "cpu": f"packed GQA, heads shared over threads, for CPU tensors; {language(torch.device('cpu'))}",
         "reference": "plain torch, any device",
     }
     if torch.cuda.is_available() and _has_triton():
@@ -157,8 +157,11 @@ def available() -> dict[str, str]:
     return found
 
 
-def _compiled() -> str:
-    found = library()
-    if found is None:
-        return "not compiled"
-    return f"bfloat16 compiled, products by {found.refreshkv_products().decode()}"
+def language(device: torch.device) -> str:
+    """What the kernels of a device are written in; for C++, what it multiplies with."""
+    if device.type == "cpu":
+        compiled = library()
+        if compiled is not None:
+            return f"C++, {compiled.refreshkv_products().decode()}"
+        return "torch"
+    return "Triton" if backend_for(device) is not REFERENCE else "torch"
