@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 import refreshkv
 from refreshkv.bench import decode, roofline, variants
 from refreshkv.bench.decode import WrongResultError
-from refreshkv.bench.exact import kept
+from refreshkv.bench.exact import Exact, kept
 from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer
+from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.kernels import language
 
 from .conftest import SMALL
@@ -86,11 +88,35 @@ def test_every_step_begins_at_the_context() -> None:
     assert dense.layers[0].inner.store.keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
 
 
-def test_a_wrong_full_pass_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_a_wrong_full_pass_is_not_timed(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ExactLayer.verify
     monkeypatch.setattr(ExactLayer, "verify", lambda *given: right(*given) * 1.01)
     with pytest.raises(WrongResultError, match="verify: logits differ from single steps by"):
-        decode.run(**SMALL)
+        decode.run(**SMALL, static=static)
+
+
+def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
+    """A cycle of three drafts: the same logits of drafts and of the full pass, before and after others."""
+    model = build("demo", JOB.device, JOB.dtype)
+    found = {}
+    with torch.no_grad(), refreshkv.attach(model) as session:
+        for static in (False, True):
+            job = replace(JOB, static=static)
+            cache = variants.caches(model, job, ("default",))["exact"]
+            assert isinstance(cache, StaticRefreshCache) == static
+            exact = Exact(model, session.implementation_below, cache, job)
+            token = torch.tensor([[5], [7]])
+            for _ in range(2):
+                exact.cycle(token, 2)
+                exact.take_back()
+                exact.select()
+                drafts = [exact.draft(token + ahead, ahead).clone() for ahead in range(3)]
+                verified = exact.verify(torch.cat([token, token + 1, token + 2, token], 1)).clone()
+                exact.take_back()
+            found[static] = torch.cat([torch.stack(drafts, 1), verified], 1)
+            assert not exact.capture()  # of a GPU
+    torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("skip", [(), ("static", "default")], ids=["against theirs", "our own"])

@@ -25,7 +25,6 @@ from refreshkv.bench.shapes import build, config_of, outline
 from refreshkv.bench.timing import WARM_UP, captured, milliseconds, read_bandwidth
 from refreshkv.bench.variants import Job
 from refreshkv.config import RefreshConfig
-from refreshkv.integrations.transformers import RefreshCache
 
 # Logits against those of another path, relative RMS. Measured on the demo shape: 4e-7 in float32, 1e-3 in float16. In
 # bfloat16 on the 1B shape: 0.005 for our full attention, 0.032 for a full step, which rounds the attention logits to
@@ -162,6 +161,8 @@ class _Turns:
             self._take_back(name)  # of a call that broke off
             if replay is not None:
                 calls[name], self.notes[name] = replay, "CUDA graph"
+        if self.exact is not None and self.exact.capture():
+            self.notes["exact"] = "CUDA graphs of a draft and of a full pass"
         times: dict[str, list[float]] = {name: [] for name in calls}
         turns = range(WARM_UP + max(job.steps, job.cycles if self.exact else 0))
         for turn in tqdm(turns, desc="steps", disable=not progress, leave=False):
@@ -208,7 +209,8 @@ class _Turns:
         times = {}
         for name, call in calls.items():
             if name == "draft":
-                exact.draft(token, 0)  # selects, which is a part of the cycle
+                exact.select()  # which is a part of the cycle
+                exact.draft(token, 0)
             times[name] = milliseconds(call, self.job.device)
             exact.take_back()
         return times
@@ -223,9 +225,7 @@ class _Turns:
         exact.draft(tokens[:, :1], 0)  # the first selection, which decides on the anchors
         verified = exact.verify(tokens)
         exact.take_back()
-        alone = RefreshCache(self.model.config, RefreshConfig(mode="full"))
-        for layer, twin in zip(exact.cache.layers, alone.layers, strict=True):
-            twin.inner.store = layer.inner.store
+        alone = variants.over_same_store(exact.cache, self.model)
         steps = [
             variants.forward(self.model, self.below, alone, token) for token in tokens.split(1, 1)
         ]

@@ -7,14 +7,18 @@ given, and each timed cycle commits as many tokens as it asks for in the mean. L
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.bench.roofline import tokens_per_pass
+from refreshkv.bench.timing import captured
 from refreshkv.bench.variants import Job, forward, take_back
 from refreshkv.integrations.transformers import RefreshCache
+from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.speculation import accept_greedy
 
 
@@ -25,27 +29,49 @@ def kept(cycle: int, job: Job) -> int:
 
 
 class Exact:
-    """The lossless mode at the end of the context; whatever it does, `take_back` goes there again."""
+    """The lossless mode at the end of the context; whatever it does, `take_back` goes there again.
 
-    def __init__(self, model: PreTrainedModel, below: str, cache: RefreshCache, job: Job) -> None:
+    Over a static cache on a GPU, `capture` makes a CUDA graph of a draft and one of a full pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        below: str,
+        cache: RefreshCache | StaticRefreshCache,
+        job: Job,
+    ) -> None:
         self.model, self.below, self.cache, self.job = model, below, cache, job
         self.counts = torch.full((job.batch,), job.draft, device=job.device)
+        self.draft_pass = _Pass(self, "draft", 1)
+        self.full_pass = _Pass(self, "verify", job.draft + 1)
         for layer in cache.exact_layers:
             layer.begin_exact(None)
 
+    def capture(self) -> bool:
+        """Whether both passes are CUDA graphs from here on."""
+        if not isinstance(self.cache, StaticRefreshCache):
+            return False
+        found = self.draft_pass.capture() and self.full_pass.capture()
+        self.take_back()
+        return found
+
+    def select(self) -> None:
+        """What comes before the drafts of a cycle; a growing cache does it in the first of them."""
+        self.cache.before_drafts()
+
     def draft(self, token: Tensor, ahead: int) -> Tensor:
         """One draft pass over `[B, 1]`, `ahead` places after the context; logits `[B, V]`."""
-        with self.cache.drafting("draft"):
-            return self._forward(token, ahead)[:, 0]
+        return self.draft_pass(token, ahead)[:, 0]
 
     def verify(self, tokens: Tensor) -> Tensor:
         """The full pass over `[B, s + 1]`; logits `[B, s + 1, V]`."""
-        with self.cache.drafting("verify", self.counts + 1):
-            return self._forward(tokens, 0)
+        return self.full_pass(tokens, 0)
 
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
         tokens, confidence = [token], self.cache.refresh.confidence
+        self.select()
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead).float()
             tokens.append(scores.argmax(-1, keepdim=True))
@@ -66,8 +92,36 @@ class Exact:
         for layer in self.cache.exact_layers:
             layer.exact.commit(torch.full_like(self.counts, kept))
 
-    def _forward(self, tokens: Tensor, ahead: int) -> Tensor:
-        first = self.job.context + ahead
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        positions = positions.expand(len(tokens), -1)
-        return forward(self.model, self.below, self.cache, tokens, positions)
+
+class _Pass:
+    """One kind of forward pass over `count` tokens a row: as it comes, or replayed over inputs that stay in place."""
+
+    def __init__(self, exact: Exact, kind: Literal["draft", "verify"], count: int) -> None:
+        self.exact, self.kind, self.count = exact, kind, count
+        shape, device = (exact.job.batch, count), exact.job.device
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.logits: Tensor | None = None
+        self.replay: Callable[[], object] | None = None
+
+    def __call__(self, tokens: Tensor, ahead: int) -> Tensor:
+        """`[B, count]` tokens, the first `ahead` places after the context; logits `[B, count, V]`."""
+        first = self.exact.job.context + ahead
+        self.tokens.copy_(tokens)
+        self.positions.copy_(torch.arange(first, first + self.count, device=tokens.device))
+        (self.replay or self._run)()
+        assert self.logits is not None
+        return self.logits
+
+    def capture(self) -> bool:
+        """Whether it is a CUDA graph from here on."""
+        self.replay = captured(self._run, self.exact.job.device)
+        return self.replay is not None
+
+    def _run(self) -> None:
+        exact = self.exact
+        counts = exact.counts + 1 if self.kind == "verify" else None
+        with exact.cache.drafting(self.kind, counts):
+            self.logits = forward(
+                exact.model, exact.below, exact.cache, self.tokens, self.positions
+            )

@@ -112,7 +112,7 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
     shorter = {"empty": 1, "snapkv": min(job.budget, job.context)}
     made: dict[str, Cache] = {}
     for name in wanted:
-        if job.static and name != "exact":  # whose loop is Python's
+        if job.static:
             room = job.room - job.context + shorter.get(name, job.context)
             made[name] = StaticRefreshCache(model.config, ours[name], max_cache_len=room)
         else:
@@ -176,6 +176,21 @@ def _shared_store(
         store._keys, store._values = static.layers[index].keys, static.layers[index].values
         store.length = job.context
     return store
+
+
+def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
+    """A cache of full attention over what one of ours holds."""
+    full, config = RefreshConfig(mode="full"), model.config
+    if isinstance(cache, StaticRefreshCache):
+        twin = StaticRefreshCache(config, full, max_cache_len=cache.layers[0].max_cache_len)
+        for ours, theirs in zip(twin.layers, cache.layers, strict=True):
+            ours.share(theirs)
+            ours.inner.resolve_budget(None, int(theirs.cumulative_length))
+        return twin
+    twin = RefreshCache(config, full)
+    for ours, theirs in zip(twin.layers, cache.layers, strict=True):
+        ours.inner.store = theirs.inner.store
+    return twin
 
 
 def forward(

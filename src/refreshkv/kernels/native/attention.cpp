@@ -24,7 +24,7 @@ constexpr int64_t kChunk = 8192;  // tokens that share a softmax
 
 extern "C" {
 
-// What `kernels/native/__init__.py` fills in, field by field; strides in elements. Null: not given, or not wanted.
+// What attention.py fills in, field by field; strides in elements. Null: not given, or not wanted.
 struct Job {
   const bfloat16 *query, *keys, *values;  // [B, Hq, T, D], [B, Hkv, L, D], [B, Hkv, L, Dv] or null
   bfloat16* output;                       // [B, Hq, T, Dv], contiguous
