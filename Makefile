@@ -62,7 +62,7 @@ bench-cpu: $(STAMP)  ## the CPU rows of README.md (about 20 minutes)
 	$(DECODE_CPU) --sizes 1x32768 --steps 12
 	$(DECODE_CPU) --sizes 1x65536 --steps 12 --skip default
 	$(DECODE_CPU) --sizes 4x32768 --steps 6 --cycles 3 --skip default,fast
-	$(BIN)/refreshkv bench kernels $(ON_CPU) --budget 1024 --sizes 1x8192,1x32768 --repeats 5
+	$(BIN)/refreshkv bench kernels $(ON_CPU) --budget 1024 --sizes 1x32768,1x65536 --repeats 5
 	$(BIN)/refreshkv bench scale $(ON_CPU) --contexts 8192,16384,32768,65536 \
 		--batches 1,2,4 --budgets 1024,512,2048 --strides 10,2,5,20 --steps 5 --plot benchmarks/scale-cpu.png
 	$(BIN)/refreshkv bench plan --check benchmarks/results/decode-cpu.csv
