@@ -30,6 +30,7 @@ from tests.kernels.comparison import (
     EVERYTHING,
     PLAIN,
     Case,
+    check_attend_at,
     check_gather,
     check_lengths,
     check_select,
@@ -54,7 +55,7 @@ SERVED = [case for case in IN_BFLOAT16 if not case.dim % 32 and not (case.value_
 # A part of a block, of a chunk, and one chunk and a part.
 LONG = [
     Case(length=length, dtype=torch.bfloat16, hidden=hidden, sinks=True)
-    for length, hidden in ((129, ""), (CHUNK, ""), (CHUNK + 1, "left"), (2 * CHUNK + 77, "holes"))
+    for length, hidden in ((257, ""), (CHUNK, ""), (CHUNK + 1, "left"), (2 * CHUNK + 77, "holes"))
 ]
 
 
@@ -110,6 +111,11 @@ def test_neither_threads_nor_other_rows_change_a_bit(case: Case) -> None:
     for threads in (1, 3, 8):
         one = attention.run(query[:1], keys[:1], values[:1], **alone, threads=threads)
         assert all(map(torch.equal, one, (x[:1] for x in together[0])))
+
+
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING, LONG[0]], ids=str)
+def test_entries_by_their_places(case: Case) -> None:
+    check_attend_at(CPU.attend_at, replace(case, dtype=torch.bfloat16))
 
 
 def test_heads_that_nobody_wants_cost_nothing_and_harm_nothing() -> None:

@@ -179,6 +179,8 @@ void hide(const Job& job, const Part& part, int64_t place, int64_t n, int64_t pa
   const float scale = static_cast<float>(job.scale), cap = static_cast<float>(job.softcap);
   const uint8_t* visible = part.visible ? part.visible + place : nullptr;
   if (visible && !std::memchr(visible, 0, n)) visible = nullptr;
+  const bool all_seen = !visible && n == padded && !job.window && (!job.starts || place + n <= job.starts[part.row] + 1);
+  if (all_seen && cap == 0) return;
   for (int64_t i = 0; i < job.group * job.queries; ++i) {
     float* row = logits + i * kRow;
     for (int64_t x = 0; cap != 0 && x < padded; x += kLanes) {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.native.build import address, library
-from refreshkv.kernels.native.selection import top_slots
+from refreshkv.kernels.native.build import address, library, whole
+from refreshkv.kernels.native.selection import gather, top_slots
 from refreshkv.kernels.reference import Attended, Scored
 
 _WIDTH = 32  # a head dim is a multiple of this
@@ -31,11 +31,19 @@ class Job(ctypes.Structure):
     )  # fmt: skip
 
 
-def serves(query: Tensor, keys: Tensor, values: Tensor | None = None, **_: Any) -> bool:
+def serves(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None = None,
+    *_: Tensor,
+    blocks: Tensor | None = None,
+    **__: Any,
+) -> bool:
     """Whether these kernels take such tensors here; they compute no gradients."""
     tensors = (query, keys) if values is None else (query, keys, values)
     return (
-        all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 and not x.shape[-1] % _WIDTH for x in tensors)
+        blocks is None
+        and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 and not x.shape[-1] % _WIDTH for x in tensors)
         and query.shape[1] // keys.shape[1] * (query.shape[2] if query.dim() == 4 else 1) <= _MOST_QUERIES
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and not torch.compiler.is_compiling()
@@ -70,6 +78,30 @@ def attend_and_rank(
     """See `reference.attend_and_rank`."""
     attended, scored = attend_and_score(query, keys, values, **options)
     return attended, top_slots(scored.scores, newest, count)
+
+
+def attend_at(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    heads: Tensor | None = None,
+    newest: Tensor | None = None,
+    count: int = 0,
+    blocks: None = None,
+    **options: Any,
+) -> tuple[Attended, Tensor]:
+    """See `reference.attend_at`; not over pages. The entries are copied out first."""
+    chosen = []
+    for stored in (keys, values):
+        copies = stored.new_zeros(*positions.shape, stored.shape[-1])
+        gather(stored, positions, copies, heads)
+        chosen.append(copies)
+    if newest is None:
+        newest = torch.zeros(positions.shape[:2], dtype=torch.int64)
+    options |= {"visible": positions >= 0, "heads": heads}
+    return attend_and_rank(query, *chosen, newest=newest, count=count, **options)
 
 
 def verify(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> tuple[Attended, Scored]:
@@ -118,8 +150,8 @@ def run(
     if visible is not None and visible.stride(-1) != 1:
         visible = visible.contiguous()
     lengths = None if lengths is None else lengths.expand(rows, kv_heads)
-    heads = None if heads is None else heads.contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
+    heads, starts, counts = whole(heads), whole(starts), whole(counts)
+    sinks = None if sinks is None else whole(sinks.float())
     strides = [x.stride() for x in (query, keys, keys if values is None else values)]
     job = Job(
         *map(address, (query, keys, values, output, lse, scores if scored else None)),

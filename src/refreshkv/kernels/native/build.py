@@ -138,3 +138,8 @@ def _processor() -> str:
 def address(tensor: Tensor | None) -> int | None:
     """Where the numbers of a tensor begin; the caller keeps it alive."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """Its numbers one after the other; the caller keeps what may be a copy."""
+    return None if tensor is None else tensor.contiguous()

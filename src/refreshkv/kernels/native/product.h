@@ -16,7 +16,7 @@ namespace {
 
 using Pair = uint32_t;  // two bfloat16, the first in the low half
 
-constexpr int64_t kBlock = 128;          // tokens that are packed at a time
+constexpr int64_t kBlock = 256;          // tokens that are packed at a time
 constexpr int64_t kColumns = 16;         // of a tile of a packed operand
 constexpr int64_t kTile = 16 * kColumns;  // pairs in it: 16 rows
 

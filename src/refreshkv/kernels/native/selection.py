@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.kernels.native.build import address, library
+from refreshkv.kernels.native.build import address, library, whole
 from refreshkv.selection import FREE, Selection
+
+_WRITTEN = ("ring_positions", "pushed")
 
 
 class Choice(ctypes.Structure):
@@ -54,11 +56,11 @@ def select(
     filled = torch.empty(rows, kv_heads, dtype=torch.int64)
     if not isinstance(recent, Tensor):
         recent = torch.full((rows,), recent)
-    # The names keep the copies alive.
-    scores, heads = scores.float().contiguous(), None if heads is None else heads.contiguous()
-    visible = None if visible is None else visible.expand(rows, -1).contiguous()
+    visible = None if visible is None else visible.expand(rows, -1)
+    parts = (scores.float(), budget, visible, heads, recent, anchors, ends, positions, filled)
+    kept = [whole(part) for part in parts]
     job = Choice(
-        *map(address, (scores, budget, visible, heads, recent, anchors, ends, positions, filled)),
+        *map(address, kept),
         *(rows, kv_heads, length, 0 if anchors is None else anchors.shape[-1], slots, pool_kernel),
         torch.get_num_threads(),
     )
@@ -70,7 +72,7 @@ def select(
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
     """See `reference.gather`."""
     rows, kv_heads, slots = positions.shape
-    heads = None if heads is None else heads.contiguous()
+    positions, heads = whole(positions), whole(heads)
     size = source.element_size()
     _compiled().refreshkv_gather(
         *map(address, (source, positions, out, heads)),
@@ -94,6 +96,7 @@ def insert(
 ) -> Tensor:
     """See `reference.insert`."""
     rows, kv_heads, count = wanted.shape
+    wanted, filled, budget = whole(wanted), whole(filled), whole(budget)
     entered = torch.empty_like(filled)
     size = keys.element_size()
     job = Entry(
@@ -109,7 +112,7 @@ def insert(
 def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
     """See `reference.top_slots`."""
     *parts, slots = scores.shape
-    scores, newest = scores.contiguous(), newest.contiguous()
+    scores, newest = whole(scores), whole(newest)
     best = newest.new_empty(*parts, min(count, slots))
     _compiled().refreshkv_top_slots(
         *map(address, (scores, newest, best)), newest.numel(), slots, best.shape[-1]
@@ -118,11 +121,11 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
 
 
 def serves(*given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: positions and counts whole, the numbers of a token together."""
-    tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
+    """Whether these functions take such arguments here: what is moved or written has its numbers side by side."""
+    moved = (x for x in (*given, *named.values()) if isinstance(x, Tensor) and x.dim() == 4)
     return (
-        all(x.is_contiguous() if x.dtype == torch.int64 else x.stride(-1) == 1 for x in tensors)
-        and all(x.device.type == "cpu" for x in tensors)
+        all(x.stride(-1) == 1 for x in moved)
+        and all(named[name].is_contiguous() for name in _WRITTEN if name in named)
         and not torch.compiler.is_compiling()
         and library() is not None
     )
