@@ -230,6 +230,9 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 def test_the_library_is_compiled_once(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O0"))
+    monkeypatch.setenv(
+        "CXX", f"{shutil.which('env')} c++"
+    )  # a command with arguments, as with ccache
     path = build.build()
     assert path.parent == fresh_build / "refreshkv"
     assert list(path.parent.iterdir()) == [path]

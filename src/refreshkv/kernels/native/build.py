@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,21 +55,14 @@ def build(extra: Sequence[str] = ()) -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise BuildError("no C++ compiler is on the path")
-    flags = [
-        *_FLAGS,
-        "-mcpu=native" if platform.machine() == "aarch64" else "-march=native",
-        *extra,
-    ]
-    made_of = [
-        compiler,
-        *flags,
-        _processor(),
-        *(file.read_text() for file in (*_SOURCES, *_HEADERS)),
-    ]
+    own = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+    command = [*shlex.split(compiler), *_FLAGS, own, *extra]
+    sources = (file.read_text() for file in (*_SOURCES, *_HEADERS))
+    made_of = [*command, _processor(), *sources]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     target = _folder() / f"native-{name}.so"
     if not target.exists():
-        _compile([compiler, *flags], target)
+        _compile(command, target)
     return target
 
 
