@@ -1,5 +1,5 @@
-// Attention with its scores for bfloat16 on CPUs: `reference.attend_and_score` and `reference.verify`, reading every key
-// and value once. Compiled where it runs (build.py); a plain C interface, no headers but the compiler's own.
+// Attention with its scores for bfloat16 on CPUs: `reference.attend_and_score` and `reference.verify`, reading every
+// key and value once. Compiled where it runs (build.py); a plain C interface, no headers but the compiler's own.
 //
 // A row and KV head is a `Part`: M = G * T queries (GQA group times query positions) over its places. It is worked off
 // in chunks of a fixed size with a softmax each, and a chunk in blocks, as in FlashAttention: logits, running maximum,
@@ -8,7 +8,6 @@
 // is, nor any bit of the result.
 
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #ifndef _OPENMP
@@ -17,6 +16,7 @@
 #include <omp.h>
 
 #include "product.h"
+#include "room.h"
 
 namespace {
 constexpr int64_t kChunk = 8192;  // tokens that share a softmax
@@ -77,44 +77,7 @@ struct Part {
 constexpr int64_t kRow = kBlock + kColumns;  // floats from one query's logits to the next: not a power of two
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;  // finite: -inf minus it is -inf
 
-// Memory that a thread takes again in its next call: fresh memory costs a page fault for every 4 KiB.
-class Room {
- public:
-  // False where there is not so much.
-  bool reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return true;
-    release();
-    const size_t whole = (bytes + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, whole));
-    size_ = data_ ? whole : 0;
-    return data_ != nullptr;
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes_of<T>(count);
-    return taken;
-  }
-  template <typename T>
-  static size_t bytes_of(int64_t count) {
-    return (count * sizeof(T) + 63) / 64 * 64;
-  }
-  void release_beyond(size_t bytes) {
-    if (size_ > bytes) release();
-  }
-  ~Room() { release(); }
-
- private:
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-constexpr size_t kMostKept = size_t{256} << 20;
+constexpr size_t kMostKept = size_t{256} << 20;  // bytes
 thread_local Room room;
 
 // What a chunk leaves, in powers of two: per query the largest logit, the sum of weights and the weighted values.
@@ -179,8 +142,8 @@ void hide(const Job& job, const Part& part, int64_t place, int64_t n, int64_t pa
   const float scale = static_cast<float>(job.scale), cap = static_cast<float>(job.softcap);
   const uint8_t* visible = part.visible ? part.visible + place : nullptr;
   if (visible && !std::memchr(visible, 0, n)) visible = nullptr;
-  const bool all_seen = !visible && n == padded && !job.window && (!job.starts || place + n <= job.starts[part.row] + 1);
-  if (all_seen && cap == 0) return;
+  const bool all_earlier = !job.starts || place + n <= job.starts[part.row] + 1;
+  if (!visible && n == padded && !job.window && all_earlier && cap == 0) return;
   for (int64_t i = 0; i < job.group * job.queries; ++i) {
     float* row = logits + i * kRow;
     for (int64_t x = 0; cap != 0 && x < padded; x += kLanes) {
@@ -202,9 +165,9 @@ void hide(const Job& job, const Part& part, int64_t place, int64_t n, int64_t pa
   }
 }
 
-// Logits of a block become weights `2^(scale * logit - top)` in bfloat16; what was mixed so far is adapted to a new top.
+// Logits of a block become weights `2^(scale * logit - top)` in bfloat16; what was mixed so far adapts to a new top.
 void weigh(const float* logits, float scale, int64_t padded, int64_t dim, bfloat16* weights, float& top, float& total,
-           float* mixed) {
+           float* mixed, Ahead& ahead) {
   Floats most = all(-kInfinity);
   for (int64_t x = 0; x < padded; x += kLanes) most = larger(most, load<Floats>(logits + x));
   const float new_top = std::max(top, largest(most) * scale);
@@ -212,6 +175,7 @@ void weigh(const float* logits, float scale, int64_t padded, int64_t dim, bfloat
   for (int64_t x = 0; x < padded; x += kLanes) {
     const Floats weight = power_of_two(load<Floats>(logits + x) * scale - new_top);
     mass += weight;
+    ahead.fetch(1);
     store(weights + x, narrowed(weight));
   }
   if (new_top > top) {
@@ -236,23 +200,31 @@ void attend_chunk(const Job& job, const Part& part, const Bench& bench, int64_t 
   std::fill(result.mixed, result.mixed + rows * job.value_dim, 0.0f);
   const bfloat16* keys = job.keys + part.row * job.key_row + part.head * job.key_head;
   const bfloat16* values = job.values ? job.values + part.row * job.value_row + part.head * job.value_head : nullptr;
+  Ahead ahead;  // values while keys are worked on, then the next keys; nothing where tokens do not lie side by side
+  const auto look_at = [&](const bfloat16* data, int64_t place, int64_t token, int64_t dim) {
+    if (data && token == dim) ahead.begin(data + place * token, kBlock * dim * sizeof(bfloat16));
+  };
   for (int64_t place = from; place < to; place += kBlock) {
     const int64_t n = std::min(kBlock, to - place), padded = (n + 31) / 32 * 32;
-    pack_keys(keys + place * job.key_token, job.key_token, n, job.dim, bench.packed);
-    product({bench.queries, job.dim, bench.packed, kBlock / kColumns, bench.logits, kRow, rows, padded, job.dim, false});
+    look_at(values, place, job.value_token, job.value_dim);
+    if (!values) look_at(keys, place + kBlock, job.key_token, job.dim);
+    pack_keys(keys + place * job.key_token, job.key_token, n, job.dim, bench.packed, ahead);
+    product({bench.queries, job.dim, bench.packed, kBlock / kColumns, bench.logits, kRow, rows, padded, job.dim, false,
+             ahead});
     hide(job, part, place, n, padded, bench.logits);
     const int64_t offset = place - part.first;
     bfloat16* block = weights.rows + (job.scores ? offset : 0);
     for (int64_t i = 0; i < m; ++i) {
       float* mixed = values ? result.mixed + i * job.value_dim : nullptr;
       weigh(bench.logits + i * kRow, scale, padded, job.value_dim, block + i * weights.stride, result.top[i],
-            result.total[i], mixed);
+            result.total[i], mixed, ahead);
       if (job.scores) weights.tops[offset / kBlock * m + i] = result.top[i];
     }
     if (!values) continue;
-    pack_values(values + place * job.value_token, job.value_token, n, job.value_dim, bench.packed);
-    product({block, weights.stride, bench.packed, job.value_dim / kColumns, result.mixed, job.value_dim, rows, job.value_dim, padded,
-             true});
+    look_at(keys, place + kBlock, job.key_token, job.dim);
+    pack_values(values + place * job.value_token, job.value_token, n, job.value_dim, bench.packed, ahead);
+    product({block, weights.stride, bench.packed, job.value_dim / kColumns, result.mixed, job.value_dim, rows,
+             job.value_dim, padded, true, ahead});
   }
 }
 

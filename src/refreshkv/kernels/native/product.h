@@ -20,8 +20,24 @@ constexpr int64_t kBlock = 256;          // tokens that are packed at a time
 constexpr int64_t kColumns = 16;         // of a tile of a packed operand
 constexpr int64_t kTile = 16 * kColumns;  // pairs in it: 16 rows
 
-// c [m, n] (+)= a [m, k] * b. Rows of a and c are lda and ldc apart. b is packed in tiles of 32 rows and 16 columns, the
-// tiles of a row of tiles `ldb` in number; k is a multiple of 32 and n one of 16.
+// The cache lines that come next, asked for a few at a time while others are worked on: in a burst they would have to
+// wait for each other, and between two bursts the memory would idle.
+class Ahead {
+ public:
+  void begin(const void* from, int64_t bytes) {
+    at_ = static_cast<const char*>(from);
+    end_ = at_ + bytes;
+  }
+  void fetch(int lines) {
+    for (; lines > 0 && at_ < end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
+// c [m, n] (+)= a [m, k] * b. Rows of a and c are lda and ldc apart. b is packed in tiles of 32 rows and 16 columns,
+// `ldb` of them in a row of tiles; k is a multiple of 32 and n one of 16.
 struct Product {
   const bfloat16* a;
   int64_t lda;
@@ -30,6 +46,7 @@ struct Product {
   float* c;
   int64_t ldc, m, n, k;
   bool add;
+  Ahead& ahead;
 
   const Pair* tile(int64_t row, int64_t column) const {
     return b + (row / 32 * ldb + column / kColumns) * kTile;
@@ -58,6 +75,7 @@ inline void vector_tile(const Product& x, int64_t i, int64_t j) {
       c[r][q] = x.add ? load<Floats>(x.c + (i + r) * x.ldc + j + q * kLanes) : Floats{};
   for (int64_t p = 0; p < x.k; p += 32) {
     const Pair* tile = x.tile(p, j) + j % kColumns;
+    x.ahead.fetch(2);
     for (int64_t pair = 0; pair < 16; ++pair) {
       Words b[columns];
       for (int q = 0; q < columns; ++q) b[q] = load<Words>(tile + pair * kColumns + q * kLanes);
@@ -101,6 +119,7 @@ inline void amx_row(const Product& x, int64_t i, int64_t j) {
   }
   for (int64_t p = 0; p < x.k; p += 32) {
     const Pair* b = x.tile(p, j);
+    x.ahead.fetch(8);
     _tile_loadd(4, x.a + i * x.lda + p, x.lda * sizeof(bfloat16));
     _tile_loadd(5, b, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -141,6 +160,7 @@ inline void amx_square(const Product& x, int64_t i, int64_t j) {
   for (int64_t p = 0; p < x.k; p += 32) {
     const Pair* b = x.tile(p, j);
     const bfloat16* a = x.a + i * x.lda + p;
+    x.ahead.fetch(4);
     _tile_loadd(4, a, x.lda * sizeof(bfloat16));
     _tile_loadd(5, b, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -228,16 +248,16 @@ inline void transpose(Words (&rows)[kLanes]) {
 }
 
 // keys `[n, dim]` -> the tiles of `[dim, kBlock]`, zeros from n on to a multiple of 32.
-void pack_keys(const bfloat16* keys, int64_t stride, int64_t n, int64_t dim, Pair* packed) {
+void pack_keys(const bfloat16* keys, int64_t stride, int64_t n, int64_t dim, Pair* packed, Ahead& ahead) {
   const int64_t padded = (n + 31) / 32 * 32;
   for (int64_t first = 0; first < padded; first += kLanes)
     for (int64_t d = 0; d < dim; d += 2 * kLanes) {
       Words rows[kLanes];
       for (int64_t r = 0; r < kLanes; ++r) {
         const bfloat16* key = (first + r < n ? keys + (first + r) * stride : kZeros) + d;
-        __builtin_prefetch(key + kBlock * stride, 0, 2);
         rows[r] = load<Words>(key);
       }
+      ahead.fetch(12);  // of 16 that were read
       transpose(rows);
       Pair* tile = packed + (d / 32 * (kBlock / kColumns) + first / kColumns) * kTile;
       Pair* corner = tile + d % 32 / 2 * kColumns + first % kColumns;
@@ -253,7 +273,7 @@ struct Interleave {
 
 // values `[n, dim]` -> the tiles of `[n, dim]`, zeros from n on to a multiple of 32. The columns of a register and the
 // next are in the order that interleaving leaves; `put_in_order` undoes it in the result.
-void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim, Pair* packed) {
+void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim, Pair* packed, Ahead& ahead) {
   for (int64_t first = 0; first < n; first += 32)
     for (int64_t pair = 0; pair < 16; ++pair) {
       const int64_t r = first + 2 * pair;
@@ -262,8 +282,7 @@ void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim,
       Pair* to = packed + first / 32 * (dim / kColumns) * kTile + pair * kColumns;
       const auto column = [&](int64_t d) { return to + d / kColumns * kTile + d % kColumns; };
       for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-        __builtin_prefetch(low + kBlock * stride + d, 0, 2);
-        __builtin_prefetch(high + kBlock * stride + d, 0, 2);
+        ahead.fetch(2);
         const Row a = load<Row>(low + d), b = load<Row>(high + d);
         store(column(d), rearranged<Interleave<false>>(a, b));
         store(column(d + kLanes), rearranged<Interleave<true>>(a, b));
