@@ -242,7 +242,9 @@ def test_the_library_is_compiled_once(fresh_build: Path, monkeypatch: pytest.Mon
     assert build.build(["-DOTHER"]) != path
 
 
-@pytest.mark.parametrize("reason", ["no compiler", "it fails", "it is not there", "no OpenMP"])
+@pytest.mark.parametrize(
+    "reason", ["no compiler", "it fails", "it is not there", "no OpenMP", "no place to write"]
+)
 def test_without_a_library_one_warning_says_why(
     reason: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,9 +257,12 @@ def test_without_a_library_one_warning_says_why(
     elif reason == "it is not there":
         monkeypatch.setenv("CXX", "/nonexistent/c++")
         said = "does not run"
-    else:
+    elif reason == "no OpenMP":
         monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-fno-openmp"))
         said = "OpenMP is needed"
+    else:
+        monkeypatch.setattr(build, "_folder", lambda: fresh_build / "gone")
+        said = "No such file or directory"
     query, keys, values, options = replace(PLAIN, dtype=torch.bfloat16).inputs()
     with pytest.warns(RuntimeWarning, match=said) as warned:
         ours = [CPU.attend(query, keys, values, **options).output for _ in range(2)]

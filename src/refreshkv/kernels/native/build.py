@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return load(build())
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # no place to write, for one
         warnings.warn(
             f"the CPU kernels run in plain torch, which takes up to four times as long on long contexts:"
             f" {error}. Install a C++ compiler (g++ 11 or newer, or clang++), name it in CXX, or set "
