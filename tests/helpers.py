@@ -138,6 +138,9 @@ class Scripted(Trigger):
     def __init__(self, before: Iterable[Tensor] = (), after: Iterable[Tensor] = ()) -> None:
         self._before, self._after = iter(before), iter(after)
 
+    def due(self, step: Tensor) -> Tensor:
+        return torch.ones_like(step, dtype=torch.bool)
+
     def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
         return next(self._before, torch.zeros_like(step, dtype=torch.bool))
 

@@ -62,6 +62,18 @@ def test_the_base_never_fires() -> None:
     assert Trigger().after(steps(), LSE, torch.empty(1, KV_HEADS, 0)) is None
 
 
+@pytest.mark.parametrize(
+    "trigger",
+    [Trigger(), FixedStride(3), QueryComparison(3, 0.9, "head"), LseDrop(4.0), LseDrop(4.0, 3)],
+)
+def test_what_is_not_due_is_not_full(trigger: Trigger) -> None:
+    """The query is not looked at where nothing is due."""
+    for count in range(1, 8):
+        due = trigger.due(steps(count))
+        assert due.dtype == torch.bool and due.shape == (1, KV_HEADS)
+        assert fires(trigger, -QUERY, QUERY, steps(count)) == due.tolist()  # the query has turned
+
+
 def test_a_fixed_stride_counts_per_head() -> None:
     counts = torch.tensor([[1, 3], [6, 8], [9, 2]])
     same = QUERY.expand(3, -1, -1)

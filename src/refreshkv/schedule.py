@@ -32,9 +32,13 @@ class Trigger:
         """
         return query.new_empty((query.shape[0], kv_heads, 0))
 
-    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
-        """`[B, Hkv]` bool: full at once. `step` `[B, Hkv]` counts 1, 2, ... since the last full step."""
+    def due(self, step: Tensor) -> Tensor:
+        """`[B, Hkv]` bool: may be full at once. `step` `[B, Hkv]` counts 1, 2, ... since the last full step."""
         return torch.zeros_like(step, dtype=torch.bool)
+
+    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+        """`[B, Hkv]` bool: full at once; nothing but `due` ones, and all of them unless the query decides."""
+        return self.due(step)
 
     def after(self, step: Tensor, lse: Tensor, reference: Tensor) -> Tensor | None:
         """`[B, Hkv]` bool: this partial step was not enough; `lse` `[B, Hq]` is that of the partial attention.
@@ -50,7 +54,7 @@ class FixedStride(Trigger):
 
     stride: int
 
-    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
+    def due(self, step: Tensor) -> Tensor:
         return step % self.stride == 0
 
 
@@ -65,10 +69,13 @@ class QueryComparison(Trigger):
     def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         return self._summary(query, kv_heads)
 
+    def due(self, step: Tensor) -> Tensor:
+        return step % self.stride == 0
+
     def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
         cosine = F.cosine_similarity(self._summary(query, step.shape[1]), reference, dim=-1)
         # Rounding can lift the cosine of a vector with itself above 1; threshold 1 must mean "always".
-        return (step % self.stride == 0) & (cosine.clamp(max=1.0) <= self.threshold)
+        return self.due(step) & (cosine.clamp(max=1.0) <= self.threshold)
 
     def _summary(self, query: Tensor, kv_heads: int) -> Tensor:
         """`[B, Hq, D]` -> `[B, Hkv, D]`: the mean query of the layer, the same for all heads, or of each GQA group."""
@@ -93,10 +100,8 @@ class LseDrop(Trigger):
     def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         return lse.unflatten(1, (kv_heads, -1)).float()
 
-    def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
-        if self.stride is None:
-            return super().before(step, query, reference)
-        return step >= self.stride
+    def due(self, step: Tensor) -> Tensor:
+        return super().due(step) if self.stride is None else step >= self.stride
 
     def after(self, step: Tensor, lse: Tensor, reference: Tensor) -> Tensor | None:
         fallen = reference - lse.float().unflatten(1, (reference.shape[1], -1))
