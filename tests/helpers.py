@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -18,6 +20,10 @@ from refreshkv.step import Attention, decode_step
 
 # The same examples every time: a test that fails only sometimes gets switched off.
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
 
 Held = list[list[list[int]]]  # [row][KV head] -> positions, ascending
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,13 @@ from refreshkv import selection
 from refreshkv.kernels import cpu
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.selection import FREE, Selection
-from tests.helpers import PROPERTY, left_padding
+from tests.helpers import PROPERTY, left_padding, needs_compiler
 from tests.slow import slow_select
 
 Select = Callable[..., Selection]
-compiled = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 implementations = pytest.mark.parametrize(
     "select",
-    [selection.select, cpu.select, pytest.param(native_selection.select, marks=compiled)],
+    [selection.select, cpu.select, pytest.param(native_selection.select, marks=needs_compiler)],
     ids=["torch", "cpu", "native"],
 )
 

@@ -59,18 +59,14 @@ class FixedStride(Trigger):
 
 
 @dataclass(frozen=True)
-class QueryComparison(Trigger):
+class QueryComparison(FixedStride):
     """The paper: every S-th step is full where the query has drifted, cos(query, reference) <= threshold."""
 
-    stride: int
     threshold: float
     decide: Decide = "layer"
 
     def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         return self._summary(query, kv_heads)
-
-    def due(self, step: Tensor) -> Tensor:
-        return step % self.stride == 0
 
     def before(self, step: Tensor, query: Tensor, reference: Tensor) -> Tensor:
         cosine = F.cosine_similarity(self._summary(query, step.shape[1]), reference, dim=-1)

@@ -23,7 +23,7 @@ from refreshkv import selection
 from refreshkv.kernels import CPU, CPU_TORCH, reference
 from refreshkv.kernels.native import attention, build
 from refreshkv.kernels.native import selection as native_selection
-from tests.helpers import PROPERTY
+from tests.helpers import PROPERTY, needs_compiler
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
     CASES,
@@ -37,8 +37,7 @@ from tests.kernels.comparison import (
     check_verify,
 )
 
-HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 # What a processor without the newest instructions would run: flags, and a feature that this machine needs for them.
 BUILDS = {"this machine": ((), "")}
@@ -52,6 +51,7 @@ if platform.machine() == "x86_64":
 CHUNK = 8192  # tokens that share a softmax
 IN_BFLOAT16 = [replace(case, dtype=torch.bfloat16) for case in CASES]
 SERVED = [case for case in IN_BFLOAT16 if not case.dim % 32 and not (case.value_dim or 0) % 32]
+EVERY = replace(EVERYTHING, value_dim=96, dtype=torch.bfloat16)
 # A part of a block, of a chunk, and one chunk and a part.
 LONG = [
     Case(length=length, dtype=torch.bfloat16, hidden=hidden, sinks=True)
@@ -80,10 +80,7 @@ def with_build(op: str, **named: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("op", ATTENTION_CHECKS)
 def test_every_build_equals_the_reference(op: str, name: str) -> None:
     for case in [*SERVED, *LONG[:2]] if name == "this machine" else [*SERVED[::3], EVERY]:
-        ATTENTION_CHECKS[op](with_build(op, compiled=built(name)), case)
-
-
-EVERY = replace(EVERYTHING, value_dim=96, dtype=torch.bfloat16)
+        ATTENTION_CHECKS[op](with_build(op, library=built(name)), case)
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
@@ -134,9 +131,10 @@ def test_heads_that_nobody_wants_cost_nothing_and_harm_nothing() -> None:
         lambda x: x.float(),
         lambda x: x[..., ::2],
         lambda x: x[..., :48],
+        lambda x: torch.cat([x] * 9, -1),
         lambda x: x.clone().requires_grad_(),
     ],
-    ids=["float32", "every other number", "48 wide", "gradients"],
+    ids=["float32", "every other number", "48 wide", "576 wide", "gradients"],
 )
 def test_what_they_do_not_take_goes_the_way_of_torch(change: Callable[[Tensor], Tensor]) -> None:
     query, keys, values, _ = replace(PLAIN, dtype=torch.bfloat16).inputs()
@@ -339,10 +337,10 @@ def test_a_broken_kernel_is_noticed(
     monkeypatch.setattr(build, "_SOURCES", [tmp_path / "attention.cpp"])
     monkeypatch.setattr(build, "_HEADERS", sorted(tmp_path.glob("*.h")))
     broken = ctypes.CDLL(str(build.build(["-O1"])))
-    check = partial(attention.verify, compiled=broken)
+    check = partial(attention.verify, library=broken)
     with pytest.raises(AssertionError):  # noqa: PT012
         for case in (EVERY, *LONG, Case(rows=3, dtype=torch.bfloat16)):
             check_verify(check, case)
         ATTENTION_CHECKS["attend_and_score"](
-            partial(attention.attend_and_score, compiled=broken), LONG[2]
+            partial(attention.attend_and_score, library=broken), LONG[2]
         )

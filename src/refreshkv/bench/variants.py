@@ -18,11 +18,11 @@ from transformers.utils import is_flash_attn_2_available
 from refreshkv.bench.timing import WARM_UP
 from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.integrations.transformers import RefreshCache
+from refreshkv.integrations.transformers.fallback import CACHES
 from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.step import Attention
 from refreshkv.store import DenseStore
 
-OURS = (RefreshCache, StaticRefreshCache)
 _SPARE = 8  # places beyond those that a run needs
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
@@ -203,7 +203,7 @@ def forward(
     """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
     config = model.config
     attached = config._attn_implementation_internal
-    if not isinstance(cache, OURS):
+    if not isinstance(cache, CACHES):
         config._attn_implementation_internal = implementation
     try:
         return model(
@@ -244,7 +244,7 @@ class _Compiled:
 
 def end_of(cache: Cache) -> int | None:
     """Where the store of one of ours ends; `None` for one of transformers'."""
-    return int(cache.layers[0].get_seq_length()) if isinstance(cache, OURS) else None
+    return int(cache.layers[0].get_seq_length()) if isinstance(cache, CACHES) else None
 
 
 def take_back(cache: Cache, length: int) -> None:

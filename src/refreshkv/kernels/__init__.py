@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ CPU_TORCH = Backend(
 )
 
 
-def _native_first(twin: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled `twin` of `kernel`, or `kernel` for what its module does not take."""
-    serves = sys.modules[twin.__module__].serves
+def _native_first(module: ModuleType, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled twin of `kernel` in `module`, or `kernel` for what that module does not take."""
+    twin, serves = getattr(module, kernel.__name__), module.serves
 
     @functools.wraps(kernel)
     def run(*given: Any, **named: Any) -> Any:
@@ -78,16 +78,16 @@ def _native_first(twin: Callable[..., Any], kernel: Callable[..., Any]) -> Calla
 CPU = replace(
     CPU_TORCH,
     name="cpu",
-    attend=_native_first(attention.attend, cpu.attend),
-    attend_and_score=_native_first(attention.attend_and_score, cpu.attend_and_score),
-    attend_and_rank=_native_first(attention.attend_and_rank, cpu.attend_and_rank),
-    attend_at=_native_first(attention.attend_at, reference.attend_at),
-    score=_native_first(attention.score, cpu.score),
-    verify=_native_first(attention.verify, cpu_verify.verify),
-    vote=_native_first(attention.vote, cpu_verify.vote),
-    select=_native_first(native_selection.select, cpu.select),
-    gather=_native_first(native_selection.gather, cpu.gather),
-    insert=_native_first(native_selection.insert, cpu.insert),
+    attend=_native_first(attention, cpu.attend),
+    attend_and_score=_native_first(attention, cpu.attend_and_score),
+    attend_and_rank=_native_first(attention, cpu.attend_and_rank),
+    attend_at=_native_first(attention, reference.attend_at),
+    score=_native_first(attention, cpu.score),
+    verify=_native_first(attention, cpu_verify.verify),
+    vote=_native_first(attention, cpu_verify.vote),
+    select=_native_first(native_selection, cpu.select),
+    gather=_native_first(native_selection, cpu.gather),
+    insert=_native_first(native_selection, cpu.insert),
 )
 
 _WIDEST = 256  # head dim that the Triton kernels have settings for

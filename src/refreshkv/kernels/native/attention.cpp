@@ -247,8 +247,7 @@ void finish_part(const Job& job, const Part& part, const Softmax& result) {
     const bool empty = !(result.total[i] > 0);
     const float lse = empty ? -kInfinity : (result.top[i] + std::log2(result.total[i])) / kLog2e;
     float share = empty ? 0 : 1 / result.total[i];
-    if (job.sinks) share *= 1 / (1 + std::exp(job.sinks[head] - lse));
-    if (empty) share = 0;
+    if (job.sinks && !empty) share *= 1 / (1 + std::exp(job.sinks[head] - lse));
     job.lse[query] = lse;
     if (job.values) {
       const float* mixed = result.mixed + i * job.value_dim;

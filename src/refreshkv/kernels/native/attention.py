@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.native.build import address, library, whole
+from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.kernels.native.selection import gather, top_slots
 from refreshkv.kernels.reference import Attended, Scored
 
-_WIDTH = 32  # a head dim is a multiple of this
+_WIDTH, _WIDEST = 32, 512  # a head dim is a multiple of the first, and at most the second
 _MOST_QUERIES = 1024  # of a row and KV head
 
 
@@ -43,11 +43,11 @@ def serves(
     tensors = (query, keys) if values is None else (query, keys, values)
     return (
         blocks is None
-        and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 and not x.shape[-1] % _WIDTH for x in tensors)
+        and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in tensors)
+        and all(x.shape[-1] <= _WIDEST and not x.shape[-1] % _WIDTH for x in tensors)
         and query.shape[1] // keys.shape[1] * (query.shape[2] if query.dim() == 4 else 1) <= _MOST_QUERIES
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and not torch.compiler.is_compiling()
-        and library() is not None
+        and ready()
     )  # fmt: skip
 
 
@@ -133,12 +133,12 @@ def run(
     window: int | None = None,
     scored: bool = True,
     threads: int | None = None,
-    compiled: ctypes.CDLL | None = None,
+    library: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, Hq, T, Dv]`, log-sum-exp `[B, Hq, T]` and scores `[B, Hkv, L]` of queries `[B, Hq, T, D]`.
 
     Without `starts` every query sees all places. Without `values` the output is empty, and without `scored` the scores.
-    `threads`: as many as torch uses; `compiled`: another build of the library. The rest as in `reference.verify`.
+    `threads`: as many as torch uses; `library`: another build of it. The rest as in `reference.verify`.
     """
     (rows, query_heads, queries, dim), (_, kv_heads, length, _) = query.shape, keys.shape
     value_dim = 0 if values is None else values.shape[-1]
@@ -163,8 +163,6 @@ def run(
         *(window or 0, reduction == "mean", threads or torch.get_num_threads()),
         *(scale, softcap or 0.0),
     )
-    compiled = compiled or library()
-    assert compiled is not None, "`serves` has said so"
-    if compiled.refreshkv_attend(ctypes.byref(job)):
+    if (library or compiled()).refreshkv_attend(ctypes.byref(job)):
         raise MemoryError(f"attention over {length} tokens: not enough memory for its weights")
     return output, lse, scores

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -48,6 +49,18 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def ready() -> bool:
+    """Whether compiled code may run here and now: `torch.compile` could not look into it."""
+    return not torch.compiler.is_compiling() and library() is not None
+
+
+def compiled() -> ctypes.CDLL:
+    """The library, where `ready` has said that there is one."""
+    found = library()
+    assert found is not None, "a caller asks `serves` first"
+    return found
 
 
 def build(extra: Sequence[str] = ()) -> Path:

@@ -37,7 +37,7 @@ class Ahead {
 };
 
 // c [m, n] (+)= a [m, k] * b. Rows of a and c are lda and ldc apart. b is packed in tiles of 32 rows and 16 columns,
-// `ldb` of them in a row of tiles; k is a multiple of 32 and n one of 16.
+// `ldb` of them in a row of tiles; k and n are multiples of 32.
 struct Product {
   const bfloat16* a;
   int64_t lda;
@@ -226,7 +226,7 @@ void product(const Product& x) { vector_product(x); }
 // Rows that the products of m queries want to have: beyond 16, whole tiles.
 int64_t rows_for(int64_t m) { return m <= 16 ? m : (m + 15) / 16 * 16; }
 
-alignas(64) constexpr bfloat16 kZeros[512] = {};
+alignas(64) constexpr bfloat16 kZeros[512] = {};  // a head dim is no larger (attention.py)
 
 // Lanes and rows of a square that differ in one bit change places.
 template <int bit, bool below>

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.kernels.native.build import address, library, whole
+from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.selection import FREE, Selection
 
 _WRITTEN = ("ring_positions", "pushed")
@@ -57,14 +57,14 @@ def select(
     if not isinstance(recent, Tensor):
         recent = torch.full((rows,), recent)
     visible = None if visible is None else visible.expand(rows, -1)
-    parts = (scores.float(), budget, visible, heads, recent, anchors, ends, positions, filled)
-    kept = [whole(part) for part in parts]
+    # The list keeps what are copies.
+    inputs = list(map(whole, (scores.float(), budget, visible, heads, recent, anchors, ends)))
     job = Choice(
-        *map(address, kept),
+        *map(address, (*inputs, positions, filled)),
         *(rows, kv_heads, length, 0 if anchors is None else anchors.shape[-1], slots, pool_kernel),
         torch.get_num_threads(),
     )
-    if _compiled().refreshkv_select(ctypes.byref(job)):
+    if compiled().refreshkv_select(ctypes.byref(job)):
         raise MemoryError(f"selection among {length} tokens: not enough memory")
     return Selection(positions, filled)
 
@@ -74,7 +74,7 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
     rows, kv_heads, slots = positions.shape
     positions, heads = whole(positions), whole(heads)
     size = source.element_size()
-    _compiled().refreshkv_gather(
+    compiled().refreshkv_gather(
         *map(address, (source, positions, out, heads)),
         *(rows, kv_heads, slots, source.shape[-1] * size),
         *(step * size for x in (source, out) for step in x.stride()[:3]),
@@ -105,7 +105,7 @@ def insert(
         *(rows, kv_heads, count, ring_positions.shape[2], keys.shape[-1] * size, values.shape[-1] * size),
         *(step * size for x in (keys, values, ring_keys, ring_values) for step in x.stride()[:3]),
     )  # fmt: skip
-    _compiled().refreshkv_insert(ctypes.byref(job))
+    compiled().refreshkv_insert(ctypes.byref(job))
     return entered
 
 
@@ -114,7 +114,7 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
     *parts, slots = scores.shape
     scores, newest = whole(scores), whole(newest)
     best = newest.new_empty(*parts, min(count, slots))
-    _compiled().refreshkv_top_slots(
+    compiled().refreshkv_top_slots(
         *map(address, (scores, newest, best)), newest.numel(), slots, best.shape[-1]
     )
     return best
@@ -126,12 +126,5 @@ def serves(*given: Any, **named: Any) -> bool:
     return (
         all(x.stride(-1) == 1 for x in moved)
         and all(named[name].is_contiguous() for name in _WRITTEN if name in named)
-        and not torch.compiler.is_compiling()
-        and library() is not None
+        and ready()
     )
-
-
-def _compiled() -> ctypes.CDLL:
-    compiled = library()
-    assert compiled is not None, "`serves` has said so"
-    return compiled
