@@ -28,6 +28,7 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
     from rich.table import Table
 
     from refreshkv.evals.summary import is_perplexity
+    from refreshkv.stats import KV_READ_NOTE
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("task", "method"):
@@ -46,7 +47,7 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
             title = ""
     console = common.console()
     console.print(table)
-    console.print(NOTES)
+    console.print(f"{NOTES} {KV_READ_NOTE}")
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
 

@@ -24,13 +24,15 @@ NOTES = (
 
 def show(report: Report, length: int) -> None:
     """Print the report to stdout."""
+    from refreshkv.stats import KV_READ_NOTE
+
     console = common.console()
     console.print(figures(report.rows, length))
     for example in report.shown:
         console.print()
         console.print(excerpt(example, console.width))
     console.print()
-    console.print(NOTES)
+    console.print(f"{NOTES} {KV_READ_NOTE}")
 
 
 def layout(title: str, **options: Any) -> Table:
