@@ -116,7 +116,7 @@ machine_options = options_of(
     click.option(
         "--plot",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Write a PNG: milliseconds over bytes. Needs 'refreshkv[eval]'.",
+        help="Write a PNG: milliseconds over bytes. Needs the extra 'eval'.",
     ),
     common.progress_option,
     common.json_option,
