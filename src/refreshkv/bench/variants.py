@@ -32,7 +32,7 @@ VARIANTS = {
     "snapkv": "eviction: full attention over K tokens, what SnapKV leaves",
     "partial": "partial step",
     "full": "full step with re-selection",
-    "fast": "the preset fast, at the share of full steps that it had on text",
+    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
     "exact": "a token of the lossless mode: cycle / tokens per pass",
     "own_dense": "our full attention without selection",
     "static": "transformers StaticCache, compiled where there is a GPU",
