@@ -67,7 +67,7 @@ def table(found: dict[str, list[Output]]) -> str:
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name == "demo":
         return demo.load()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
