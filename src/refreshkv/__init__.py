@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from refreshkv.integrations.transformers import Session as Session
     from refreshkv.integrations.transformers import UnsupportedModelError as UnsupportedModelError
     from refreshkv.integrations.transformers import attach as attach
+    from refreshkv.integrations.transformers import detach as detach
     from refreshkv.integrations.transformers import supported as supported
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "Session": "refreshkv.integrations.transformers",
     "UnsupportedModelError": "refreshkv.integrations.transformers",
     "attach": "refreshkv.integrations.transformers",
+    "detach": "refreshkv.integrations.transformers",
     "supported": "refreshkv.integrations.transformers",
 }
 __all__ = sorted(_HOME)

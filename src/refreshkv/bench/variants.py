@@ -20,6 +20,7 @@ from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.integrations.transformers import RefreshCache
 from refreshkv.integrations.transformers.fallback import CACHES
 from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.integrations.transformers.versions import CACHE
 from refreshkv.step import Attention
 from refreshkv.store import DenseStore
 
@@ -207,7 +208,7 @@ def forward(
         config._attn_implementation_internal = implementation
     try:
         return model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}
         ).logits
     finally:
         config._attn_implementation_internal = attached

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, layer_of
+from refreshkv.integrations.transformers.cache import (
+    IMPLEMENTATION_PREFIX,
+    as_autocast,
+    layer_of,
+)
 from refreshkv.step import Attention
 
 
@@ -58,6 +64,11 @@ def refresh_attention(
     """
     layer = layer_of(key)
     if layer is not None:
+        if layer_of(value) is not layer:
+            raise RuntimeError(
+                f"the values of layer {layer.index} are changed between the cache and attention: this architecture is"
+                " not supported"
+            )
         # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
         own = getattr(module, "layer_idx", layer.index) == layer.index
         if own:
@@ -68,15 +79,24 @@ def refresh_attention(
                 softcap=None if inner == "sdpa" else kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
             )
-            output = layer.attend(query, attention, attention_mask)
+            ours = as_autocast(query)
+            with _without_autocast(query):
+                output = layer.attend(ours, attention, attention_mask)
             if output is not None:
-                return output.transpose(1, 2), None
+                # Contiguous, as every implementation of transformers leaves it: a model may call `view`.
+                return output.transpose(1, 2).contiguous(), None
         else:
             layer.lend()
     run = _implementation(inner, module)
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
+    """Our kernels say themselves what they compute in float32."""
+    kind = query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

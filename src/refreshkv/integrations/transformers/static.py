@@ -20,9 +20,10 @@ from refreshkv.config import RefreshConfig
 from refreshkv.integrations.transformers.cache import (
     Drafting,
     Pass,
+    as_autocast,
     check_attached,
     exact_step,
-    tag,
+    tagged,
 )
 from refreshkv.integrations.transformers.masks import newest_row
 from refreshkv.static import StaticLayerCache
@@ -76,15 +77,13 @@ class StaticRefreshLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `StaticLayer`; the keys carry a tag. In the lossless mode the algorithm decides what is written."""
+        """See `StaticLayer`; the result is tagged. In the lossless mode the algorithm decides what is written."""
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.exact is None:
             super().update(key_states, value_states, *args, **kwargs)
         else:
             self.newest = (key_states, value_states)
-        # A tag on the buffer itself would be a circle, which keeps a cache alive for the garbage collector.
-        keys = self.keys.view_as(self.keys)
-        tag(keys, self)
-        return keys, self.values
+        return tagged(self.keys, self), tagged(self.values, self)
 
     def begin_exact(self, visible: Tensor | None) -> None:
         """From here on passes are drafts or verifications. `visible` `[B, prompt]`; `None` when everything is."""
@@ -165,6 +164,7 @@ class StaticRefreshCache(Drafting, StaticCache):
 
     Attributes:
         is_kept: somebody holds on to the cache after `generate`.
+        owner: what marks the session that made the cache, if one did.
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class StaticRefreshCache(Drafting, StaticCache):
         self.refresh = refresh
         self.stats = Stats() if stats is None else stats
         self.is_kept = True
+        self.owner: object = None
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         for index, layer in enumerate(self.layers):
