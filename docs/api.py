@@ -21,7 +21,7 @@ Written from the docstrings by `python docs/api.py`; do not edit. Letters in sha
 KV heads, D head dim, T tokens of one pass, L tokens so far, K budget (slots of a partial cache).
 """
 TOP = (
-    *("attach", "Session", "make_config", "RefreshConfig", "PRESETS", "supported"),
+    *("attach", "detach", "Session", "make_config", "RefreshConfig", "PRESETS", "supported"),
     *("UnsupportedModelError", "PROVEN_ARCHITECTURES", "RefreshCache"),
 )
 PUBLIC: dict[str, Any] = {
@@ -40,8 +40,8 @@ VALUES = {  # what has no docstring
     "refreshkv.PROVEN_ARCHITECTURES": "Architectures whose results the tests prove, on tiny random configurations.",
     "refreshkv.methods.METHODS": "The methods by name, in the order of tables (`docs/methods.md`).",
 }
-# What the layers call, not a user.
-INTERNAL = ("count_on", "record", "record_drafts", "prompt", "update")
+# What layers and `generate` call, not a user.
+INTERNAL = ("_", "on_", "count_on", "record", "prompt", "update", "is_for")
 WIDTH = 100
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"    (\w[\w*, ]*): (.*)")
@@ -66,7 +66,7 @@ def entry(name: str, what: Any) -> Iterator[str]:
     own = {
         member: value
         for member, value in vars(what).items()
-        if not member.startswith("_") and member not in INTERNAL and value.__doc__
+        if not member.startswith(INTERNAL) and value.__doc__
     }
     properties = {member: value for member, value in own.items() if isinstance(value, property)}
     if properties:
