@@ -52,14 +52,15 @@ def test_the_caches_name_is_the_one_of_this_transformers() -> None:
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_gradient_checkpointing_in_training_mode(settings: dict[str, Any]) -> None:
-    """transformers drops the cache there, and says so in a log that nobody reads."""
+    """transformers before 5.24 drops the cache there, and says so in a log that nobody reads."""
     model = build("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    with refreshkv.attach(model, **settings), pytest.raises(RuntimeError, match="never filled"):
-        greedy(model, tokens(1, 30))
-    model.eval()
     with refreshkv.attach(model, **settings) as session:
+        if versions.CACHE == "past_key_values":
+            with pytest.raises(RuntimeError, match="never filled"):
+                greedy(model, tokens(1, 30))
+            model.eval()
         greedy(model, tokens(1, 30))
     assert session.stats.layers
 

@@ -52,7 +52,7 @@ def test_a_loop_of_the_caller(llama: PreTrainedModel) -> None:
     called = []
 
     def loop(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-        called.append(type(kwargs["past_key_values"]).__name__)
+        called.append(type(kwargs[CACHE]).__name__)
         return type(model)._sample(model, input_ids, **kwargs)
 
     vanilla = run(llama)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -22,6 +20,7 @@ from refreshkv.integrations.transformers.cache import (
     IMPLEMENTATION_PREFIX,
     as_autocast,
     layer_of,
+    without_autocast,
 )
 from refreshkv.step import Attention
 
@@ -80,7 +79,7 @@ def refresh_attention(
                 sinks=kwargs.get("s_aux"),
             )
             ours = as_autocast(query)
-            with _without_autocast(query):
+            with without_autocast(query.device):
                 output = layer.attend(ours, attention, attention_mask)
             if output is not None:
                 # Contiguous, as every implementation of transformers leaves it: a model may call `view`.
@@ -91,12 +90,6 @@ def refresh_attention(
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
-
-
-def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
-    """Our kernels say themselves what they compute in float32."""
-    kind = query.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

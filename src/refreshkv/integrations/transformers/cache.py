@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -361,3 +361,10 @@ def as_autocast(states: Tensor) -> Tensor:
     if states.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return states
     return states.to(torch.get_autocast_dtype(kind))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For our own arithmetic, which says itself what it does in float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

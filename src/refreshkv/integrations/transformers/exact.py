@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from refreshkv.integrations.transformers.cache import RefreshCache
+from refreshkv.integrations.transformers.cache import RefreshCache, without_autocast
 from refreshkv.integrations.transformers.fallback import CACHES, full_reason, say_full
 from refreshkv.integrations.transformers.processors import process
 from refreshkv.integrations.transformers.static import StaticRefreshCache
@@ -194,8 +194,9 @@ class _Run:
             1, accepted[:, None], after[:, None]
         )
         kept = self._keep(tokens, torch.where(active, accepted + 1, 0), logits, scores)
-        for layer in self.cache.exact_layers:
-            layer.exact.commit(kept)
+        with without_autocast(kept.device):
+            for layer in self.cache.exact_layers:
+                layer.exact.commit(kept)
         self._count(counts, accepted, kept, active)
         # A row whose drafts all stood dares more; another, a little more than what stood.
         longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)

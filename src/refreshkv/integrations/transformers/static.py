@@ -24,6 +24,7 @@ from refreshkv.integrations.transformers.cache import (
     check_attached,
     exact_step,
     tagged,
+    without_autocast,
 )
 from refreshkv.integrations.transformers.masks import newest_row
 from refreshkv.static import StaticLayerCache
@@ -131,7 +132,8 @@ class StaticRefreshLayer(StaticLayer):
         visible = None if visible is None else visible[:, :prompt]
         assert self.inner.pending is not None
         self._last = self.inner.pending, attention
-        self.inner.begin_decoding(attention, visible, prompt)
+        with without_autocast(self.keys.device):
+            self.inner.begin_decoding(attention, visible, prompt)
         self._stay(self.inner.state() + self._stats.count_on(self.index, self.keys.device))
         self._prompt = None
 
@@ -201,7 +203,8 @@ class StaticRefreshCache(Drafting, StaticCache):
     def before_drafts(self) -> None:
         """See `Drafting`: selects, which drafts over tensors that stay cannot do themselves."""
         for layer in self.exact_layers:
-            layer.exact.select()
+            with without_autocast(layer.keys.device):
+                layer.exact.select()
 
     def begin_decoding(self) -> None:
         """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""
