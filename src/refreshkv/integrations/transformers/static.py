@@ -60,7 +60,7 @@ class StaticRefreshLayer(StaticLayer):
     def share(self, other: StaticLayer) -> None:
         """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
         self.keys, self.values = other.keys, other.values
-        self.dtype, self.device = other.dtype, other.device
+        self.device = other.device
         self.cumulative_length = other.cumulative_length.clone()
         self.is_initialized = True
         self._allocate()
