@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, T5Config
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, PreTrainedTokenizerFast, T5Config
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -214,6 +215,47 @@ def _(tiny: Path, tmp: Path) -> Args:
 def _(tiny: Path, tmp: Path) -> Args:
     shutil.copytree(tiny, tmp, dirs_exist_ok=True)
     (tmp / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    return generate(tmp, "--prompt", "a")
+
+
+def broken(
+    name: str, *, weights: dict[str, torch.Tensor | None] | None = None, **config: Any
+) -> None:
+    """A case of a model folder with other weights (`None`: without them) or another config."""
+
+    @case(name)
+    def _(tiny: Path, tmp: Path) -> Args:
+        shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+        if weights:
+            stored = {**load_file(tmp / "model.safetensors"), **weights}
+            kept = {key: value for key, value in stored.items() if value is not None}
+            save_file(kept, tmp / "model.safetensors", metadata={"format": "pt"})
+        if config:
+            text = json.loads((tmp / "config.json").read_text())
+            (tmp / "config.json").write_text(json.dumps({**text, **config}))
+        return generate(tmp, "--prompt", "a")
+
+
+broken("model folder without some weights", weights={"lm_head.weight": None})
+broken("model folder with other weights", weights={"other.weight": torch.ones(3)})
+broken("model folder with weights of other shapes", weights={"model.norm.weight": torch.ones(3)})
+broken("config of the wrong type", hidden_size="32")
+broken("config out of range", num_hidden_layers=-1)
+
+
+@case("config that is not JSON")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    (tmp / "config.json").write_text("{")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("model folder with another tokenizer")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp)
     return generate(tmp, "--prompt", "a")
 
 

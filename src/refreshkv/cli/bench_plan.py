@@ -90,17 +90,17 @@ def sizes(model: str, dtype: str) -> Any:
     """
     import torch
 
-    import refreshkv
     from refreshkv.bench.roofline import sizes_of
     from refreshkv.bench.shapes import SHAPES, config_of, outline
-    from refreshkv.cli.loading import load_config
+    from refreshkv.cli.loading import load_config, reading
     from refreshkv.cli.locate import locate
 
+    kind = getattr(torch, dtype)
     if model in SHAPES:
-        config = config_of(model)
-    else:
-        config = load_config(locate(model, weights=False))
-        support = refreshkv.supported(config)
-        if not support.ok:
-            raise BadInput(f"model {model!r} is not supported: {support.reason}")
-    return sizes_of(outline(config, getattr(torch, dtype)))
+        return sizes_of(outline(config_of(model), kind))
+    source = locate(model, weights=False)
+    config, support = load_config(source)
+    if not support.ok:
+        raise BadInput(f"model {model!r} is not supported: {support.reason}")
+    with reading(source, "config"):
+        return sizes_of(outline(config, kind))

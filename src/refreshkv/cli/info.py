@@ -80,14 +80,12 @@ def cpu() -> dict[str, Any]:
 
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:
     """Whether RefreshKV supports the model, from its config alone."""
-    import refreshkv
     from refreshkv.cli.locate import locate
 
-    config = loading.load_config(locate(model, weights=False), trust_remote_code)
-    support = refreshkv.supported(config)
+    config, support = loading.load_config(locate(model, weights=False), trust_remote_code)
     return {
         "name": model,
-        "architecture": ", ".join(config.architectures or []) or config.model_type,
+        "architecture": ", ".join(map(str, config.architectures or [])) or config.model_type,
         "supported": support.ok,
         "reason": support.reason,
         "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),

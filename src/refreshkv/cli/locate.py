@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from refreshkv.cli.common import BadInput
+from refreshkv.text import reason
 
 HUB_TIMEOUT_S = 10.0
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ def check_folder(path: Path, weights: bool) -> None:
         raise BadInput(
             f"model folder '{path}' has no config.json; give a folder written by save_pretrained"
         )
+    for name in OBJECTS:  # of some that are broken transformers says little, and others it ignores
+        check_object(path / name)
     if not weights or any(path.glob("*.safetensors")):
         return
     pickled = sorted(
@@ -79,6 +90,21 @@ def check_folder(path: Path, weights: bool) -> None:
     raise BadInput(
         f"model folder '{path}' has no *.safetensors weights; give a folder written by save_pretrained"
     )
+
+
+def check_object(path: Path) -> None:
+    """Raise `BadInput` where a file is there and is no JSON object."""
+    try:
+        read = json.loads(path.read_bytes())
+        why = "" if isinstance(read, dict) else f"it is {type(read).__name__}"
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason(error)
+    if why:
+        raise BadInput(
+            f"'{path}' is not a JSON object ({why}); give a folder written by save_pretrained"
+        )
 
 
 def ask_hub(model: str) -> bool:
