@@ -21,9 +21,12 @@ def one_line(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one line, with its class where the message alone says little."""
-    said = one_line(str(error)).rstrip(".:;")
-    kind = type(error)
-    if not said or (kind.__module__ == "builtins" and kind not in (Exception, ValueError, OSError)):
-        if not isinstance(error, OSError) or not said:
-            said = f"{kind.__name__}: {said}" if said else kind.__name__
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror + (f": {error.filename!r}" if error.filename else "")
+    elif isinstance(error, OSError) or type(error) in (Exception, ValueError):
+        said = str(error)
+    else:
+        of_python = type(error).__module__ == "builtins"
+        said = f"{type(error).__name__}: {error}" if of_python else str(error)
+    said = one_line(said).rstrip(".:; ") or type(error).__name__
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."

@@ -35,8 +35,6 @@ def planned(
         raise BadInput(unknown("device", device, plan.DEVICES))
     place = plan.DEVICES[device]
     if bandwidth is not None:
-        if not bandwidth > 0:
-            raise BadInput(f"--bandwidth is GB a second, more than 0; got {bandwidth:g}")
         place = plan.Device(bandwidth * 1e9, place.memory)
     every = None if stride == common.STRIDE.word else int(stride)
     with common.bad_input():
@@ -65,7 +63,8 @@ def checked(path: Path) -> dict[str, Any]:
     from refreshkv.bench import plan
     from refreshkv.bench.record import read
 
-    rows = read(path)
+    with common.bad_input():
+        rows = read(path)
     if not rows or not {"ms.exact", "bytes.mix", "draft"} <= set(rows[0]):
         raise BadInput(f"{path} has no rows of `bench decode`: give another file")
     known = {(row["shape"], row["dtype"]) for row in rows}

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from refreshkv.cli import common, loading
+from refreshkv.text import visible
 
 PACKAGES = ("torch", "transformers", "huggingface-hub", "tokenizers")
 # Those that decide which CPU kernels are fast: vector width, bfloat16 and tile arithmetic.
@@ -32,7 +33,7 @@ def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
     for title, value in record.items():
         click.echo(f"{title.replace('_', ' ')}:")
         for line in lines(value):
-            click.echo(f"  {line}")
+            click.echo(f"  {visible(line)}")
 
 
 def collect() -> dict[str, Any]:

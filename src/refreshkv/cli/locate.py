@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from refreshkv.cli.common import BadInput
+from refreshkv.cli.common import BadInput, path_of
 from refreshkv.text import reason
 
 HUB_TIMEOUT_S = 10.0
@@ -56,7 +56,12 @@ def locate(model: str, *, weights: bool = True) -> Source:
         return Source(model, str(demo.MODEL_PATH), local=True)
     if not model.strip():
         raise BadInput("--model is empty; give 'demo', a folder, or a Hub id such as 'org/name'")
-    path = Path(model).expanduser()
+    try:
+        path = path_of(model)
+    except ValueError as error:
+        raise BadInput(
+            f"model {model!r} {error}; give 'demo', a folder, or a Hub id such as 'org/name'"
+        ) from None
     if path.is_dir():
         check_folder(path, weights)
         return Source(model, str(path), local=True)
