@@ -137,7 +137,10 @@ def _report() -> Iterator[list[str]]:
         return False
 
     logger.addFilter(keep)
-    logger.setLevel(min(wanted, logging.WARNING))
+    if wanted > logging.WARNING:  # silenced, and then the table would not be made
+        logger.setLevel(
+            logging.INFO
+        )  # not WARNING: that turns on a check of how layers are shared by GPUs
     try:
         yield found
     finally:

@@ -141,7 +141,7 @@ stride_option = click.option(
 draft_option = click.option("--draft", **at_least(1, 8, "Tokens that each lossless cycle drafts."))
 acceptance_option = click.option(
     "--acceptance",
-    type=common.Finite(0, 1),
+    type=float,
     default=0.85,
     show_default=True,
     help="Mean share of them that stands, as measured on text; a full pass yields 1 + draft * acceptance tokens.",
@@ -294,7 +294,7 @@ def scale(plot: Path | None, as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--check",
-    type=common.PathName(file=True),
+    type=common.PathName(file=True, there=True),
     help="Instead: what the model says of the rows of a CSV file of `bench decode`, and its error.",
 )
 @common.json_option

@@ -64,12 +64,12 @@ def path_of(given: str) -> Path:
 
 
 class PathName(click.ParamType):
-    """A path that may be; one of a file if `file`."""
+    """A path that may be; one of a file if `file`, one of something that is there if `there`."""
 
     name = "path"
 
-    def __init__(self, *, file: bool = False) -> None:
-        self.file = file
+    def __init__(self, *, file: bool = False, there: bool = False) -> None:
+        self.file, self.there = file, there
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path."""
@@ -79,6 +79,8 @@ class PathName(click.ParamType):
             self.fail(f"{str(value)!r} {error}", param, ctx)
         if self.file and path.is_dir():
             self.fail(f"{str(value)!r} is a folder", param, ctx)
+        if self.there and not path.exists():
+            self.fail(f"{str(value)!r} does not exist", param, ctx)
         return path
 
 
