@@ -22,7 +22,6 @@ _NAMED = 3  # keys in a message
 _SIZES = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -138,9 +137,8 @@ def _report() -> Iterator[list[str]]:
 
     logger.addFilter(keep)
     if wanted > logging.WARNING:  # silenced, and then the table would not be made
-        logger.setLevel(
-            logging.INFO
-        )  # not WARNING: that turns on a check of how layers are shared by GPUs
+        # Not to WARNING itself: that turns on a check of how layers are shared by GPUs.
+        logger.setLevel(logging.INFO)
     try:
         yield found
     finally:

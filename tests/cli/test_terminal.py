@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from refreshkv import cli as package
-from refreshkv.cli import common
+from refreshkv.cli import common, loading
 from tests.cli.test_process import CLI, ENVIRONMENT
 
 EVIL = "\x1b[31m\u202e\x9b2J\r\u2066"
@@ -64,6 +65,14 @@ def test_failures_notes_and_traces_are_harmless(
     assert package.note(UserWarning(f"a\n{EVIL}")) == (
         "refreshkv: note: a " + r"\x1b[31m\u202e\x9b2J \u2066" + "\n"
     )
+
+
+def test_logs_of_libraries_are_harmless() -> None:
+    loading.quiet()
+    record = logging.LogRecord("transformers", logging.ERROR, "", 0, f"a\n{EVIL}", (), None)
+    for handler in logging.getLogger("transformers").handlers:
+        assert harmless(handler.format(record))
+        assert handler.format(record).startswith(r"refreshkv: note: a \x1b")
 
 
 def test_tables_are_harmless(capsys: pytest.CaptureFixture[str]) -> None:

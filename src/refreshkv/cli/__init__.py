@@ -98,9 +98,13 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Closed streams (`>&-`) are None. Files that are opened later would take their place.
+    # Files that are opened later must not take the numbers of streams that are closed (`2>&-`), which are None here.
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
     if sys.stderr is None:
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        sys.stderr = os.fdopen(handle, "w")
+    else:
+        os.close(handle)
     if sys.stdout is None:
         sys.exit(say("stdout is closed; give the output a place, /dev/null if none is wanted", 2))
     for stream in (sys.stdout, sys.stderr):

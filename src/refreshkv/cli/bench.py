@@ -12,9 +12,7 @@ import click
 from refreshkv.cli import bench_view as view
 from refreshkv.cli import common
 
-MOST = (
-    2**27
-)  # of everything that is counted: what it is multiplied by stays a number of the machine
+MOST = 2**27  # of whatever is counted: products of such numbers still fit the machine's
 RESULTS = Path("benchmarks/results")  # of a checkout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.locate import Source, locate
+from refreshkv.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +123,17 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    for name in ("transformers", "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(OneLine())
+
+
+class OneLine(logging.Formatter):
+    """What a library logs, as our own notes are: it may quote a model's files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return f"refreshkv: note: {one_line(super().format(record))}"
 
 
 @contextlib.contextmanager
