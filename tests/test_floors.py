@@ -25,6 +25,7 @@ FLOORS = [
     {"integrations"},
     {"bench", "evals", "training", "demo"},
     {"cli"},
+    {"__main__"},
 ]
 NEIGHBOURS = {"bench", "evals", "training", "demo"}
 POLICY = FLOORS[0] | FLOORS[1]

@@ -160,7 +160,7 @@ def test_it_is_registered() -> None:
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'refreshkv\[lm-eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[lm-eval\]'"):
         runpy.run_path(str(integration.__file__))
 
 

@@ -121,7 +121,7 @@ machine_options = options_of(
     click.option(
         "--plot",
         type=common.PathName(file=True),
-        help="Write a PNG: milliseconds over bytes. Needs 'refreshkv[eval]'.",
+        help="Write a PNG: milliseconds over bytes. Needs the extra 'eval'.",
     ),
     common.progress_option,
     common.json_option,

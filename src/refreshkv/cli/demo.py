@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """The bundled model on long prompts: full attention, StreamingLLM, SnapKV and RefreshKV side by side.
 
-    Every line of an answer needs another look at the prompt, so a cache that was cut down once, for good, fails; one
-    that is refreshed does not. Runs offline on two CPU cores in about a minute.
+    Every line of an answer needs another look at the prompt. A cache that was cut down once, for good, fails where the
+    answer is long; one that is refreshed often enough does not. Runs offline on two CPU cores in about a minute.
     """
     from refreshkv.demo import prompts
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+import shutil
+import subprocess
 from importlib import metadata
 from typing import Any
 
@@ -14,6 +18,8 @@ from refreshkv.text import visible
 PACKAGES = ("torch", "transformers", "huggingface-hub", "tokenizers")
 # Those that decide which CPU kernels are fast: vector width, bfloat16 and tile arithmetic.
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "bf16")
+# Where CXX names none; the order is that of `kernels.native.build`.
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @click.command("info", short_help="Versions, devices, backends; is a model supported?")
@@ -23,7 +29,10 @@ CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve"
 @loading.trust_option
 @common.json_option
 def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Versions, devices, kernel backends, presets; with --model, whether that model is supported."""
+    """Versions, devices, kernel backends, C++ compiler, presets; with --model, whether that model is supported.
+
+    A bug report wants the line of `refreshkv info --json`.
+    """
     record = collect()
     if model is not None:
         record["model"] = about_model(model, trust_remote_code)
@@ -47,9 +56,15 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
+        "os": {
+            "name": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+        },
         "devices": devices(),
         "cpu": cpu(),
         "kernels": dict(kernels.available()),
+        "native": native(),
         "architectures": list(refreshkv.PROVEN_ARCHITECTURES),
         "presets": {name: dict(settings) for name, settings in refreshkv.PRESETS.items()},
     }
@@ -77,6 +92,34 @@ def cpu() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if features.get(name)],
     }
+
+
+def native() -> dict[str, str | None]:
+    """The C++ compiler of the CPU kernels and its version, `None` for none; the folder of the compiled library."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    return {
+        "compiler": compiler,
+        "compiler_version": compiler and compiler_version(compiler),
+        "cache": compiled_folder(),
+    }
+
+
+def compiler_version(compiler: str) -> str | None:
+    """The first line of `--version`; `None` where the command does not run."""
+    try:
+        command = [*shlex.split(compiler), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def compiled_folder() -> str | None:
+    """Where the compiled CPU kernels are kept; `None` where that is not known."""
+    from refreshkv.kernels.native import build
+
+    folder = getattr(build, "_folder", None)
+    return None if folder is None else str(folder())
 
 
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name == "demo":
         return demo.load()
     with weights.reading(f"model {name!r}"):
-        model = weights.load(AutoModelForCausalLM, name, dtype=torch.float32)
+        model = weights.load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
         weights.check_tokens(tokenizer, model)
     return model.eval(), tokenizer

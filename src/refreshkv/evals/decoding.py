@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from refreshkv.integrations.transformers.versions import CACHE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,7 +105,7 @@ def generate(
         sequences = model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=max(max_new_tokens),
             stopping_criteria=[_OwnCap(width, max_new_tokens, model.device, prompts_done)],
             pad_token_id=pad,
@@ -305,7 +307,7 @@ def _feed_loop(
     positions = positions_of(mask)
     if cache is None:
         cache = session.new_cache(reserve=width + steps)
-    options = {"use_cache": True, "past_key_values": cache, **last_logits_only(model)}
+    options = {"use_cache": True, CACHE: cache, **last_logits_only(model)}
 
     def logits(new: Tensor, start: int) -> Tensor:
         end = start + new.shape[1]

@@ -27,6 +27,7 @@ from refreshkv.evals.summary import (
     summarize,
     write_whole,
 )
+from refreshkv.stats import KV_READ_NOTE
 from refreshkv.text import visible
 
 REPORT, CONFIG, TEMPLATE = "report.html", "config.json", "report.html.j2"
@@ -96,6 +97,7 @@ def render(
         summaries=[(s, _cell(s, best=False)) for s in summaries],
         share=_share,
         examples=list(examples(records)),
+        kv_read_note=KV_READ_NOTE,
     )
 
 

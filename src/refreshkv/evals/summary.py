@@ -220,7 +220,8 @@ def need(module: str) -> Any:
         if (error.name or "").split(".")[0] != package:
             raise  # the package is there, and broken
         raise ModuleNotFoundError(
-            f"the evaluation needs {package}: pip install 'refreshkv[eval]'", name=package
+            f"the evaluation needs {package}: pip install '.[eval]' in a checkout of refreshkv",
+            name=package,
         ) from None
 
 

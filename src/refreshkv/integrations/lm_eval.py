@@ -27,7 +27,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error.name} is missing; install lm-evaluation-harness: pip install 'refreshkv[lm-eval]'"
+        f"{error.name} is missing; install lm-evaluation-harness: pip install '.[lm-eval]' in a checkout of refreshkv"
     ) from error
 
 import refreshkv
