@@ -115,11 +115,11 @@ def compiler_version(compiler: str) -> str | None:
 
 
 def compiled_folder() -> str | None:
-    """Where the compiled CPU kernels are kept; `None` where that is not known."""
-    from refreshkv.kernels.native import build
+    """Where the compiled CPU kernels are kept; `None` where no folder is safe, and each process makes its own."""
+    from refreshkv.kernels.native import safe_folder
 
-    folder = getattr(build, "_folder", None)
-    return None if folder is None else str(folder())
+    folder = safe_folder.kept()
+    return None if folder is None else str(folder)
 
 
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:
