@@ -51,6 +51,10 @@ def test_compiler_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "compiler_version": f"Python {platform.python_version()}",
         "cache": str(tmp_path / "refreshkv"),
     }
+    (tmp_path / "refreshkv").chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="others can write to"):
+        assert info.native()["cache"] is None
+    (tmp_path / "refreshkv").chmod(0o700)
     for broken in ("/no/such/compiler", "false", "'"):
         monkeypatch.setenv("CXX", broken)
         assert info.native()["compiler_version"] is None

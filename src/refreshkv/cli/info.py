@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from refreshkv.cli import common, loading
+from refreshkv.text import visible
 
 PACKAGES = ("torch", "transformers", "huggingface-hub", "tokenizers")
 # Those that decide which CPU kernels are fast: vector width, bfloat16 and tile arithmetic.
@@ -41,7 +42,7 @@ def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
     for title, value in record.items():
         click.echo(f"{title.replace('_', ' ')}:")
         for line in lines(value):
-            click.echo(f"  {line}")
+            click.echo(f"  {visible(line)}")
 
 
 def collect() -> dict[str, Any]:
@@ -114,23 +115,21 @@ def compiler_version(compiler: str) -> str | None:
 
 
 def compiled_folder() -> str | None:
-    """Where the compiled CPU kernels are kept; `None` where that is not known."""
-    from refreshkv.kernels.native import build
+    """Where the compiled CPU kernels are kept; `None` where no folder is safe, and each process makes its own."""
+    from refreshkv.kernels.native import safe_folder
 
-    folder = getattr(build, "_folder", None)
-    return None if folder is None else str(folder())
+    folder = safe_folder.kept()
+    return None if folder is None else str(folder)
 
 
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:
     """Whether RefreshKV supports the model, from its config alone."""
-    import refreshkv
     from refreshkv.cli.locate import locate
 
-    config = loading.load_config(locate(model, weights=False), trust_remote_code)
-    support = refreshkv.supported(config)
+    config, support = loading.load_config(locate(model, weights=False), trust_remote_code)
     return {
         "name": model,
-        "architecture": ", ".join(config.architectures or []) or config.model_type,
+        "architecture": ", ".join(map(str, config.architectures or [])) or config.model_type,
         "supported": support.ok,
         "reason": support.reason,
         "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),

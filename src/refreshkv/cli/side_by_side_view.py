@@ -11,6 +11,7 @@ from rich.text import Text
 
 from refreshkv.cli import common
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
+from refreshkv.text import visible
 
 LINES_SHOWN = 6
 NARROW = 118  # a narrower terminal gets no column for full attention
@@ -105,8 +106,4 @@ def line(got: str, expected: str) -> Text:
 
 def plain(text: str, style: str = "") -> Text:
     """Generated text as it is: no markup, and no control characters that a terminal would obey."""
-    shown = text.replace("\t", " ")
-    return Text(
-        "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in shown),
-        style=style,
-    )
+    return Text(visible(text.replace("\t", " ")), style=style)

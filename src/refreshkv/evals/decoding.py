@@ -220,12 +220,17 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 def check_room(model: PreTrainedModel, name: str, prompt_tokens: int, new_tokens: int) -> None:
     """Raise `ValueError` where a prompt and what follows it are longer than the model's positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_in(model)
     if positions is not None and prompt_tokens + new_tokens > positions:
         raise ValueError(
             f"{name}: {prompt_tokens} tokens of prompt and {new_tokens} of output make"
             f" {prompt_tokens + new_tokens}, but the model has {positions} positions; lower the length of the task"
         )
+
+
+def positions_in(model: PreTrainedModel) -> int | None:
+    """The longest sequence that a model was made for, where its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def lines_right(
