@@ -263,16 +263,6 @@ def test_what_is_changed_after_the_cache_is_noticed(
         greedy(model, tokens(1, 10))
 
 
-def test_a_second_attention_over_the_same_keys_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    attend = RefreshLayer.attend
-    monkeypatch.setattr(
-        RefreshLayer, "attend", lambda self, *a: (attend(self, *a), attend(self, *a))[1]
-    )
-    with refreshkv.attach(model), pytest.raises(RuntimeError, match="layer 0 attends more than"):
-        greedy(model, tokens(1, 10))
-
-
 def test_gradients_are_refused(llama: PreTrainedModel) -> None:
     with refreshkv.attach(llama) as session, pytest.raises(RuntimeError, match="no_grad"):
         llama(tokens(1, 10), past_key_values=session.new_cache())
@@ -306,6 +296,10 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "encoder-decoder": ("T5Config", {}, "encoder-decoder"),
     "no interface": ("BloomConfig", {}, "attention interface"),
     "no attention": ("MambaConfig", {}, ""),
+    "values changed": ("DiffLlamaConfig", {}, "changes the values"),
+    "keys changed": ("JetMoeConfig", {}, "changes the keys"),
+    "a bias": ("DogeConfig", {}, "adds a bias"),
+    "its own cache": ("MiniMaxConfig", {}, "makes a cache of its own"),
     "no language model": ("CLIPVisionConfig", {}, "no causal language model"),
 }
 

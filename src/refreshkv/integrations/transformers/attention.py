@@ -33,8 +33,21 @@ def register(inner: str) -> str:
         if (
             inner in ALL_MASK_ATTENTION_FUNCTIONS
         ):  # without a mask function, left padding would silently be ignored
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+            mask = partial(refresh_mask, inner=ALL_MASK_ATTENTION_FUNCTIONS[inner])
+            AttentionMaskInterface.register(name, mask)
     return name
+
+
+def refresh_mask(*args: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
+    """The mask that the implementation below makes for itself.
+
+    Over places that are not filled yet it is always made where layers share keys: Gemma 4 cuts the queries of such
+    layers off, and sees that none may be left out by the name of the implementation, which is ours.
+    """
+    config = kwargs.get("config")
+    if getattr(config, "num_kv_shared_layers", None) and kwargs["kv_length"] > kwargs["q_length"]:
+        kwargs["allow_is_causal_skip"] = False
+    return inner(*args, **kwargs)
 
 
 def refresh_attention(
@@ -68,9 +81,10 @@ def refresh_attention(
                 f"the values of layer {layer.index} are changed between the cache and attention: this architecture is"
                 " not supported"
             )
-        # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
-        own = getattr(module, "layer_idx", layer.index) == layer.index
-        if own:
+        # The first to attend after an update owns the keys. Others may be handed them too (KV sharing, Gemma 3n): they
+        # attend to them in full.
+        if layer.current.awaiting is layer:
+            layer.current.awaiting = None
             attention = Attention(
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 # sdpa knows no softcap: older transformers drop it silently (and newer ones choose eager), and a decode

@@ -18,7 +18,7 @@ from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.exact import ExactLayer, ExactWindowLayer
 from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.support import exact_reason
+from refreshkv.integrations.transformers.support import cross_layers, exact_reason
 from refreshkv.methods import Method
 from refreshkv.stats import Stats
 from refreshkv.step import Algorithm, Attention
@@ -43,7 +43,7 @@ class Pass:
     prompt: bool = False
     drafting: Literal["draft", "verify"] | None = None
     counts: Tensor | None = None
-    awaiting: RefreshLayer | None = None
+    awaiting: Any = None
     mask: weakref.ref[Tensor] | None = None
     visible: Tensor | None = None
 
@@ -116,11 +116,6 @@ class RefreshLayer(DynamicLayer):
 
     def attend(self, query: Tensor, attention: Attention, mask: Tensor | None) -> Tensor | None:
         """`[B, Hq, T, D]` -> the same where the pass is ours; `None` where the implementation below should attend."""
-        if self.current.awaiting is not self:
-            raise RuntimeError(
-                f"layer {self.index} attends more than once to the keys of one pass: this architecture is not supported"
-            )
-        self.current.awaiting = None
         if self.exact is not None:
             return exact_step(self, query, attention)
         if self.window is not None:
@@ -133,7 +128,6 @@ class RefreshLayer(DynamicLayer):
 
     def lend(self) -> None:
         """Another layer attends to these keys in full. Raises `RuntimeError` in the lossless mode."""
-        self.current.awaiting = None
         if self.exact is not None:
             raise RuntimeError("the lossless mode cannot serve layers that share another's keys")
 
@@ -270,7 +264,11 @@ class RefreshCache(Drafting, DynamicCache):
         self.owner: object = None
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
-        served = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        served = [
+            index
+            for index, layer in enumerate(self.layers)
+            if type(layer) is DynamicLayer and index not in cross_layers(self._decoder)
+        ]
         for place, index in enumerate(served):
             inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
             make = None if method is None else method.make
@@ -310,12 +308,7 @@ class RefreshCache(Drafting, DynamicCache):
             RuntimeError: the model is not attached, or a layer hides the keys we returned from attention.
         """
         check_attached(self._decoder)
-        lost = self._current.awaiting
-        if lost is not None:
-            raise RuntimeError(
-                f"the keys of layer {lost.inner.index} never reached RefreshKV's attention function:"
-                " this architecture changes them after the cache; it is not supported"
-            )
+        check_reached(self._current)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -337,6 +330,17 @@ def check_attached(decoder: PreTrainedConfig) -> None:
         raise RuntimeError(
             "RefreshCache needs an attached model (here it would silently be ordinary attention):"
             " use it inside `with refreshkv.attach(model):`, made from that model's own config"
+        )
+
+
+def check_reached(current: Pass) -> None:
+    """Raises `RuntimeError` where the layer updated last has not attended."""
+    lost = current.awaiting
+    if lost is not None:
+        current.awaiting = None  # this pass is over
+        raise RuntimeError(
+            f"the keys of layer {lost.index} never reached RefreshKV's attention function:"
+            " this architecture changes them after the cache; it is not supported"
         )
 
 

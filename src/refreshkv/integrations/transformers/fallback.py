@@ -35,7 +35,9 @@ _CARRIED = {
 # How a model turns the arguments of `generate` into those of a pass, and carries them on. Ours come from neither.
 _PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 # Models whose own version gives a pass over new tokens nothing else.
-_HARMLESS = {f"transformers.models.{name}.modeling_{name}" for name in ("gemma3", "phi3", "phimoe")}
+_HARMLESS = {
+    f"transformers.models.{name}.modeling_{name}" for name in ("gemma3", "gemma4", "phi3", "phimoe")
+}
 
 
 def say_full(mode: str, reason: str) -> None:
@@ -58,6 +60,9 @@ def full_reason(
         return f"{mode.value.replace('_', ' ')} does not draft"
     if synced_gpus:
         return "processes that keep in step (ZeRO-3, FSDP) cannot draft each its own"
+    reason = exact_reason(model.config) or _inputs_reason(model, model_kwargs)
+    if reason is not None:
+        return reason
     cache = model_kwargs[CACHE]
     if isinstance(cache, StaticRefreshCache) and len(cache.exact_layers) < len(cache.layers):
         return "over a static cache its sliding-window layers cannot take a draft back"
@@ -66,12 +71,7 @@ def full_reason(
         return "the model takes no position_ids"
     first = int(positions.max()) + 1
     last = None if limit is None else first + limit - input_ids.shape[1] - 1
-    return (
-        _inputs_reason(model, model_kwargs)
-        or unserved(processors, len(input_ids))
-        or rope_reason(model.config, first, last)
-        or exact_reason(model.config)
-    )
+    return unserved(processors, len(input_ids)) or rope_reason(model.config, first, last)
 
 
 def _inputs_reason(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> str | None:

@@ -22,11 +22,13 @@ from refreshkv.integrations.transformers.cache import (
     Pass,
     as_autocast,
     check_attached,
+    check_reached,
     exact_step,
     tagged,
     without_autocast,
 )
 from refreshkv.integrations.transformers.masks import newest_row
+from refreshkv.integrations.transformers.support import cross_layers
 from refreshkv.static import StaticLayerCache
 from refreshkv.static_exact import StaticExactLayer
 from refreshkv.stats import Stats
@@ -84,6 +86,7 @@ class StaticRefreshLayer(StaticLayer):
             super().update(key_states, value_states, *args, **kwargs)
         else:
             self.newest = (key_states, value_states)
+        self.current.awaiting = self
         return tagged(self.keys, self), tagged(self.values, self)
 
     def begin_exact(self, visible: Tensor | None) -> None:
@@ -185,7 +188,7 @@ class StaticRefreshCache(Drafting, StaticCache):
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         for index, layer in enumerate(self.layers):
-            if type(layer) is StaticLayer:
+            if type(layer) is StaticLayer and index not in cross_layers(self._decoder):
                 self.layers[index] = StaticRefreshLayer(
                     max_cache_len, refresh, index, self.stats, self._current
                 )
@@ -217,4 +220,5 @@ class StaticRefreshCache(Drafting, StaticCache):
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.update`; raises `RuntimeError` where the model is not attached."""
         check_attached(self._decoder)
+        check_reached(self._current)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+import sys
+from typing import Any, NamedTuple
 
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from refreshkv.integrations.transformers.versions import CACHE
 
 # Each is proven by the equalities in tests/integrations on a tiny random configuration.
 PROVEN_ARCHITECTURES = (
@@ -20,6 +30,14 @@ PROVEN_ARCHITECTURES = (
     "OLMo 2",
     "Mixtral",
 )
+
+
+# What neither a class nor a configuration shows; a forward pass of such a model raises.
+_BESIDE_CACHE = {
+    "diffllama": "changes the values between the cache and attention",
+    "doge": "adds a bias of its own to attention",
+    "jetmoe": "changes the keys between the cache and attention",
+}
 
 
 class UnsupportedModelError(ValueError):
@@ -39,33 +57,64 @@ class Support(NamedTuple):
 def supported(model: PreTrainedModel | PreTrainedConfig) -> Support:
     """Whether RefreshKV can serve a model. A configuration is enough: no weights are needed.
 
-    Two things only a forward pass shows, and the cache then raises: keys that are changed between the cache and
-    attention, and remote code that bypasses transformers' attention interface.
+    What only a forward pass shows raises there: keys or values that are changed between the cache and attention, a bias
+    added to attention, and remote code that bypasses transformers' attention interface.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     model_class = type(model) if isinstance(model, PreTrainedModel) else _class_of(config)
     name = getattr(config, "model_type", None) or type(config).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        return Support(False, f"{name} is an encoder-decoder; RefreshKV serves decoder-only models")
-    decoder = config.get_text_config(decoder=True)
-    if getattr(decoder, "kv_lora_rank", None):
-        reason = "multi-head latent attention (MLA), which has no KV cache per head to select from"
-        return Support(False, f"{name} uses {reason}")
-    if model_class is None:
-        return Support(False, f"transformers has no causal language model for {name}")
-    if not model_class.can_generate():
-        return Support(
-            False,
-            f"{model_class.__name__} cannot generate; load the model with a language-model head",
-        )
-    if not _uses_attention_interface(model_class):
-        return Support(False, f"{name} does not use transformers' attention interface")
-    layers = DynamicCache(config=decoder).layers
+    reason = _refusal(config, model_class, name)
+    if reason is not None:
+        return Support(False, reason)
+    layers = cache_layers(config)
     if any(type(layer) is DynamicLayer for layer in layers):
         return Support(True, "")
     if any(isinstance(layer, DynamicLayer) for layer in layers):
-        return Support(True, f"{name} has no full-attention layer: RefreshKV leaves it as it is")
+        plain = all(type(layer) is DynamicSlidingWindowLayer for layer in layers)
+        has = (
+            "no full-attention layer" if plain else "no full-attention layer without further state"
+        )
+        return Support(True, f"{name} has {has}: RefreshKV leaves it as it is")
     return Support(False, f"{name} has no attention layer with a KV cache")
+
+
+def _refusal(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None, name: str
+) -> str | None:
+    """Why a model cannot be served at all; `None` where it depends on its layers."""
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder; RefreshKV serves decoder-only models"
+    # Not by `getattr`: a field that each layer has its own of raises.
+    if vars(config.get_text_config(decoder=True)).get("kv_lora_rank"):
+        return f"{name} uses multi-head latent attention (MLA), which has no KV cache per head to select from"
+    if model_class is None:
+        return f"transformers has no causal language model for {name}"
+    if not model_class.can_generate():
+        return f"{model_class.__name__} cannot generate; load the model with a language-model head"
+    if not _uses_attention_interface(model_class):
+        return f"{name} does not use transformers' attention interface"
+    if not model_class._supports_default_dynamic_cache():
+        return f"{name} makes a cache of its own"
+    if name in _BESIDE_CACHE:
+        return f"{name} {_BESIDE_CACHE[name]}"
+    try:
+        layers = cache_layers(config)
+    except (ValueError, AttributeError):  # of a draft model, whose keys are those of another
+        return f"{name} cannot run without the model that it assists"
+    for layer in layers:
+        if type(layer).__module__.startswith("transformers.models."):
+            return f"{name} has cache layers of its own ({type(layer).__name__})"
+    return None
+
+
+def cache_layers(config: PreTrainedConfig) -> list[Any]:
+    """What transformers' growing cache for this model holds, an object a layer."""
+    return DynamicCache(config=config.get_text_config(decoder=True)).layers
+
+
+def cross_layers(decoder: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers that attend to an image instead of the text (Mllama); they stay transformers' own."""
+    return tuple(getattr(decoder, "cross_attention_layers", None) or ())
 
 
 def exact_reason(config: PreTrainedConfig) -> str | None:
@@ -77,7 +126,9 @@ def exact_reason(config: PreTrainedConfig) -> str | None:
         decoder, "attention_chunk_size", None
     ):
         return "chunked attention cannot take a draft back"
-    for layer in DynamicCache(config=decoder).layers:
+    if cross_layers(decoder):
+        return "layers that attend to an image do not draft"
+    for layer in cache_layers(config):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"a {type(layer).__name__} cannot take a draft back"
     return None
@@ -96,7 +147,7 @@ def rope_reason(config: PreTrainedConfig, first: int, last: int | None) -> str |
             border = parameters["original_max_position_embeddings"]
             crosses = first <= border and (last is None or last > border)
         else:
-            border = decoder.max_position_embeddings
+            border = getattr(decoder, "max_position_embeddings", None)
             crosses = "dynamic" in kind and (last is None or last > border)
         if crosses:
             return f"{kind} RoPE changes at {border} tokens"
@@ -104,9 +155,23 @@ def rope_reason(config: PreTrainedConfig, first: int, last: int | None) -> str |
 
 
 def _uses_attention_interface(model_class: type[PreTrainedModel]) -> bool:
-    return bool(getattr(model_class, "_supports_attention_backend", False))
+    """As the class says; where none says anything, every attention layer of its file that updates a cache does."""
+    for cls in model_class.__mro__:
+        if cls is not PreTrainedModel and "_supports_attention_backend" in vars(cls):
+            return bool(vars(cls)["_supports_attention_backend"])
+    here = model_class.__module__
+    layers = [
+        set(code.co_names)
+        for cls in vars(sys.modules[here]).values()
+        if isinstance(cls, type) and cls.__module__ == here and "forward" in vars(cls)
+        if (code := inspect.unwrap(cls.forward).__code__) and CACHE in code.co_varnames
+        if {"update", "layer_idx"} <= set(code.co_names)
+    ]
+    return bool(layers) and all("ALL_ATTENTION_FUNCTIONS" in names for names in layers)
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    mapping = AutoModelForCausalLM._model_mapping
-    return mapping[type(config)] if type(config) in mapping else None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    return None
