@@ -317,7 +317,7 @@ MUTANTS = [
     ("attention.cpp", "std::fill(scores + part.end, scores + job.length, 0.0f);", ""),
     ("attention.cpp", "put_in_order(low, high);", ""),
     ("attention.cpp", "(length + 31) / 32 * 32 + 32", "length / 32 * 32"),
-    ("product.h", "r + 1 < n ? values", "true ? values"),
+    ("product.h", "r < n && (!visible || visible[r])", "!visible || visible[r]"),
     ("lanes.h", "p = p * f + 2.4015453e-1f;", "p = p * f + 1.4e-1f;"),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from refreshkv.config import Reduction
 from refreshkv.kernels import reference
 from refreshkv.kernels.cpu_heads import attend_heads, pairs, share_beside_sink
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import FREE, Selection, candidates
+from refreshkv.selection import FREE, Selection, candidates, slot_count
 
 _LONG = 4096  # tokens: below, a loop over heads does not pay
 
@@ -40,8 +40,9 @@ def attend(
 ) -> Attended:
     """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
     keys, values, visible = _within(lengths, visible, keys, values)
-    if flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
-        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    fused = flash is not None and softcap is None and keys.shape[-1] == values.shape[-1]
+    if not fused or not keys.shape[2]:
         if keys.shape[2] < _LONG:
             return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
         return attend_and_score(query, keys, values, **options)[0]  # type: ignore[arg-type]
@@ -53,6 +54,9 @@ def attend(
     output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     if visible is not None:  # the fused kernel gives a row that sees nothing some log-sum-exp
         lse = lse.masked_fill(~visible.any(-1)[..., None], float("-inf"))
+    # It adds a mask to what may be NaN, and an infinite logit may give it a finite output.
+    if not bool((lse < float("inf")).all()) or not bool(output.isfinite().all()):
+        return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
     output, lse = output.flatten(1, 2), lse.flatten(1, 2)
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
@@ -127,6 +131,7 @@ def attend_and_rank(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     total = attended.lse if sinks is None else torch.logaddexp(attended.lse, sinks.float())
+    total = total.masked_fill(attended.lse == float("-inf"), 0.0)
     weights = (logits - total.unflatten(1, (keys.shape[1], -1))[..., None]).exp_()
     scores = weights.amax(2) if reduction == "max" else weights.mean(2)
     if visible is not None:
@@ -148,8 +153,8 @@ def select(
     slots: int | None = None,
 ) -> Selection:
     """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
-    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
-    most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
+    most = slot_count(budget, slots, scores.shape[-1])
+    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends, most)
     positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
     counts = filled.tolist()
     for row, head in pairs(scores, heads):
@@ -172,8 +177,11 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
-    """See `reference.gather`. Filled slots come first in every row, so a head is one contiguous `index_select`."""
-    counts = (positions >= 0).sum(-1).tolist()
+    """See `reference.gather`. Where filled slots come first, as they do, a head is one contiguous `index_select`."""
+    wanted = (positions >= 0) & (positions < source.shape[2])
+    if bool((wanted[..., 1:] > wanted[..., :-1]).any()):
+        return reference.gather(source, positions, out, heads)
+    counts = wanted.sum(-1).tolist()
     for row, head in pairs(positions, heads):
         count = counts[row][head]
         torch.index_select(
@@ -194,10 +202,9 @@ def insert(
     budget: Tensor,
 ) -> Tensor:
     """See `reference.insert`. Only what is missing is touched, all of it at once."""
-    there = (ring_positions[:, :, None] == wanted[..., None]).any(-1)
-    missing = (wanted >= 0) & ~there
+    missing, budget = reference.missing_from(ring_positions, wanted, budget, keys.shape[2])
     order = missing.cumsum(-1) - 1
-    entered = order[..., -1] + 1
+    entered = missing.sum(-1)
     # Of tokens that share a slot, where they are more than K, the last stays.
     missing &= order >= entered[..., None] - budget[:, None, None]
     row, head, index = missing.nonzero(as_tuple=True)
@@ -214,12 +221,12 @@ def _within(
     lengths: Tensor | None, visible: Tensor | None, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The entries that count for any head, and which of them for which; nothing beyond is read."""
-    if lengths is None:
+    if lengths is None or not lengths.numel():
         return keys, values, visible
-    longest = max(1, int(lengths.max()))  # one hidden entry where there is none
+    longest = min(max(1, int(lengths.max())), keys.shape[2])  # one hidden entry where there is none
     keys, values = keys[:, :, :longest], values[:, :, :longest]
     visible = None if visible is None else visible[..., :longest]
-    if not bool((lengths == longest).all()):
+    if not bool((lengths >= longest).all()):
         visible = reference.within(lengths, visible, longest)
     return keys, values, visible
 
