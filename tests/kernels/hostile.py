@@ -57,7 +57,7 @@ def selections(count: int, longest: int = 70) -> Iterator[tuple[Tensor, Tensor, 
             "pool_kernel": one_of(1, 3, 7, 201),
             "visible": one_of(None, torch.rand(2, length, generator=gen) < one_of(0.7, 0.1)),
             "recent": one_of(0, 2, -1, 2**40, integers((2,), length, gen)),
-            "anchors": one_of(None, integers((2, 2, 5), length, gen)),
+            "anchors": one_of(None, integers((2, 2, 5), length, gen)[..., [0, 1, 2, 3, 4, 0, 1]]),
             "ends": one_of(None, integers((2,), length, gen)),
             "slots": one_of(None, None, None, length, length + 3, 1, 0, -1),
         }
@@ -91,6 +91,17 @@ def check_select(select: Callable[..., Any], count: int = 150) -> None:
                 assert shown[found[:filled]].all() and found[filled:] == [FREE] * (
                     len(found) - filled
                 )
+
+
+def check_top_slots(top_slots: Callable[..., Tensor]) -> None:
+    for seed in range(30):
+        gen = torch.Generator().manual_seed(seed)
+        scores, newest = any_scores((2, 2, 9), gen), integers((2, 2), 9, gen)
+        for count in (-1, 0, 1, 3, 9, 10):
+            expected = reference.top_slots(scores, newest, count)
+            assert expected.shape[-1] == max(0, min(count, 9))
+            assert bool((expected.sort(-1).values.diff(dim=-1) > 0).all())
+            assert torch.equal(top_slots(scores, newest, count), expected)
 
 
 def check_gather(gather: Callable[..., None]) -> None:

@@ -113,7 +113,7 @@ def test_every_argument_by_its_name_and_no_other(name: str) -> None:
     assert module.serves(**taken_by(name))
     expected = results_of(getattr(CPU, name), taken_by(name))
     for theirs, ours in zip(
-        expected, results_of(getattr(OPERATORS, name), taken_by(name)), strict=False
+        expected, results_of(getattr(OPERATORS, name), taken_by(name)), strict=True
     ):
         assert torch.equal(ours, theirs)
     defined = inspect.signature(getattr(REFERENCE, name)).parameters
