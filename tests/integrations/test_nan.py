@@ -13,6 +13,7 @@ import refreshkv
 from refreshkv.methods import METHODS
 
 from .prompts import greedy, left_padded
+from .test_static import STATIC, compiled
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,3 +44,10 @@ def test_generation_goes_on(broken: PreTrainedModel, mode: str, dtype: torch.dty
     prompts = left_padded([60, 41])
     with refreshkv.attach(broken.to(dtype), **MODES[mode], budget=12):
         assert greedy(broken, prompts, new=12).shape == (2, 12)
+
+
+@pytest.mark.parametrize("mode", ["default", "fast", "paper-llama"])
+def test_generation_goes_on_from_buffers_of_fixed_size(broken: PreTrainedModel, mode: str) -> None:
+    with refreshkv.attach(broken, **MODES[mode], budget=12):
+        for form in (STATIC, compiled()):
+            assert greedy(broken, left_padded([60, 41]), new=6, **form).shape == (2, 6)
