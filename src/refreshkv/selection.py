@@ -146,7 +146,8 @@ def select(
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
         recent: how many of the newest tokens are kept whatever their score, for all or `[B]` int64.
-        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none.
+        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none; one
+            that is named twice counts once.
         ends: `[B]` int64, where each row ends; `None`: all at L.
         slots: the K of the result; `None`: the largest budget, which asks the device.
     """

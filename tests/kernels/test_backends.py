@@ -46,8 +46,8 @@ def test_signatures_are_those_of_the_reference(name: str) -> None:
         assert inspect.signature(getattr(backend, name)) == inspect.signature(defined)
 
 
-# An argument of every name, none of them a default.
 def arguments() -> dict[str, Any]:
+    """One of every name, none of them a default."""
     gen = torch.Generator().manual_seed(0)
     store = torch.randn(2, 2, 2, 40, 64, generator=gen).bfloat16()
     rings = torch.randn(2, 2, 2, 9, 64, generator=gen).bfloat16()

@@ -56,12 +56,12 @@ def attend(
     output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     if visible is not None:  # the fused kernel gives a row that sees nothing some log-sum-exp
         lse = lse.masked_fill(~visible.any(-1)[..., None], float("-inf"))
-    # It adds a mask to what may be NaN, and an infinite logit may give it a finite output. Two sums tell of any.
-    if not (math.isfinite(output.sum()) and float(lse.sum()) < math.inf):
-        return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
     output, lse = output.flatten(1, 2), lse.flatten(1, 2)
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
+    # The fused kernel adds a mask to what may be NaN, and an infinite logit may leave its output finite: two sums tell.
+    if not (math.isfinite(output.sum()) and float(lse.sum()) < math.inf):
+        return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
     return Attended(output, lse)
 
 

@@ -66,7 +66,8 @@ def insert(
     return entered
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["length"])
 def _insert(
     keys_ptr,
     keys_b,

@@ -182,7 +182,8 @@ def rank_kernel(
     tl.atomic_add(counts_ptr + own * DIGITS * BINS + bins, count, mask=count > 0)
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["length"])
 def gather_kernel(
     source_ptr,  # [B, Hkv, L, D]
     positions_ptr,  # [B, Hkv, K] int64

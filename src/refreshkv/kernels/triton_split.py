@@ -58,7 +58,8 @@ class Parts(NamedTuple):
     logits: Tensor | None
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["stored", "pages"])
 def split_kernel(
     query_ptr,  # [B, Hq, D]
     keys_ptr,  # [B, Hkv, L, D], or with blocks [N, Hkv, PAGE, D]
