@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## the bundled model on long prompts, five methods side by side
+demo: $(STAMP)  ## the bundled model on long prompts, six methods side by side
 	$(BIN)/refreshkv demo
 
 test: $(STAMP)  ## the tests (GPU tests skip where there is none)
@@ -112,16 +112,17 @@ fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into 
 
 # Few prompts each, the page's shorter tables: small copies of the keys, lengths of drafts, longer prompts, recall.
 SHORT := OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks
-DRAFTS := full,refreshkv:draft=2,refreshkv:draft=4,refreshkv:draft=8,refreshkv:draft=16,refreshkv:draft=32
+DRAFTS := full,refreshkv:draft=2,refreshkv:draft=4,refreshkv:draft=8,refreshkv:draft=16,refreshkv:draft=32,$\
+	refreshkv:confidence=0.5,refreshkv:confidence=0.3
 LONG := full,refreshkv:budget=0.0625,refreshkv-fast
-THREE := chain-of-key,html-to-tsv,key-value --length 2048 --limit 20 --batch 20
+THREE := chain-of-key,html-to-tsv,key-value --length 2048
 fidelity-wide: $(STAMP)  ## the shorter tables of docs/fidelity.md, into out/
-	$(SHORT) $(THREE) --methods full,int4-keys:budget=0.0625,int2-keys:budget=0.0625 --out out/rounded-2048
-	$(SHORT) $(THREE) --methods $(DRAFTS) --out out/drafts-2048
-	$(SHORT) breadth --length 2048 --limit 3 --batch 3 --methods $(LONG) --out out/breadth-2048
-	$(SHORT) breadth --length 4096 --limit 2 --batch 2 --methods $(LONG) --out out/breadth-4096
+	$(SHORT) $(THREE) --limit 20 --batch 20 --methods full,int4-keys:budget=0.0625,int2-keys:budget=0.0625 --out out/rounded-2048
+	$(SHORT) $(THREE) --limit 10 --batch 10 --methods $(DRAFTS) --out out/drafts-2048
+	$(SHORT) breadth --length 2048 --limit 1 --methods $(LONG) --out out/breadth-2048
+	$(SHORT) breadth --length 4096 --limit 1 --methods $(LONG) --out out/breadth-4096
 	$(BIN)/python -m refreshkv.evals.fidelity out/rounded-2048 out/drafts-2048 out/breadth-2048 out/breadth-4096
-	$(BIN)/python -m refreshkv.evals.recall
+	$(BIN)/python -m refreshkv.evals.recall --limit 4
 
 # A model of natural text: about 20 minutes to train on one core, and as long to feed it 24 documents in six ways.
 TEXT := full,refreshkv-fast,refreshkv-paper,snapkv,streaming-llm,oracle-topk:budget=0.0625,int4-keys:budget=0.0625,$\

@@ -14,17 +14,18 @@ import refreshkv
 SOURCE = Path(refreshkv.__file__).parent
 # From the ground up. The parts of one floor do not import each other, except for those in NEIGHBOURS.
 FLOORS = [
-    {"config"},
+    {"config", "text"},
     {"selection", "schedule", "speculation", "stats"},
     {"kernels", "store"},
     {"partial"},
     {"cache"},
     {"step"},
     {"exact", "static", "methods"},
-    {"static_exact"},
+    {"static_exact", "weights"},
     {"integrations"},
     {"bench", "evals", "training", "demo"},
     {"cli"},
+    {"__main__"},
 ]
 NEIGHBOURS = {"bench", "evals", "training", "demo"}
 POLICY = FLOORS[0] | FLOORS[1]

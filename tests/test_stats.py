@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from refreshkv.stats import DraftCounts, RowStats, Stats
+from refreshkv.stats import KV_READ_NOTE, DraftCounts, RowStats, Stats
 
 ONE_STEP = {"kv_heads": 2, "entry_bytes": 64, "full": 0, "steps": 2, "read": 8, "available": 200}
 FULL_STEP = ONE_STEP | {"full": 2, "read": 200}
@@ -218,3 +219,15 @@ def test_the_line_for_people_in_the_lossless_mode() -> None:
     line = str(stats)
     assert "2.2 tokens per full pass" in line and "1.64 passes per token" in line
     assert "61.5% of the drafts" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/cli.md", "docs/evaluation.md", "docs/fidelity.md"]
+)
+def test_what_kv_read_leaves_out_stands_beside_the_figures(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text("utf-8")
+    assert KV_READ_NOTE in " ".join(text.split())
+
+
+def test_what_kv_read_leaves_out_stands_in_the_docstring() -> None:
+    assert KV_READ_NOTE in " ".join((Stats.__doc__ or "").split())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from refreshkv.config import PRESETS as PRESETS
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from refreshkv.integrations.transformers import Session as Session
     from refreshkv.integrations.transformers import UnsupportedModelError as UnsupportedModelError
     from refreshkv.integrations.transformers import attach as attach
+    from refreshkv.integrations.transformers import detach as detach
     from refreshkv.integrations.transformers import supported as supported
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "Session": "refreshkv.integrations.transformers",
     "UnsupportedModelError": "refreshkv.integrations.transformers",
     "attach": "refreshkv.integrations.transformers",
+    "detach": "refreshkv.integrations.transformers",
     "supported": "refreshkv.integrations.transformers",
 }
 __all__ = sorted(_HOME)

@@ -14,6 +14,7 @@ Mode = Literal["refresh", "exact", "full"]
 TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
+LARGEST = 2**31 - 1  # tokens or steps: more than any context, and still a number for every kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,9 @@ class RefreshConfig:
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, number in dataclasses.asdict(self).items():
+            if _is_int(number) and number > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST}; got {number}")
         _check_budget(self.budget)
         if self.stride is not None and (not _is_int(self.stride) or self.stride < 1):
             raise ValueError(

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, T5Config
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, PreTrainedTokenizerFast, T5Config
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -76,12 +77,34 @@ simple("stride 0", "--stride", "0")
 simple("stride in the lossless mode", "--stride", "5", "--mode", "exact")
 simple("threshold NaN", "--threshold", "nan")
 simple("unknown preset", "--preset", "paper-lama")
+simple("budget beyond any context", "--budget", 10**20)
+simple("settings of another mode", "--budget", 5, "--mode", "full")
+simple("preset of another mode", "--preset", "paper-llama", "--mode", "full")
+simple("temperature that divides by nothing", "--temperature", "1e-320")
+simple("top-p NaN", "--top-p", "nan", "--temperature", 1)
+simple("number beyond any machine", "--max-new-tokens", 10**20)
+simple("prompt that is not UTF-8", "--prompt", "\udce9")
 simple("temperature NaN", "--temperature", "nan")
 simple("top-p without a temperature", "--top-p", "0.9")
 simple("chat without a template", "--chat")
 simple("option that does not exist", "--budgets", "5")
 case("two prompt sources")(
     lambda tiny, tmp: generate(tiny, "--prompt", "a", "--prompt-file", tiny / "config.json")
+)
+case("prompt file at nobody's home")(
+    lambda tiny, tmp: generate(tiny, "--prompt-file", "~nobody-of-this-name/a")
+)
+case("prompt file with NUL in its name")(lambda tiny, tmp: generate(tiny, "--prompt-file", "a\0b"))
+case("prompt file of too long a name")(
+    lambda tiny, tmp: generate(tiny, "--prompt-file", "x" * 5000)
+)
+case("model at nobody's home")(lambda tiny, tmp: generate("~nobody-of-this-name", "--prompt", "a"))
+case("threads beyond the machine")(
+    lambda tiny, tmp: ["bench", "decode", "--shape", "demo", "--threads", 100_000]
+)
+case("plan of less than no time")(lambda tiny, tmp: ["bench", "plan", "--fixed-ms", -1])
+case("plan checked against what is no CSV")(
+    lambda tiny, tmp: ["bench", "plan", "--check", tiny / "model.safetensors"]
 )
 case("empty stdin")(lambda tiny, tmp: generate(tiny))
 case("prompt file that is missing")(
@@ -151,6 +174,10 @@ case("task option of the wrong type")(
 case("task without its data")(lambda tiny, tmp: evaluate(tiny, tmp, tasks="perplexity"))
 case("length too short for the task")(lambda tiny, tmp: evaluate(tiny, tmp, "--length", 4))
 case("task longer than the context")(lambda tiny, tmp: evaluate(tiny, tmp, "--length", 900))
+case("task longer than the context with its output")(
+    lambda tiny, tmp: evaluate("demo", tmp, "--length", 8192)
+)
+case("run directory without a name")(lambda tiny, tmp: [*evaluate(tiny, tmp), "--out", ""])
 
 # These get as far as the directory: the tiny model has no room for a prompt of any task, the stand-in for the demo has.
 EVAL_SHORT = ("--length", 300, "--task-option", "key-value.keys=1")
@@ -168,6 +195,17 @@ def _(tiny: Path, tmp: Path) -> Args:
     }
     config |= {"chat": False, "tasks": {}, "methods": []}
     (tmp / "run" / "config.json").write_text(json.dumps(config))
+    return evaluate("demo", tmp, *EVAL_SHORT)
+
+
+@case("run directory with a line that is no result")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "run").mkdir()
+    (tmp / "run" / "config.json").write_text(
+        '{"format": "refreshkv-eval-1", "model": "demo", "dtype": "float32", "seed": 0,'
+        ' "budget": null, "chat": false, "tasks": {}, "methods": []}'
+    )
+    (tmp / "run" / "results.jsonl").write_text('{"score": NaN}\n')
     return evaluate("demo", tmp, *EVAL_SHORT)
 
 
@@ -214,6 +252,47 @@ def _(tiny: Path, tmp: Path) -> Args:
 def _(tiny: Path, tmp: Path) -> Args:
     shutil.copytree(tiny, tmp, dirs_exist_ok=True)
     (tmp / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    return generate(tmp, "--prompt", "a")
+
+
+def broken(
+    name: str, *, weights: dict[str, torch.Tensor | None] | None = None, **config: Any
+) -> None:
+    """A case of a model folder with other weights (`None`: without them) or another config."""
+
+    @case(name)
+    def _(tiny: Path, tmp: Path) -> Args:
+        shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+        if weights:
+            stored = {**load_file(tmp / "model.safetensors"), **weights}
+            kept = {key: value for key, value in stored.items() if value is not None}
+            save_file(kept, tmp / "model.safetensors", metadata={"format": "pt"})
+        if config:
+            text = json.loads((tmp / "config.json").read_text())
+            (tmp / "config.json").write_text(json.dumps({**text, **config}))
+        return generate(tmp, "--prompt", "a")
+
+
+broken("model folder without some weights", weights={"lm_head.weight": None})
+broken("model folder with other weights", weights={"other.weight": torch.ones(3)})
+broken("model folder with weights of other shapes", weights={"model.norm.weight": torch.ones(3)})
+broken("config of the wrong type", hidden_size="32")
+broken("config out of range", num_hidden_layers=-1)
+
+
+@case("config that is not JSON")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    (tmp / "config.json").write_text("{")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("model folder with another tokenizer")
+def _(tiny: Path, tmp: Path) -> Args:
+    shutil.copytree(tiny, tmp, dirs_exist_ok=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp)
     return generate(tmp, "--prompt", "a")
 
 

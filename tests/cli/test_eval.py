@@ -194,14 +194,14 @@ BAD = [
         "method 'refreshkv' says only what .* task key-value feeds it an answer; use --mode free, or .*refreshkv-paper",
     ),
     ({"budget": "0"}, 2, "budget must be at least 1 token, "),
-    ({"limit": 0}, 2, "Invalid value for '--limit': 0 is not in the range x>=1"),
-    ({"batch": 0}, 2, "Invalid value for '--batch': 0 is not in the range x>=1"),
+    ({"limit": 0}, 2, "Invalid value for '--limit': 0 is not in the range 1<=x<=1000000"),
+    ({"batch": 0}, 2, "Invalid value for '--batch': 0 is not in the range 1<=x<=65536"),
     ({"mode": "fed"}, 2, "Invalid value for '--mode': 'fed' is not one of"),
     ({"length": 4}, 2, "key-value: .*raise the length"),
     (
         {"length": 9000},
         2,
-        "key-value, example 0000: .* but the model has 8192 positions; lower the",
+        "key-value: prompts of 9000 tokens, but the model has 8192 positions; lower the",
     ),
     ({"task_option": "keys=1"}, 2, "--task-option 'keys=1' is not TASK.NAME=VALUE, for example"),
     (

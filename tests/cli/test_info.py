@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import pytest
 from transformers import T5Config
 
 import refreshkv
-from refreshkv.cli import COMMANDS
+from refreshkv.cli import COMMANDS, info
 
 
 def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
     record = last_json(run("info", "--json"))
-    assert list(record) == ["versions", "devices", "cpu", "kernels", "architectures", "presets"]
+    assert list(record) == [
+        *("versions", "os", "devices", "cpu", "kernels", "native", "architectures", "presets")
+    ]
     assert record["versions"]["refreshkv"] == refreshkv.__version__
     assert set(record["versions"]) == {
         "refreshkv",
@@ -27,6 +31,8 @@ def test_json(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
         "tokenizers",
     }
     assert "reference" in record["kernels"]
+    assert record["os"]["name"] == platform.system()
+    assert set(record["native"]) == {"compiler", "compiler_version", "cache"}
     assert set(record["presets"]) == set(refreshkv.PRESETS)
 
 
@@ -35,6 +41,26 @@ def test_text(run: Callable[..., Any]) -> None:
     assert result.exit_code == 0
     for expected in (*refreshkv.PROVEN_ARCHITECTURES, *refreshkv.PRESETS, "transformers", "cpu"):
         assert expected in result.stdout
+
+
+def test_compiler_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    assert info.native() == {
+        "compiler": sys.executable,
+        "compiler_version": f"Python {platform.python_version()}",
+        "cache": str(tmp_path / "refreshkv"),
+    }
+    (tmp_path / "refreshkv").chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="others can write to"):
+        assert info.native()["cache"] is None
+    (tmp_path / "refreshkv").chmod(0o700)
+    for broken in ("/no/such/compiler", "false", "'"):
+        monkeypatch.setenv("CXX", broken)
+        assert info.native()["compiler_version"] is None
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert info.native()["compiler"] is None
 
 
 def test_supported_model_needs_only_its_config(

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-CLI = [sys.executable, "-m", "refreshkv.cli"]
+CLI = [sys.executable, "-m", "refreshkv"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "REFRESHKV_DEBUG": "", "OMP_NUM_THREADS": "1"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from refreshkv.config import RefreshConfig
 from refreshkv.evals import store
-from refreshkv.evals.store import Lines, RunDirectory, RunError, line_of, read_lines
+from refreshkv.evals.records import written
+from refreshkv.evals.results import line_of, read_lines
+from refreshkv.evals.store import Lines, RunDirectory, RunError
+from refreshkv.evals.summary import read_results
 
 CONFIG: dict[str, Any] = {
     "model": "demo",
@@ -27,11 +32,15 @@ CONFIG: dict[str, Any] = {
 
 
 def record(key: str, size: int = 0) -> dict[str, Any]:
-    return {"key": key, "prompt_sha256": "0" * 8, "output": "ä" * size}
+    return {
+        "key": f"toy|full|free|{key}",
+        **{"task": "toy", "method": "full", "mode": "free", "example": key},
+        **{"prompt_sha256": "0" * 8, "score": 0.5, "output": "ä" * size},
+    }
 
 
 def keys(path: Path) -> list[str]:
-    return [found["key"] for found in read_lines(path)]
+    return [found["example"] for found in read_lines(path)]
 
 
 @pytest.fixture
@@ -57,8 +66,71 @@ def test_half_a_line_is_cut_off(rest: str, tmp_path: Path) -> None:
 def test_a_broken_line_within_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line_of(record("a")) + line + "\n" + line_of(record("b")))
-    with pytest.raises(ValueError, match=r"^line 2 of '.*a\.jsonl' is not a result; remove"):
+    with pytest.raises(ValueError, match=r"^line 2 of '.*a\.jsonl' is not a result \(.*\); remove"):
         keys(path)
+
+
+SPOILT = {
+    **{f"no {name}": ({name: ...}, f"no '{name}'") for name in record("a") if name != "output"},
+    **{
+        f"score {score}": ({"score": score}, f"score is {said}, which is no number")
+        for score, said in (
+            (None, "None"),
+            (True, "True"),
+            ("0.5", "'0.5'"),
+            ([1], r"\[1\]"),
+        )
+    },
+    "score NaN": ({"score": float("nan")}, "NaN is not JSON"),
+    "task null": ({"task": None}, "task is None, which is no text"),
+    "prompt_sha256 a number": ({"prompt_sha256": 5}, "prompt_sha256 is 5, which is no text"),
+    "mode unknown": ({"mode": "fed"}, "mode is 'fed', which is none"),
+    "another key": ({"example": "z"}, r"key is 'toy\|.*a', but its parts make 'toy\|.*z'"),
+    "tokens null": ({"output_tokens": None}, "output_tokens is None, which is no number"),
+    "share a text": ({"kv_read_share": "1"}, "kv_read_share is '1', which is no number"),
+    "part a text": ({"parts": [1, "x"]}, r"parts\.1 is 'x', which is no number"),
+    "layers a list": ({"layers": []}, r"layers is \[\], which is no object"),
+    "layer of nothing": ({"layers": {"0": {}}}, r"layers\.0\.steps is None, which is no number"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_line_that_would_spoil_the_numbers_is_named(name: str, opened: RunDirectory) -> None:
+    """By number, before anything is decoded, wherever it is read, and nothing in the file changes."""
+    changes, said = SPOILT[name]
+    spoilt = {key: value for key, value in {**record("a"), **changes}.items() if value is not ...}
+    path = opened.path / "results.jsonl"
+    path.write_text(line_of(record("b")) + json.dumps(spoilt) + "\n")
+    before = path.read_bytes()
+    opened.close()
+    line = rf"^line 2 of '.*results\.jsonl' is not a result \(({said})\); remove that line"
+    for read in (lambda: RunDirectory(opened.path).open(CONFIG), lambda: read_results(opened.path)):
+        with pytest.raises(ValueError, match=line):
+            read()
+    assert path.read_bytes() == before
+
+
+def test_a_setting_without_an_end_can_be_written() -> None:
+    config = RefreshConfig(drop=math.inf)
+    assert json.loads(line_of({k: written(v) for k, v in vars(config).items()}))["drop"] == "inf"
+
+
+def test_a_score_that_is_too_large_for_a_number_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for text, said in (("1e999", "score is inf"), ("[" * 10**5, "recursion")):
+        path.write_text(line_of(record("a")).replace("0.5", text))
+        with pytest.raises(ValueError, match=rf"^line 1 .*{said}"):
+            keys(path)
+
+
+@pytest.mark.parametrize("name", ["task", "method"])
+def test_a_line_of_something_never_asked_for_is_named(name: str, opened: RunDirectory) -> None:
+    other = {**record("a"), name: "other"}
+    other["key"] = "|".join(other[part] for part in ("task", "method", "mode", "example"))
+    (opened.path / "results.jsonl").write_text(line_of(other))
+    opened.close()
+    with pytest.raises(ValueError, match=f"line 1 of .* is of {name} 'other', which config.json"):
+        RunDirectory(opened.path).open(CONFIG)
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -94,7 +166,7 @@ def test_no_space_left_while_rewriting(
         patch.setattr(os, "fsync", full)
         with pytest.raises(RunError, match="No space left on device"):
             opened.tidy(lambda found: found["key"])
-    assert [found["key"] for found in opened.tidy(lambda found: found["key"])] == ["0", "1"]
+    assert [found["example"] for found in opened.tidy(lambda found: found["key"])] == ["0", "1"]
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
@@ -174,8 +246,8 @@ def test_shards_of_a_killed_launch_are_merged_at_the_next_start(opened: RunDirec
 def test_tidy_sorts_and_keeps_ties(opened: RunDirectory) -> None:
     with opened.lines(None) as lines:
         lines.append([record(key) for key in ("b2", "a2", "b1", "a1")])
-    found = opened.tidy(lambda each: each["key"][0])
-    assert [each["key"] for each in found] == ["a2", "a1", "b2", "b1"]
+    found = opened.tidy(lambda each: each["example"][0])
+    assert [each["example"] for each in found] == ["a2", "a1", "b2", "b1"]
     assert keys(opened.path / "results.jsonl") == ["a2", "a1", "b2", "b1"]
 
 

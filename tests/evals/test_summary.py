@@ -20,7 +20,8 @@ def record(
 ) -> dict:
     return {
         "task": task, "mode": "free", "method": method, "example": f"{example:04d}",
-        "score": score, "metric": "x", "output_tokens": 10, "prompt_tokens": 100, **more,
+        "key": f"{task}|{method}|free|{example:04d}", "prompt_sha256": "0", "score": score,
+        "metric": "x", "output_tokens": 10, "prompt_tokens": 100, **more,
     }  # fmt: skip
 
 
@@ -113,13 +114,14 @@ def test_results_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / sm.RESULTS
     path.write_text("\n".join(lines) + "\n" + lines[0] + "\n" + lines[1][:20])
     assert [r["example"] for r in sm.read_results(tmp_path)] == ["0000", "0001", "0002"]
-    path.write_text(lines[0] + "\nbroken\n" + lines[1] + "\n")
-    with pytest.raises(ValueError, match="line 2: not a line of results"):
-        sm.read_results(tmp_path)
+    for broken in (f"{lines[0]}\nbroken\n{lines[1]}\n", f"{lines[0]}\nbroken\n"):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"line 2 of '.*' is not a result"):
+            sm.read_results(tmp_path)
     with pytest.raises(ValueError, match="--out"):
         sm.read_results(tmp_path / "none")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"refreshkv\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
         sm.need("no_such_package_at_all")

@@ -226,3 +226,9 @@ def test_longproc_errors_name_the_file(tmp_path: Path) -> None:
     for data, message in cases.items():
         with pytest.raises(ValueError, match=message):
             list(make_task("html-to-tsv", data=data).examples(tokens, 0, None))
+
+
+@pytest.mark.parametrize("name", [*TASKS, *GROUPS])
+def test_every_task_and_group_is_documented(name: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    assert f"`{name}`" in page.read_text("utf-8")

@@ -173,7 +173,9 @@ def test_a_data_set_of_the_hub_can_be_given_by_its_id(hub: dict) -> None:
 
 def test_a_hub_that_does_not_answer_names_the_local_way(hub: dict) -> None:
     hub["error"] = ConnectionError("Couldn't reach it\nsecond line")
-    with pytest.raises(ValueError, match=r"o/n cannot .*\(Couldn't reach it\); give a folder"):
+    with pytest.raises(
+        ValueError, match=r"o/n cannot .*\(Couldn't reach it second line\); give a folder"
+    ):
         list(read("hub:o/n", {}, LOCAL))
     hub["error"] = RuntimeError()
     with pytest.raises(ValueError, match=r"\(RuntimeError\)"):

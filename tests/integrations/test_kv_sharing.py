@@ -64,9 +64,14 @@ def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
     ],
     ids=["large budget", "S=1"],
 )
-def test_full_attention_tokens(sharing: PreTrainedModel, config: RefreshConfig) -> None:
+@pytest.mark.parametrize(
+    "form", [{}, {"cache_implementation": "static"}], ids=["growing", "static"]
+)
+def test_full_attention_tokens(
+    sharing: PreTrainedModel, config: RefreshConfig, form: dict[str, Any]
+) -> None:
     inputs = left_padded([50, 30])
-    assert torch.equal(refreshed(sharing, inputs, config), greedy(sharing, inputs))
+    assert torch.equal(refreshed(sharing, inputs, config, **form), greedy(sharing, inputs, **form))
 
 
 def test_the_owners_are_served(sharing: PreTrainedModel) -> None:

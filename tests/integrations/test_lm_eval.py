@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,18 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 
 from refreshkv.demo import MODEL_PATH
 from refreshkv.demo.prompts import make_prompt
 from refreshkv.integrations import lm_eval as integration
 from refreshkv.integrations.lm_eval import RefreshLM, main, parse_settings
+from refreshkv.weights import ModelFilesError
 
 ROOT = Path(__file__).parents[2]
 NEW = 16
@@ -120,13 +125,42 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
         RefreshLM("/no/such/model", **arguments)
 
 
+def test_a_model_without_all_its_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, folder)
+    stored = load_file(folder / "model.safetensors")
+    lost = [key for key in stored if "layers.1" in key]
+    save_file({key: stored[key] for key in stored if key not in lost}, folder / "model.safetensors")
+    said = rf"cannot load the weights of model '{folder}' \(.*lack .* and {len(lost) - 3} more\);"
+    with pytest.raises(ModelFilesError, match=said):
+        RefreshLM(str(folder), **COMMON)
+    line = ["lm_eval", "run", "--model_args", f"pretrained={folder}", "--tasks", "arc_easy"]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(HarnessCLI, "execute", lambda *_: RefreshLM(str(folder), **COMMON))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert re.search(f"^error: --model_args: {said}.*\n\\Z", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "tokenizer.json"])
+def test_files_that_do_not_load_are_named(broken: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, folder)
+    (folder / broken).write_text("{")
+    with pytest.raises(ModelFilesError, match=f"cannot load the {broken[:-5]} of model '{folder}'"):
+        RefreshLM(str(folder), **COMMON)
+
+
 def test_it_is_registered() -> None:
     assert get_model("refreshkv") is RefreshLM
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'refreshkv\[lm-eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[lm-eval\]'"):
         runpy.run_path(str(integration.__file__))
 
 

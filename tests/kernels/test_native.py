@@ -259,7 +259,8 @@ def test_without_a_library_one_warning_says_why(
         monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-fno-openmp"))
         said = "OpenMP is needed"
     else:
-        monkeypatch.setattr(build, "_folder", lambda: fresh_build / "gone")
+        monkeypatch.setattr(build.safe_folder, "kept", lambda: None)
+        monkeypatch.setattr(build.safe_folder, "private", lambda: fresh_build / "gone")
         said = "No such file or directory"
     query, keys, values, options = replace(PLAIN, dtype=torch.bfloat16).inputs()
     with pytest.warns(RuntimeWarning, match=said) as warned:

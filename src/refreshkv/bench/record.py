@@ -16,6 +16,7 @@ import transformers
 
 import refreshkv
 from refreshkv.kernels import language
+from refreshkv.text import reason
 
 Row = Mapping[str, Any]
 
@@ -78,8 +79,8 @@ def check_file(path: Path, row: Row) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = _columns(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}): give another file") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"cannot write {path} ({reason(error)}): give another file") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: give another file")
     if known is not None and not set(row) <= set(known):
@@ -96,19 +97,32 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     for row in rows:
         check_file(path, row)
     known = _columns(path)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, known or list(rows[0]), restval="")
-        if known is None:
-            writer.writeheader()
-        writer.writerows(rows)
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, known or list(rows[0]), restval="")
+            if known is None:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, numbers as numbers and empty cells as `None`; none where there is no file."""
+    """The rows of a file, numbers as numbers and empty cells as `None`; none where there is no file.
+
+    Raises:
+        ValueError: a file that is no CSV, or has a row of more or fewer cells than its header.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)}): give a CSV file") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has rows that do not fit its header: give another file")
+    return [{key: _value(text) for key, text in row.items()} for row in rows]
 
 
 def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from refreshkv.config import RefreshConfig
 
-# Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on text.
+# Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on the bundled model.
 DRAFT = 10  # tokens that the default preset drafts in a cycle
 ACCEPTANCE = 0.93  # share of them that stands
 FAST_FULL_SHARE = 0.146  # steps of a KV head under the preset "fast" that are full

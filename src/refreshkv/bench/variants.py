@@ -20,6 +20,7 @@ from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.integrations.transformers import RefreshCache
 from refreshkv.integrations.transformers.fallback import CACHES
 from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.integrations.transformers.versions import CACHE
 from refreshkv.step import Attention
 from refreshkv.store import DenseStore
 
@@ -32,7 +33,7 @@ VARIANTS = {
     "snapkv": "eviction: full attention over K tokens, what SnapKV leaves",
     "partial": "partial step",
     "full": "full step with re-selection",
-    "fast": "the preset fast, at the share of full steps that it had on text",
+    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
     "exact": "a token of the lossless mode: cycle / tokens per pass",
     "own_dense": "our full attention without selection",
     "static": "transformers StaticCache, compiled where there is a GPU",
@@ -207,7 +208,7 @@ def forward(
         config._attn_implementation_internal = implementation
     try:
         return model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}
         ).logits
     finally:
         config._attn_implementation_internal = attached

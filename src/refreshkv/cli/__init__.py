@@ -6,6 +6,8 @@ Exit codes: 0 done, 2 bad input (one line on stderr that names the input and the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -17,6 +19,7 @@ import click
 
 from refreshkv import __version__
 from refreshkv.cli.common import BadInput
+from refreshkv.text import one_line, reason, visible
 
 COMMANDS = ("demo", "generate", "eval", "bench", "info")
 
@@ -63,19 +66,28 @@ def report(error: BaseException) -> int:
             return say(str(error), 2)
         case click.Abort() | KeyboardInterrupt():
             return say("interrupted", 1)
-        case BrokenPipeError():
-            # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+        case BrokenPipeError() | OSError(errno=errno.ENOSPC):
+            # Python would complain once more when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            if isinstance(error, BrokenPipeError):  # the reader (`| head`) has gone, and knows it
+                return 1
+            return say(f"cannot write ({reason(error)}); make room, or give another place", 1)
     if os.environ.get("REFRESHKV_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        click.echo(visible(trace, keep="\n"), err=True, nl=False)
     return say(f"{type(error).__name__}: {error} (REFRESHKV_DEBUG=1 shows the traceback)", 1)
 
 
 def say(message: str, code: int) -> int:
     """Print one line, whatever the message looks like, and hand back `code`."""
-    click.echo(f"refreshkv: error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # stderr may be as full as stdout; the code says it too
+        click.echo(f"refreshkv: error: {one_line(message)}", err=True)
     return code
+
+
+def note(message: object) -> str:
+    """A warning of a library, in one line."""
+    return f"refreshkv: note: {one_line(str(message))}\n"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,9 +98,18 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # Files that are opened later must not take the numbers of streams that are closed (`2>&-`), which are None here.
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(handle, "w")
+    else:
+        os.close(handle)
+    if sys.stdout is None:
+        sys.exit(say("stdout is closed; give the output a place, /dev/null if none is wanted", 2))
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character of the model's text gets a '?', not a crash.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    warnings.formatwarning = lambda message, *_, **__: f"refreshkv: note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: note(message)
     cli.main(prog_name="refreshkv")

@@ -12,6 +12,7 @@ import click
 from refreshkv.cli import bench_view as view
 from refreshkv.cli import common
 
+MOST = 2**27  # of whatever is counted: products of such numbers still fit the machine's
 RESULTS = Path("benchmarks/results")  # of a checkout
 
 
@@ -35,8 +36,10 @@ class Numbers(click.ParamType):
             numbers = tuple(int(part) for part in value.split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is no list of positive integers such as 8192,32768", param, ctx)
+        if not numbers or min(numbers) < 1 or max(numbers) > MOST:
+            self.fail(
+                f"{value!r} is no list of integers from 1 to {MOST} such as 8192,32768", param, ctx
+            )
         return numbers
 
 
@@ -53,8 +56,12 @@ class Sizes(click.ParamType):
             pairs = [tuple(int(part) for part in one.split("x")) for one in value.split(",")]
         except ValueError:
             pairs = []
-        if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
-            self.fail(f"{value!r} is no list of rows x context such as 1x32768,8x32768", param, ctx)
+        if not pairs or any(len(pair) != 2 or min(pair) < 1 or max(pair) > MOST for pair in pairs):
+            self.fail(
+                f"{value!r} is no list of rows x context such as 1x32768,8x32768, each at most {MOST}",
+                param,
+                ctx,
+            )
         return [(batch, context) for batch, context in pairs]
 
 
@@ -72,7 +79,7 @@ def options_of(*options: Callable[..., Any]) -> Callable[..., Any]:
 def at_least(least: int, default: int, help: str) -> dict[str, Any]:
     """Settings of an option that is an integer."""
     return {
-        "type": click.IntRange(min=least),
+        "type": common.count(least, MOST),
         "default": default,
         "show_default": True,
         "help": help,
@@ -104,19 +111,17 @@ machine_options = options_of(
         default="bfloat16",
         show_default=True,
     ),
-    click.option(
-        "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"
-    ),
+    common.threads_option,
     click.option(
         "--results",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=common.PathName(file=True),
         help="The CSV file to append to.  [default: one in benchmarks/results, where that folder is]",
     ),
     click.option("--no-record", is_flag=True, help="Append to no file."),
     click.option(
         "--plot",
-        type=click.Path(path_type=Path, dir_okay=False),
-        help="Write a PNG: milliseconds over bytes. Needs 'refreshkv[eval]'.",
+        type=common.PathName(file=True),
+        help="Write a PNG: milliseconds over bytes. Needs the extra 'eval'.",
     ),
     common.progress_option,
     common.json_option,
@@ -269,10 +274,12 @@ def scale(plot: Path | None, as_json: bool, **options: Any) -> None:
 @draft_option
 @acceptance_option
 @click.option("--device", default="h200", show_default=True, help="h100, h200, a100 or b200.")
-@click.option("--bandwidth", type=float, help="GB a second, instead of the data sheet's.")
+@click.option(
+    "--bandwidth", type=common.Finite(1e-3, 1e9), help="GB a second, instead of the data sheet's."
+)
 @click.option(
     "--fixed-ms",
-    type=float,
+    type=common.Finite(0, 1e9),
     default=0.0,
     show_default=True,
     help="What a pass costs beside its bytes, as `bench scale` fits it.",
@@ -285,7 +292,7 @@ def scale(plot: Path | None, as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--check",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=common.PathName(file=True, there=True),
     help="Instead: what the model says of the rows of a CSV file of `bench decode`, and its error.",
 )
 @common.json_option

@@ -35,8 +35,6 @@ def planned(
         raise BadInput(unknown("device", device, plan.DEVICES))
     place = plan.DEVICES[device]
     if bandwidth is not None:
-        if not bandwidth > 0:
-            raise BadInput(f"--bandwidth is GB a second, more than 0; got {bandwidth:g}")
         place = plan.Device(bandwidth * 1e9, place.memory)
     every = None if stride == common.STRIDE.word else int(stride)
     with common.bad_input():
@@ -65,7 +63,8 @@ def checked(path: Path) -> dict[str, Any]:
     from refreshkv.bench import plan
     from refreshkv.bench.record import read
 
-    rows = read(path)
+    with common.bad_input():
+        rows = read(path)
     if not rows or not {"ms.exact", "bytes.mix", "draft"} <= set(rows[0]):
         raise BadInput(f"{path} has no rows of `bench decode`: give another file")
     known = {(row["shape"], row["dtype"]) for row in rows}
@@ -90,17 +89,17 @@ def sizes(model: str, dtype: str) -> Any:
     """
     import torch
 
-    import refreshkv
     from refreshkv.bench.roofline import sizes_of
     from refreshkv.bench.shapes import SHAPES, config_of, outline
-    from refreshkv.cli.loading import load_config
+    from refreshkv.cli.loading import load_config, reading
     from refreshkv.cli.locate import locate
 
+    kind = getattr(torch, dtype)
     if model in SHAPES:
-        config = config_of(model)
-    else:
-        config = load_config(locate(model, weights=False))
-        support = refreshkv.supported(config)
-        if not support.ok:
-            raise BadInput(f"model {model!r} is not supported: {support.reason}")
-    return sizes_of(outline(config, getattr(torch, dtype)))
+        return sizes_of(outline(config_of(model), kind))
+    source = locate(model, weights=False)
+    config, support = load_config(source)
+    if not support.ok:
+        raise BadInput(f"model {model!r} is not supported: {support.reason}")
+    with reading(source, "config"):
+        return sizes_of(outline(config, kind))

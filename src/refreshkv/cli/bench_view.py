@@ -1,4 +1,4 @@
-"""Tables of `refreshkv bench`."""
+"""Tables of `refreshkv bench`; each fits 80 columns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Record = Mapping[str, Any]
 
 
 def decode(record: Record) -> None:
-    """Milliseconds, bytes and what they allow, by variant; then the ratios and the curve."""
+    """Milliseconds, bytes and what they allow, by variant; what each is; then the ratios and the curve."""
     from refreshkv.bench.report import NAMES
 
     settings = ("context", "batch", "budget", "stride", "draft", "acceptance", "dtype", "threads")
-    columns = ("variant", "ms", "range", "tokens/s", "MB", "of bandwidth", "of ideal", "what")
+    columns = ("variant", "ms", "range", "tokens/s", "MB", "band-\nwidth", "of\nideal")
     table = _table(record, settings, columns)
     for name, ms in record["ms"].items():
         ends = record["ms_range"].get(name)
@@ -27,13 +27,15 @@ def decode(record: Record) -> None:
             _number(ms, ".2f"),
             "" if ends is None else f"{ends[0]:.2f} - {ends[1]:.2f}",
             _number(record["tokens_per_s"].get(name), ".4g"),
-            f"{record['bytes'][name] / 1e6:.4g}" if name in record["bytes"] else "",
+            f"{record['bytes'][name] / 1e6:.6g}" if name in record["bytes"] else "",
             _number(record["bandwidth_share"].get(name), ".0%"),
             _number(record["share_of_ideal"].get(name), ".0%"),
-            record["notes"].get(name, NAMES[name]),
         )
     console = common.console()
     console.print(table)
+    for name in record["ms"]:
+        console.print(f"  {name:<12}  {record['notes'].get(name, NAMES[name])}", soft_wrap=True)
+    console.print()
     for name, ratio in record["ratios"].items():
         console.print(f"  {name:<22} {_number(ratio, '.3f')}")
     points = [
@@ -48,7 +50,7 @@ def decode(record: Record) -> None:
 def kernels(record: Record) -> None:
     """Microseconds, bandwidth and the fastest other, by kernel."""
     settings = ("context", "batch", "budget", "draft", "dtype", "threads", "backend")
-    columns = ("kernel", "us", "of bandwidth", "fastest other", "its us", "over ours")
+    columns = ("kernel", "us", "band-\nwidth", "fastest other", "its us", "over\nours")
     table = _table(record, settings, columns)
     for one in record["kernels"]:
         table.add_row(
@@ -116,12 +118,18 @@ def plan(record: Record) -> None:
 
 def plan_check(record: Record) -> None:
     """Predicted and measured speed-ups, row by row."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=record["file"], box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("shape", "size", "K", "mode", "measured", "by bytes", "error", "by fit", "error"):
-        table.add_column(name, justify="left" if name in ("shape", "mode") else "right")
+    columns = (
+        "shape",
+        "size",
+        "K",
+        "mode",
+        "meas-\nured",
+        "by\nbytes",
+        "error",
+        "by\nfit",
+        "error",
+    )
+    table = _empty(record["file"], columns)
     for one in record["rows"]:
         table.add_row(
             one["shape"],
@@ -142,20 +150,30 @@ def plan_check(record: Record) -> None:
     )
 
 
+_LEFT = ("variant", "kernel", "mode", "shape", "what", "fastest other")
+_FOLDED = ("what", "fastest other")  # the others are never cut
+
+
 def _table(record: Record, settings: Sequence[str], columns: Sequence[str]) -> Table:
     """An empty table under the settings of a record."""
+    where = ", ".join(f"{name} {record[name]}" for name in settings)
+    return _empty(f"{record['shape']}, {where}\n{record['device']}", columns)
+
+
+def _empty(title: str, columns: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    where = ", ".join(f"{name} {record[name]}" for name in settings)
     table = Table(
-        title=f"{record['shape']}, {where}\n{record['device']}",
-        box=box.SIMPLE_HEAD,
+        title=title,
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in columns:
-        left = name in ("variant", "kernel", "mode", "what", "fastest other")
-        table.add_column(name, justify="left" if left else "right")
+        side = "left" if name in _LEFT else "right"
+        table.add_column(name, justify=side, no_wrap=name not in _FOLDED)
     return table
 
 

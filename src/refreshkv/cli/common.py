@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from refreshkv.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +40,66 @@ def bad_input() -> Iterator[None]:
         raise
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def path_of(given: str) -> Path:
+    """A path that the system can be asked for, `~` resolved; whether there is something is for others to say.
+
+    Raises:
+        ValueError: no path at all, and why; in words that may follow its name.
+    """
+    if not given:
+        raise ValueError("is empty")
+    path = Path(os.path.expanduser(given))  # pathlib's raises where there is no such user
+    if given.startswith("~") and not os.path.lexists(path) and path == Path(given):
+        raise ValueError("names the home of nobody")
+    try:
+        path.lstat()
+    except ValueError:
+        raise ValueError("holds a NUL byte") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ValueError(f"cannot be used ({error.strerror})") from None
+    return path
+
+
+class PathName(click.ParamType):
+    """A path that may be; one of a file if `file`, one of something that is there if `there`."""
+
+    name = "path"
+
+    def __init__(self, *, file: bool = False, there: bool = False) -> None:
+        self.file, self.there = file, there
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path."""
+        try:
+            path = path_of(str(value))
+        except ValueError as error:
+            self.fail(f"{str(value)!r} {error}", param, ctx)
+        if self.file and path.is_dir():
+            self.fail(f"{str(value)!r} is a folder", param, ctx)
+        if self.there and not path.exists():
+            self.fail(f"{str(value)!r} does not exist", param, ctx)
+        return path
+
+
+class Finite(click.FloatRange):
+    """A number in a range. NaN is in none, though click lets it through."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+def count(least: int = 1, most: int = 2**31 - 1) -> click.IntRange:
+    """How many of something. Beyond `most` nothing would come to its end, or fit a machine."""
+    return click.IntRange(least, most)
 
 
 class Budget(click.ParamType):
@@ -113,6 +178,10 @@ def build_config(preset: str | None, **given: Any) -> RefreshConfig:
     """The preset with the options the user gave (those that are not `None`) on top."""
     import refreshkv
 
+    if given.get("mode") == "full":
+        settings = {"preset": preset, **given, "mode": None}
+        for name in (name for name, value in settings.items() if value is not None):
+            raise BadInput(f"--{name} has no effect in --mode full; leave it out")
     words = (STRIDE.word, THRESHOLD.word)
     overrides = {
         name: None if value in words else value
@@ -123,6 +192,12 @@ def build_config(preset: str | None, **given: Any) -> RefreshConfig:
         return refreshkv.make_config(preset, **overrides)
 
 
+SEED = click.IntRange(0, 2**63 - 1)
+threads_option = click.option(
+    "--threads",
+    type=count(most=4 * (os.cpu_count() or 1)),  # each is a thread of the system
+    help="CPU threads.  [default: torch's choice]",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="End with one line of JSON on stdout."
 )
@@ -145,11 +220,18 @@ def progress_bar(total: int, unit: str, show: bool | None) -> Any:
 
 
 def console() -> Console:
-    """A rich console on stdout that reads no markup or numbers into text; wide where no terminal says how wide."""
+    """A rich console on stdout that reads no markup or numbers into text; wide where no terminal says how wide.
+
+    Text is shown, never obeyed: control characters are escaped, also those in tables.
+    """
     from rich.console import Console
 
-    made = Console(highlight=False, markup=False)
-    return made if made.is_terminal else Console(highlight=False, markup=False, width=118)
+    class Careful(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(visible(text, keep="\n\t"), **options)
+
+    made = Careful(highlight=False, markup=False)
+    return made if made.is_terminal else Careful(highlight=False, markup=False, width=118)
 
 
 def emit_json(record: Mapping[str, Any]) -> None:

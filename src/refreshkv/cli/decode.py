@@ -58,7 +58,9 @@ def decode(
     prompt_tokens = inputs["input_ids"].shape[1]
     ticker = Ticker(bar, inner)
     with threads_for(loaded):
-        ids = loaded.model.generate(**inputs, streamer=ticker, **settings)[0, prompt_tokens:]
+        # A checkpoint may ask for beams, which cannot be streamed.
+        sequences = loaded.model.generate(**inputs, streamer=ticker, num_beams=1, **settings)
+        ids = sequences[0, prompt_tokens:]
     text = loaded.tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

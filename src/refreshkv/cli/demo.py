@@ -13,17 +13,23 @@ from refreshkv.cli.common import BadInput
 
 @click.command("demo", short_help="The bundled model on long prompts, six methods side by side.")
 @click.option(
-    "--length", type=int, default=2048, show_default=True, help="Tokens of a prompt, about."
+    "--length",
+    type=common.count(most=2**20),
+    default=2048,
+    show_default=True,
+    help="Tokens of a prompt, about.",
 )
 @click.option(
     "--budget", type=common.Budget(), default="0.125", show_default=True, help="As in `generate`."
 )
 @click.option("--tasks", "names", metavar="A,B", help="Some of the tasks.  [default: all]")
+@click.option("--seed", type=common.SEED, default=0, show_default=True, help="Of the first prompt.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt."
-)
-@click.option(
-    "--examples", type=click.IntRange(min=1), default=4, show_default=True, help="Prompts per task."
+    "--examples",
+    type=common.count(most=10**4),
+    default=4,
+    show_default=True,
+    help="Prompts per task.",
 )
 @click.option(
     "--print-prompt",
@@ -46,8 +52,8 @@ def command(
 ) -> None:
     """The bundled model on long prompts: full attention, StreamingLLM, SnapKV and RefreshKV side by side.
 
-    Every line of an answer needs another look at the prompt, so a cache that was cut down once, for good, fails; one
-    that is refreshed does not. Runs offline on two CPU cores in about a minute.
+    Every line of an answer needs another look at the prompt. A cache that was cut down once, for good, fails where the
+    answer is long; one that is refreshed often enough does not. Runs offline on two CPU cores in about a minute.
     """
     from refreshkv.demo import prompts
 
@@ -63,6 +69,7 @@ def command(
     from refreshkv.cli import side_by_side, side_by_side_view
 
     chosen = parse_tasks(names)
+    side_by_side.check_room(length)
     with common.bad_input():
         asked = [
             side_by_side.Asked(

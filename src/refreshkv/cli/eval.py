@@ -27,7 +27,7 @@ NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, ho
     help="Methods, each with settings where wanted: refreshkv:stride=10:threshold=none.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Run directory; an existing one is gone on with."
+    "--out", type=common.PathName(), help="Run directory; an existing one is gone on with."
 )
 @click.option(
     "--budget",
@@ -35,11 +35,13 @@ NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, ho
     help="Of every method: 1024 tokens, or 0.125 of the prompt.  [default: the method's own: 0.0625 for refreshkv,"
     " 0.125 for the others]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Examples a task.  [default: the task's]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default="0")
+@click.option(
+    "--limit", type=common.count(most=10**6), help="Examples a task.  [default: the task's]"
+)
+@click.option("--seed", type=common.SEED, default=0, show_default="0")
 @click.option(
     "--length",
-    type=click.IntRange(min=1),
+    type=common.count(most=2**20),
     default=2048,
     show_default=True,
     help="Prompt tokens, in every task that has this setting.",
@@ -53,7 +55,7 @@ NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, ho
 )
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=common.count(most=2**16),
     help="Examples decoded at once; changes no result.  [default: 8 for the bundled model, else 1]",
 )
 @click.option(
@@ -66,9 +68,7 @@ NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, ho
 @click.option("--chat", is_flag=True, help="Wrap prompts in the model's chat template.")
 @loading.dtype_option
 @loading.device_option
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"
-)
+@common.threads_option
 @loading.trust_option
 @click.option("--describe", metavar="TASK", help="Print a task's recipe and settings, and exit.")
 @click.option("--list", "listing", is_flag=True, help="Print all tasks and methods, and exit.")

@@ -23,15 +23,16 @@ NOTES = (
 
 
 def show(summaries: Sequence[Summary], out: Path) -> None:
-    """A row a task, mode and method, then where the report is."""
+    """Under each task and mode a row a method, then where the report is; fits 80 columns."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from refreshkv.evals.summary import is_perplexity
+    from refreshkv.stats import KV_READ_NOTE
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("task", "method"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("", overflow="fold")
     for heading in ("score", "95 %", "tokens", "KV read", "full"):
         table.add_column(heading, justify="right", no_wrap=True)
     sections: dict[tuple[str, str], list[Summary]] = {}
@@ -41,12 +42,12 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
         if number:
             table.add_row()
         title = task if mode == "free" or is_perplexity(task) else f"{task}, {mode}"
+        table.add_row(Text(title, style="bold"))
         for row in rows:
-            table.add_row(title, row.method, *_figures(row))
-            title = ""
+            table.add_row(f"  {row.method}", *_figures(row))
     console = common.console()
     console.print(table)
-    console.print(NOTES)
+    console.print(f"{NOTES} {KV_READ_NOTE}")
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
 

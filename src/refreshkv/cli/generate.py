@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from refreshkv.cli import common, loading
 from refreshkv.cli.common import BadInput
+from refreshkv.text import visible
 
 if TYPE_CHECKING:
     from refreshkv import Session
     from refreshkv.cli.decode import Output
 
+COLDEST = 1e-6  # logits that are divided by less leave the numbers of the model
 # The part of the statistics that is a contract (docs/cli.md); `Stats.as_dict` has more.
 STATS = (
     "full_steps",
@@ -37,19 +39,19 @@ STATS = (
     help="A UTF-8 text file; '-' is stdin, which is also the default.",
 )
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=common.count(), default=256, show_default=True)
 @common.method_options
 @loading.dtype_option
 @loading.device_option
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default="0: greedy")
+@click.option("--temperature", type=common.Finite(0, 1e6), default=0.0, show_default="0: greedy")
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=common.Finite(0, 1, min_open=True),
     help="Nucleus sampling; needs --temperature.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=common.SEED,
     default=0,
     show_default="0",
     help="Of the sampling.",
@@ -100,7 +102,6 @@ def command(
         click.echo("\n".join(lines(loaded.model, prompt_tokens)), err=True)
 
     import torch
-    from transformers import TextStreamer
 
     import refreshkv
     from refreshkv.cli.decode import decode
@@ -110,7 +111,7 @@ def command(
     if as_json:
         bar = common.progress_bar(max_new_tokens, "token", progress)
     else:
-        inner = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        inner = streamer(loaded.tokenizer)
     with contextlib.ExitStack() as stack:
         with common.bad_input():
             session = stack.enter_context(refreshkv.attach(loaded.model, config))
@@ -122,6 +123,18 @@ def command(
         common.emit_json({**record(output, prompt_tokens, session), "model": model})
     else:
         click.echo(summary(output, prompt_tokens, session), err=True)
+
+
+def streamer(tokenizer: Any) -> Any:
+    """Writes the text to stdout as it comes: as it is, except that a terminal gets nothing which it would obey."""
+    from transformers import TextStreamer
+
+    class Visible(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text, keep="\n\t"), stream_end)
+
+    kind = Visible if sys.stdout.isatty() else TextStreamer
+    return kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def record(output: Output, prompt_tokens: int, session: Session) -> dict[str, Any]:
@@ -151,8 +164,8 @@ def summary(output: Output, prompt_tokens: int, session: Session) -> str:
 
 def sampling_settings(temperature: float, top_p: float | None) -> dict[str, Any]:
     """Arguments of `model.generate`. The command line alone decides: a model's own sampling defaults do not count."""
-    if not math.isfinite(temperature):  # click's range lets NaN through
-        raise BadInput(f"--temperature must be a finite number >= 0; got {temperature}")
+    if 0 < temperature < COLDEST:
+        raise BadInput(f"--temperature must be 0 or at least {COLDEST}; got {temperature}")
     if temperature == 0:
         if top_p is not None:
             raise BadInput(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+import shutil
+import subprocess
 from importlib import metadata
 from typing import Any
 
 import click
 
 from refreshkv.cli import common, loading
+from refreshkv.text import visible
 
 PACKAGES = ("torch", "transformers", "huggingface-hub", "tokenizers")
 # Those that decide which CPU kernels are fast: vector width, bfloat16 and tile arithmetic.
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "bf16")
+# Where CXX names none; the order is that of `kernels.native.build`.
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @click.command("info", short_help="Versions, devices, backends; is a model supported?")
@@ -22,7 +29,10 @@ CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve"
 @loading.trust_option
 @common.json_option
 def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Versions, devices, kernel backends, presets; with --model, whether that model is supported."""
+    """Versions, devices, kernel backends, C++ compiler, presets; with --model, whether that model is supported.
+
+    A bug report wants the line of `refreshkv info --json`.
+    """
     record = collect()
     if model is not None:
         record["model"] = about_model(model, trust_remote_code)
@@ -32,7 +42,7 @@ def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
     for title, value in record.items():
         click.echo(f"{title.replace('_', ' ')}:")
         for line in lines(value):
-            click.echo(f"  {line}")
+            click.echo(f"  {visible(line)}")
 
 
 def collect() -> dict[str, Any]:
@@ -46,9 +56,15 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
+        "os": {
+            "name": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+        },
         "devices": devices(),
         "cpu": cpu(),
         "kernels": dict(kernels.available()),
+        "native": native(),
         "architectures": list(refreshkv.PROVEN_ARCHITECTURES),
         "presets": {name: dict(settings) for name, settings in refreshkv.PRESETS.items()},
     }
@@ -78,16 +94,42 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def native() -> dict[str, str | None]:
+    """The C++ compiler of the CPU kernels and its version, `None` for none; the folder of the compiled library."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    return {
+        "compiler": compiler,
+        "compiler_version": compiler and compiler_version(compiler),
+        "cache": compiled_folder(),
+    }
+
+
+def compiler_version(compiler: str) -> str | None:
+    """The first line of `--version`; `None` where the command does not run."""
+    try:
+        command = [*shlex.split(compiler), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def compiled_folder() -> str | None:
+    """Where the compiled CPU kernels are kept; `None` where no folder is safe, and each process makes its own."""
+    from refreshkv.kernels.native import safe_folder
+
+    folder = safe_folder.kept()
+    return None if folder is None else str(folder)
+
+
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:
     """Whether RefreshKV supports the model, from its config alone."""
-    import refreshkv
     from refreshkv.cli.locate import locate
 
-    config = loading.load_config(locate(model, weights=False), trust_remote_code)
-    support = refreshkv.supported(config)
+    config, support = loading.load_config(locate(model, weights=False), trust_remote_code)
     return {
         "name": model,
-        "architecture": ", ".join(config.architectures or []) or config.model_type,
+        "architecture": ", ".join(map(str, config.architectures or [])) or config.model_type,
         "supported": support.ok,
         "reason": support.reason,
         "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ import click
 
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.locate import Source, locate
+from refreshkv.text import one_line
 
 if TYPE_CHECKING:
     import torch
+
+    from refreshkv import Support
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -41,17 +45,26 @@ class Loaded:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_config(source: Source, trust_remote_code: bool = False) -> Any:
-    """The config of a model, without its weights."""
+def load_config(source: Source, trust_remote_code: bool = False) -> tuple[Any, Support]:
+    """The config of a model, without its weights, and whether it is supported.
+
+    Raises:
+        BadInput: a config that does not load, or that makes no sense.
+    """
     from transformers import AutoConfig
 
+    import refreshkv
+    from refreshkv import weights
+
     quiet()
-    with _loading(source, "config"):
-        return AutoConfig.from_pretrained(
+    with reading(source, "config"):
+        config = AutoConfig.from_pretrained(
             source.location,
             trust_remote_code=trust_remote_code,
             local_files_only=source.offline,
         )
+        weights.check_config(config)
+        return config, refreshkv.supported(config)
 
 
 def load(
@@ -65,12 +78,11 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import refreshkv
+    from refreshkv import weights
 
     target = pick_device(device)
     source = locate(name)
-    config = load_config(source, trust_remote_code)
-    support = refreshkv.supported(config)
+    config, support = load_config(source, trust_remote_code)
     # The class of a model with code of its own is known only once that code has run; `attach` looks at the class.
     own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
     if not support.ok and not own_code:
@@ -78,12 +90,14 @@ def load(
     if name == "demo" and dtype == "auto":
         dtype = "float32"  # as `refreshkv.demo.load` does: its file is in half precision only to be small
     common = {"trust_remote_code": trust_remote_code, "local_files_only": source.offline}
-    with _loading(source, "tokenizer"):
+    with reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **common)
-    with _loading(source, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, **common
+    with reading(source, "weights"):
+        model = weights.load(
+            AutoModelForCausalLM, source.location, dtype=dtype, use_safetensors=True, **common
         )
+    with reading(source, "tokenizer"):
+        weights.check_tokens(tokenizer, model)
     model.generation_config.use_cache = True  # checkpoints fresh from training often say False
     return Loaded(source, model.to(target).eval(), tokenizer)
 
@@ -109,25 +123,33 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    for name in ("transformers", "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(OneLine())
+
+
+class OneLine(logging.Formatter):
+    """What a library logs, as our own notes are: it may quote a model's files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return f"refreshkv: note: {one_line(super().format(record))}"
 
 
 @contextlib.contextmanager
-def _loading(source: Source, part: str) -> Iterator[None]:
+def reading(source: Source, part: str) -> Iterator[None]:
     """Errors of the loaders come from the files that the user named: bad input, in one line, with a remedy."""
+    from refreshkv import weights
+
+    remedy = weights.REMEDY
+    if source.label == "demo":
+        remedy = "reinstall refreshkv"
+    elif not source.local and not source.hub_answers:
+        remedy = (
+            "the Hub did not answer and the local cache lacks it: check the name and the network"
+        )
     try:
-        yield
-    except (RuntimeError, MemoryError, TypeError, AttributeError):
-        raise  # out of memory, or a bug: not the user's
-    except Exception as error:  # many classes: tokenizers, for one, raises bare Exception
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if "trust_remote_code" in str(error):
-            remedy = (
-                "it needs code from its repository: read that code, then pass --trust-remote-code"
-            )
-        elif not source.local and not source.hub_answers:
-            remedy = "the Hub did not answer and the local cache lacks it: check the name and the network"
-        else:
-            remedy = "give a complete model written by save_pretrained, with its tokenizer"
-        raise BadInput(
-            f"cannot load the {part} of model {source.label!r} ({reason}); {remedy}"
-        ) from error
+        with weights.reading(f"the {part} of model {source.label!r}", remedy):
+            yield
+    except weights.ModelFilesError as error:
+        raise BadInput(str(error)) from error

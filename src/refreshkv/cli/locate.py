@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from refreshkv.cli.common import BadInput
+from refreshkv.cli.common import BadInput, path_of
+from refreshkv.text import reason
 
 HUB_TIMEOUT_S = 10.0
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,12 @@ def locate(model: str, *, weights: bool = True) -> Source:
         return Source(model, str(demo.MODEL_PATH), local=True)
     if not model.strip():
         raise BadInput("--model is empty; give 'demo', a folder, or a Hub id such as 'org/name'")
-    path = Path(model).expanduser()
+    try:
+        path = path_of(model)
+    except ValueError as error:
+        raise BadInput(
+            f"model {model!r} {error}; give 'demo', a folder, or a Hub id such as 'org/name'"
+        ) from None
     if path.is_dir():
         check_folder(path, weights)
         return Source(model, str(path), local=True)
@@ -66,6 +80,8 @@ def check_folder(path: Path, weights: bool) -> None:
         raise BadInput(
             f"model folder '{path}' has no config.json; give a folder written by save_pretrained"
         )
+    for name in OBJECTS:  # of some that are broken transformers says little, and others it ignores
+        check_object(path / name)
     if not weights or any(path.glob("*.safetensors")):
         return
     pickled = sorted(
@@ -79,6 +95,21 @@ def check_folder(path: Path, weights: bool) -> None:
     raise BadInput(
         f"model folder '{path}' has no *.safetensors weights; give a folder written by save_pretrained"
     )
+
+
+def check_object(path: Path) -> None:
+    """Raise `BadInput` where a file is there and is no JSON object."""
+    try:
+        read = json.loads(path.read_bytes())
+        why = "" if isinstance(read, dict) else f"it is {type(read).__name__}"
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason(error)
+    if why:
+        raise BadInput(
+            f"'{path}' is not a JSON object ({why}); give a folder written by save_pretrained"
+        )
 
 
 def ask_hub(model: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def read_prompt(text: str | None, file: str | None) -> str:
         raise BadInput("--prompt and --prompt-file were both given; give one prompt")
     if text is not None:
         name = "--prompt"
+        decode(os.fsencode(text), name)  # what the shell gave may be no text
     elif file is not None and file != "-":
         name = f"prompt file '{file}'"
         text = decode(read_file(file), name)
@@ -39,7 +41,10 @@ def read_prompt(text: str | None, file: str | None) -> str:
 
 def read_file(file: str) -> bytes:
     """The bytes of a file, or `BadInput`."""
-    path = Path(file).expanduser()
+    try:
+        path = common.path_of(file)
+    except ValueError as error:
+        raise BadInput(f"prompt file '{file}' {error}; check the path") from None
     try:
         return path.read_bytes()
     except FileNotFoundError:

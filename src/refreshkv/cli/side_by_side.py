@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.decode import decode
-from refreshkv.cli.loading import Loaded, load
+from refreshkv.cli.loading import Loaded, load, load_config
+from refreshkv.cli.locate import locate
 from refreshkv.config import PRESETS
 
 if TYPE_CHECKING:
@@ -94,6 +95,16 @@ def run(asked: Sequence[Asked], budget: int | float, bar: Any) -> Report:
             rows.append(row)
         shown.append(pick(own, texts))
     return Report(tuple(rows), tuple(shown))
+
+
+def check_room(length: int) -> None:
+    """Raise `BadInput` before prompts are made that are longer than the model's positions."""
+    positions = load_config(locate("demo"))[0].max_position_embeddings
+    if length > positions:
+        raise BadInput(
+            f"--length makes a prompt of {length} tokens, but the bundled model has {positions} positions; pass a"
+            " smaller length"
+        )
 
 
 def check_length(loaded: Loaded, asked: Asked) -> None:

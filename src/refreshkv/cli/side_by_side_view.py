@@ -11,6 +11,7 @@ from rich.text import Text
 
 from refreshkv.cli import common
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
+from refreshkv.text import visible
 
 LINES_SHOWN = 6
 NARROW = 118  # a narrower terminal gets no column for full attention
@@ -24,24 +25,26 @@ NOTES = (
 
 def show(report: Report, length: int) -> None:
     """Print the report to stdout."""
+    from refreshkv.stats import KV_READ_NOTE
+
     console = common.console()
     console.print(figures(report.rows, length))
     for example in report.shown:
         console.print()
         console.print(excerpt(example, console.width))
     console.print()
-    console.print(NOTES)
+    console.print(f"{NOTES} {KV_READ_NOTE}")
 
 
-def layout(title: str, **options: Any) -> Table:
-    """The look that both kinds of table share."""
+def layout(title: str, padding: int = 1, **options: Any) -> Table:
+    """The look that both kinds of table share; `padding`: spaces after a column, besides the one that divides them."""
     return Table(
         title=title,
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, padding, 0, 0),
         **options,
     )
 
@@ -79,7 +82,9 @@ def share(value: float | None) -> str:
 
 def excerpt(example: Excerpt, width: int) -> Table:
     """The first lines of the expected answer, and of each method's, in columns of equal width."""
-    table = layout(f"{example.task}, prompt {example.seed}: the first lines", expand=True)
+    # Without padding the longest heading has its twelve places in 80 columns.
+    title = f"{example.task}, prompt {example.seed}: the first lines"
+    table = layout(title, padding=0, expand=True)
     names = [name for name in example.outputs if width >= NARROW or name != "full"]
     labels = {method.name: method.label.replace(" (", "\n(") for method in METHODS}
     for heading in ("expected", *(labels[name] for name in names)):
@@ -101,8 +106,4 @@ def line(got: str, expected: str) -> Text:
 
 def plain(text: str, style: str = "") -> Text:
     """Generated text as it is: no markup, and no control characters that a terminal would obey."""
-    shown = text.replace("\t", " ")
-    return Text(
-        "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in shown),
-        style=style,
-    )
+    return Text(visible(text.replace("\t", " ")), style=style)

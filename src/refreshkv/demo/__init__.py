@@ -21,12 +21,19 @@ def load(
     """The bundled model in eval mode, on the CPU, and its tokenizer; no network is touched.
 
     `dtype` is that of the weights in memory, float32 where not given.
+
+    Raises:
+        ValueError: the files are incomplete or damaged.
     """
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    model = LlamaForCausalLM.from_pretrained(
-        MODEL_PATH, dtype=dtype or torch.float32, local_files_only=True
-    )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
+    from refreshkv import weights
+
+    with weights.reading(f"the bundled model in {str(MODEL_PATH)!r}", "reinstall refreshkv"):
+        model = weights.load(
+            LlamaForCausalLM, MODEL_PATH, dtype=dtype or torch.float32, local_files_only=True
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
+        weights.check_tokens(tokenizer, model)
     return model.eval(), tokenizer

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refreshkv import demo
+from refreshkv import demo, weights
 from refreshkv.evals.decoding import Output, answer_tokens, generate
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
 from refreshkv.evals.tasks import make_task
 from refreshkv.integrations.transformers import attach
 from refreshkv.stats import RowStats
+from refreshkv.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,8 +68,11 @@ def table(found: dict[str, list[Output]]) -> str:
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name == "demo":
         return demo.load()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    with weights.reading(f"model {name!r}"):
+        model = weights.load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        weights.check_tokens(tokenizer, model)
+    return model.eval(), tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,13 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", default=["refreshkv"], help="besides full attention"
     )
     given = parser.parse_args(arguments)
-    model, tokenizer = _load(given.model)
-    task = make_task(
-        "perplexity", data=given.data, length=given.length, scored=max(32, given.new_tokens)
-    )
-    examples = task.examples(lambda text: len(answer_tokens(tokenizer, text)), 0, given.limit)
-    texts = [example.prompt for example in examples]
     methods = ["full", *given.methods]
+    try:
+        parse_methods(methods)
+        model, tokenizer = _load(given.model)
+        task = make_task(
+            "perplexity", data=given.data, length=given.length, scored=max(32, given.new_tokens)
+        )
+        examples = task.examples(lambda text: len(answer_tokens(tokenizer, text)), 0, given.limit)
+        texts = [example.prompt for example in examples]
+    except ValueError as error:
+        parser.exit(2, f"error: {one_line(str(error))}\n")
     print(table(continuations(model, tokenizer, texts, given.new_tokens, methods)))
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from refreshkv.integrations.transformers.versions import CACHE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,7 +105,7 @@ def generate(
         sequences = model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=max(max_new_tokens),
             stopping_criteria=[_OwnCap(width, max_new_tokens, model.device, prompts_done)],
             pad_token_id=pad,
@@ -218,12 +220,17 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 def check_room(model: PreTrainedModel, name: str, prompt_tokens: int, new_tokens: int) -> None:
     """Raise `ValueError` where a prompt and what follows it are longer than the model's positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_in(model)
     if positions is not None and prompt_tokens + new_tokens > positions:
         raise ValueError(
             f"{name}: {prompt_tokens} tokens of prompt and {new_tokens} of output make"
             f" {prompt_tokens + new_tokens}, but the model has {positions} positions; lower the length of the task"
         )
+
+
+def positions_in(model: PreTrainedModel) -> int | None:
+    """The longest sequence that a model was made for, where its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def lines_right(
@@ -300,7 +307,7 @@ def _feed_loop(
     positions = positions_of(mask)
     if cache is None:
         cache = session.new_cache(reserve=width + steps)
-    options = {"use_cache": True, "past_key_values": cache, **last_logits_only(model)}
+    options = {"use_cache": True, CACHE: cache, **last_logits_only(model)}
 
     def logits(new: Tensor, start: int) -> Tensor:
         end = start + new.shape[1]

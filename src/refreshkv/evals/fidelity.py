@@ -12,6 +12,7 @@ from pathlib import Path
 
 from refreshkv.evals.report import save_pareto
 from refreshkv.evals.summary import Summary, read_results, scale, summarize
+from refreshkv.text import one_line, visible
 
 _FAMILY = "breadth-"  # how their tasks are called
 COLUMNS = ("score", "95 %", "same text", "KV read", "worst", "passes")
@@ -74,10 +75,14 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="write a plot of each task here")
     given = parser.parse_args()
     for run in given.runs:
-        records = read_results(run)
+        try:
+            records = read_results(run)
+        except ValueError as error:
+            parser.exit(2, f"error: {one_line(str(error))}\n")
         summaries = [row for row in summarize(records) if row.mode == "free"]
         families = all(row.task.startswith(_FAMILY) for row in summaries)
-        print(f"### {run.name}\n\n{(family_table if families else table)(summaries)}")
+        shown = (family_table if families else table)(summaries)
+        print(visible(f"### {run.name}\n\n{shown}", keep="\n"))
         if given.plots is not None:
             given.plots.mkdir(parents=True, exist_ok=True)
             for task in dict.fromkeys(row.task for row in summaries):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.evals.task import Count, Example
+from refreshkv.evals.texts import place
 
 _NEEDED = ("task_id", "html_path", "task_topic", "task_description", "tsv_header", "gt")
 
@@ -22,7 +23,7 @@ def html_examples(data: str, count: Count, limit: int | None) -> Iterator[Exampl
     Raises:
         ValueError: a file or page that cannot be read, or an entry without what it needs.
     """
-    path = Path(data).expanduser()
+    path = place(data)
     for number, entry in enumerate(_entries(path)[:limit]):
         missing = [name for name in _NEEDED if not isinstance(entry.get(name), str)]
         if missing:
@@ -54,9 +55,9 @@ def _page(path: Path, name: str) -> str:
     relative = Path(name)
     places = [folder / relative for folder in (path.parent, *path.resolve().parents)]
     places.append(path.parent / relative.parent.name / relative.name)
-    for place in places:
-        if place.is_file():
-            return place.read_text(encoding="utf-8", errors="replace")
+    for file in places:
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="replace")
     raise ValueError(
         f"{path}: page {name!r} is not below any folder above it: unpack LongProc's pages there"
     )

@@ -16,6 +16,7 @@ import refreshkv
 from refreshkv import RefreshCache
 from refreshkv.evals.decoding import last_logits_only, positions_of
 from refreshkv.integrations.transformers.cache import RefreshLayer
+from refreshkv.integrations.transformers.versions import CACHE
 from refreshkv.methods.kept import Eviction
 from refreshkv.step import Algorithm
 
@@ -70,7 +71,7 @@ class Prefills:
                     input_ids=tokens,
                     attention_mask=mask,
                     position_ids=positions_of(mask),
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     use_cache=True,
                     **last_logits_only(self.model),
                 )

@@ -65,7 +65,7 @@ def records_of(
             "device": model.device.type,
             "chat": grid.chat,
             "budget": session.config.budget,
-            "settings": dataclasses.asdict(session.config),
+            "settings": {name: written(value) for name, value in vars(session.config).items()},
             "versions": versions(),
             "score": score.value,
             "parts": list(score.parts),
@@ -94,6 +94,11 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def written(setting: Any) -> Any:
+    """A setting as JSON has it: infinity (`drop`, for never) is a word there."""
+    return str(setting) if setting == math.inf else setting
 
 
 def settings_of(task: Task) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """`report.html`: one file without a network, tables in the form of the paper's, plots, and one example a task.
 
-Everything that a model wrote goes through Jinja's escaping. The same records give the same bytes.
+Everything that a model wrote or a user named goes through Jinja's escaping, and control characters and marks that turn
+the direction of text are shown, not obeyed. The same records give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from refreshkv.evals.summary import (
     summarize,
     write_whole,
 )
+from refreshkv.stats import KV_READ_NOTE
+from refreshkv.text import visible
 
 REPORT, CONFIG, TEMPLATE = "report.html", "config.json", "report.html.j2"
 _SHOWN = 4000  # characters of an output in the report
-# What HTML does not allow: control characters besides tab and line breaks, and lone surrogates.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _ABLATIONS = ("full", "snapkv-1", "refreshkv", "no-")
 
 
@@ -86,6 +86,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_safe,
     )
     return environment.get_template(TEMPLATE).render(
         facts=facts(records, config),
@@ -96,6 +97,7 @@ def render(
         summaries=[(s, _cell(s, best=False)) for s in summaries],
         share=_share,
         examples=list(examples(records)),
+        kv_read_note=KV_READ_NOTE,
     )
 
 
@@ -208,7 +210,6 @@ def examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         )
         if record["example"] == shown["example"]:
             text = str(record.get("output", ""))
-            text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
             text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
             score = f"{scale(record['task']) * record['score']:.1f}"
             shown["outputs"].append((record["method"], score, text))
@@ -241,6 +242,11 @@ def save_pareto(
     if figure is None:
         raise ValueError(f"no results of {task} ({mode}) to plot")
     write_whole(path, plots.render(figure, Path(path).suffix.removeprefix(".")))
+
+
+def _safe(value: Any) -> Any:
+    """What a template inserts. Escapes hold nothing that HTML knows, so markup stays markup."""
+    return type(value)(visible(value, keep="\n\t")) if isinstance(value, str) else value
 
 
 def _starts(prefix: str) -> Callable[[str], bool]:

@@ -19,6 +19,7 @@ from refreshkv.evals.store import Record, RunDirectory, cannot_write
 from refreshkv.evals.summary import Summary, summarize, write_csv
 from refreshkv.evals.task import Example
 from refreshkv.stats import RowStats
+from refreshkv.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ def prepare(
         RunError: the disk is full.
     """
     team = Team() if team is None else team
+    _check_lengths(model, grid)
     cells = make_cells(grid, lambda text: len(decoding.answer_tokens(tokenizer, text)))
     _check_prompts(model, tokenizer, grid, cells)
     for method in grid.methods:
@@ -139,7 +141,7 @@ class Run:
             prefills = Prefills(self.model)
             for cell, examples in self.todo:
                 if bar is not None:
-                    bar.set_description(f"{cell.task.name}, {cell.method.text}")
+                    bar.set_description(one_line(f"{cell.task.name}, {cell.method.text}"))
                 with _attach(self.model, self.grid, cell.method) as session:
                     records = records_of(
                         session, self.tokenizer, self.grid, cell, examples, prefills
@@ -191,6 +193,21 @@ class Run:
 def _attach(model: PreTrainedModel, grid: Grid, method: MethodSpec) -> Session:
     settings = method.with_budget(grid.budget)
     return refreshkv.attach(model, method=method.name, stats=RowStats(), **settings)
+
+
+def _check_lengths(model: PreTrainedModel, grid: Grid) -> None:
+    """Before prompts are made, which takes as long as they are: their length is within the model's positions.
+
+    Of texts that the user gives it is the most that is taken, and they may be shorter.
+    """
+    positions = decoding.positions_in(model)
+    for task in grid.tasks:
+        length = 0 if hasattr(task, "data") else getattr(task, "length", 0)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"{task.name}: prompts of {length} tokens, but the model has {positions} positions; lower the length of"
+                " the task"
+            )
 
 
 def _check_prompts(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refreshkv.evals.results import RESULTS, Record, line_of, read_lines
 from refreshkv.evals.summary import write_whole
 
 try:
@@ -24,12 +25,10 @@ except ModuleNotFoundError:  # Windows: two runs on one directory go unnoticed t
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "refreshkv-eval-1"
-RESULTS, CONFIG = "results.jsonl", "config.json"
+CONFIG = "config.json"
 _WRITTEN = (RESULTS, "summary.csv", "report.html")
 # What makes results comparable. Everything else in config.json is for the reader.
 _FIXED = ("model", "dtype", "seed", "budget", "chat")
-
-Record = dict[str, Any]
 
 
 class RunError(RuntimeError):
@@ -67,8 +66,23 @@ class RunDirectory:
             raise
 
     def done(self) -> dict[str, str]:
-        """Of every result, its key and the hash of its prompt."""
-        return {r["key"]: r["prompt_sha256"] for r in read_lines(self.path / RESULTS)}
+        """Of every result, its key and the hash of its prompt.
+
+        Raises:
+            ValueError: a line that is no result, or one of a task or method that this directory was never asked for.
+        """
+        path, found = self.path / RESULTS, dict[str, str]()
+        for number, record in enumerate(read_lines(path), 1):
+            for name, asked in (("task", "tasks"), ("method", "methods")):
+                if record[name] not in self.config.get(
+                    asked, [record[name]]
+                ):  # only the main process has a config
+                    raise ValueError(
+                        f"line {number} of '{path}' is of {name} {record[name]!r}, which {CONFIG} does not name; remove"
+                        " that line and run again"
+                    )
+            found[record["key"]] = record["prompt_sha256"]
+        return found
 
     def lines(self, rank: int | None) -> Lines:
         """Where to append results: in a launch (`rank`) a shard, otherwise the results themselves."""
@@ -217,31 +231,6 @@ def cannot_write(path: Path, error: OSError) -> RunError:
         f"cannot write '{path}' ({error.strerror}); the results so far are kept: make room, then run the same"
         " command again to go on"
     )
-
-
-def line_of(record: Record) -> str:
-    """Strict JSON on one line, ASCII only."""
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def read_lines(path: Path) -> Iterator[Record]:
-    """The records of a file; half a line at its end is left out.
-
-    Raises:
-        ValueError: a line that is no record, by its number.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-                record["key"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"line {number} of '{path}' is not a result; remove that line and run again"
-                ) from None
-            yield record
 
 
 def _whole_lines(path: Path) -> int:

@@ -10,27 +10,26 @@ import contextlib
 import csv
 import importlib
 import io
-import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refreshkv.evals.results import RESULTS, read_lines
+
 Record = Mapping[str, Any]  # one line of results
 Texts = Mapping[tuple[str, str], str | None]  # (task, example) -> output
 
-RESULTS = "results.jsonl"
 CONFIDENCE = 0.95
 RESAMPLES = 4999
 FEWEST = (
     5  # the chance that all of four differences are positive by luck is 1/16: no 95 % statement
 )
-_REQUIRED = ("task", "mode", "method", "example", "score")
 
 
 @dataclass(frozen=True)
@@ -91,36 +90,20 @@ class Difference:
 
 
 def read_results(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `results.jsonl`; of lines with the same key the first. A half-written last line is dropped.
+    """The records of `results.jsonl`; of records with the same key the first. Half a line at the end is left out.
 
     Raises:
-        ValueError: there is no such file, or a line before the last is not a line of results (its number is named).
+        ValueError: there is no such file, or a line that is no result (its number is named).
     """
     path = Path(directory) / RESULTS
+    found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        for record in read_lines(path):
+            found.setdefault(record["key"], record)
     except OSError as error:
         raise ValueError(
             f"cannot read {path}: {error.strerror}; give the --out of a run of 'refreshkv eval'"
         ) from error
-    found: dict[Hashable, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, parse_constant=_refuse)
-            missing = [name for name in _REQUIRED if name not in record]
-            if missing:
-                raise ValueError(f"no {missing[0]!r}")
-            if not isinstance(record["score"], int | float):
-                raise ValueError(f"score is {record['score']!r}")
-        except (ValueError, TypeError) as error:  # bytes that are no UTF-8 are a ValueError too
-            if number == len(lines):  # the run was stopped while it wrote
-                continue
-            raise ValueError(
-                f"{path}, line {number}: not a line of results ({error}); delete the line"
-            ) from None
-        found.setdefault(identity(record), record)
     return list(found.values())
 
 
@@ -237,13 +220,9 @@ def need(module: str) -> Any:
         if (error.name or "").split(".")[0] != package:
             raise  # the package is there, and broken
         raise ModuleNotFoundError(
-            f"the evaluation needs {package}: pip install 'refreshkv[eval]'", name=package
+            f"the evaluation needs {package}: pip install '.[eval]' in a checkout of refreshkv",
+            name=package,
         ) from None
-
-
-def identity(record: Record) -> tuple[str, str, str, str]:
-    """What may stand in a run directory once."""
-    return record["task"], record["method"], record["mode"], record["example"]
 
 
 def is_perplexity(task: str) -> bool:
@@ -330,7 +309,3 @@ def _summary(
         _share_of_same(records, texts),
         _passes(records),
     )
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

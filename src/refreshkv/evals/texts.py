@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.config import unknown
+from refreshkv.text import reason
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -68,7 +69,7 @@ def read(data: str, named: Mapping[str, HubSet], local: str) -> Iterator[Record]
     Raises:
         ValueError: neither a path nor a known name, or something that cannot be read.
     """
-    path = Path(data).expanduser()
+    path = place(data)
     if is_local(data):
         if path.is_dir():
             return read_folder(path)
@@ -82,6 +83,13 @@ def read(data: str, named: Mapping[str, HubSet], local: str) -> Iterator[Record]
     if not named or os.sep in data or path.suffix:
         raise ValueError(f"no such file or folder: {data!r}; give {local}")
     raise ValueError(f"{unknown('data set', data, named)}, and no file or folder of that name")
+
+
+def place(data: str) -> Path:
+    """Where `data` is on this machine, `~` resolved. Raises `ValueError` for what can be no path."""
+    if "\0" in data:
+        raise ValueError(f"no such file or folder: {data!r}")
+    return Path(os.path.expanduser(data))  # pathlib's raises where there is no such user
 
 
 def is_local(data: str) -> bool:
@@ -165,9 +173,8 @@ def read_hub(source: HubSet, local: str) -> Iterator[Record]:
                 }
                 yield Record(f"row {number} of {source.id}", fields)
     except Exception as error:  # the hub, its client and its files fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the data set {source.id} cannot be read from the hub ({reason}); give {local} instead"
+            f"the data set {source.id} cannot be read from the hub ({reason(error)}); give {local} instead"
         ) from error
 
 

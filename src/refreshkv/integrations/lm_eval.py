@@ -17,6 +17,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -26,14 +27,16 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error.name} is missing; install lm-evaluation-harness: pip install 'refreshkv[lm-eval]'"
+        f"{error.name} is missing; install lm-evaluation-harness: pip install '.[lm-eval]' in a checkout of refreshkv"
     ) from error
 
 import refreshkv
+from refreshkv import weights
 from refreshkv.config import RefreshConfig, unknown
 from refreshkv.demo import MODEL_PATH
 from refreshkv.methods import find
 from refreshkv.stats import Stats
+from refreshkv.text import one_line
 
 MODEL_TYPE = "refreshkv"
 DEFAULT_METHOD = "refreshkv"
@@ -127,6 +130,7 @@ class RefreshLM(HFLM):
 
     Raises:
         ValueError: an unknown argument, method or preset, or a value out of range; before any weight is read.
+        ModelFilesError: files that do not load, or not all of whose weights are there.
         UnsupportedModelError: an architecture that cannot be served, with the reason.
     """
 
@@ -141,6 +145,8 @@ class RefreshLM(HFLM):
             theirs.setdefault("dtype", "float32")
         theirs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **theirs)
+        with weights.reading(f"the tokenizer of model {pretrained!r}"):
+            weights.check_tokens(self.tokenizer, self.model)
         self._attach().detach()  # an unsupported model must not wait for the first request
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -157,6 +163,29 @@ class RefreshLM(HFLM):
             "stats": self.stats.as_dict(),
         }
         return {**super().get_model_info(), MODEL_TYPE: ours}
+
+    def _get_config(self, pretrained: str, **arguments: Any) -> None:
+        with weights.reading(f"the config of model {pretrained!r}"):
+            super()._get_config(pretrained, **arguments)
+            weights.check_config(self.config)
+
+    def _create_model(self, pretrained: str, **arguments: Any) -> None:
+        """As `hf`, with a loader that takes no model for whole that is not."""
+        loader = self.AUTO_MODEL_CLASS
+
+        def from_pretrained(place: str, **options: Any) -> Any:
+            with weights.reading(f"the weights of model {place!r}"):
+                return weights.load(loader, place, **options)
+
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=from_pretrained)
+        try:
+            super()._create_model(pretrained, **arguments)
+        finally:
+            self.AUTO_MODEL_CLASS = loader
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **arguments: Any) -> None:
+        with weights.reading(f"the tokenizer of model {tokenizer or pretrained!r}"):
+            super()._create_tokenizer(pretrained, tokenizer, **arguments)
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._attach():
@@ -187,12 +216,16 @@ def main() -> None:
             try:
                 config_of(parse_settings(given)[0])
             except ValueError as error:
-                print(f"error: --model_args: {error}", file=sys.stderr)
+                print(f"error: --model_args: {one_line(str(error))}", file=sys.stderr)
                 sys.exit(2)
         if given.get("pretrained") == "demo":
             # Tasks that size their own prompts, such as RULER's, load the tokenizer by themselves.
             arguments.metadata = {"tokenizer": str(MODEL_PATH), **(arguments.metadata or {})}
-    command.execute(arguments)
+    try:
+        command.execute(arguments)
+    except weights.ModelFilesError as error:
+        print(f"error: --model_args: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

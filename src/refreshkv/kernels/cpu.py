@@ -56,11 +56,14 @@ def attend(
     output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     if visible is not None:  # the fused kernel gives a row that sees nothing some log-sum-exp
         lse = lse.masked_fill(~visible.any(-1)[..., None], float("-inf"))
-    output, lse = output.flatten(1, 2), lse.flatten(1, 2)
+    output, lse = (
+        output.flatten(1, 2),
+        lse.flatten(1, 2).float(),
+    )  # the kernel's is float64 for such tensors
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
     # The fused kernel adds a mask to what may be NaN, and an infinite logit may leave its output finite: two sums tell.
-    if not (math.isfinite(output.sum()) and float(lse.sum()) < math.inf):
+    if not (math.isfinite(output.detach().sum()) and float(lse.detach().sum()) < math.inf):
         return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
     return Attended(output, lse)
 

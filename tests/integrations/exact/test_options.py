@@ -18,7 +18,9 @@ from .driver import LARGE, ONE_ROW, OPTIONS, RAGGED, ends_for, run, same
 
 
 class Steer(LogitsProcessor):
-    """A caller's own: every row of the batch prefers tokens of its own."""
+    """A caller's own, which says that it has no state: every row of the batch prefers tokens of its own."""
+
+    stateless = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row in range(len(scores)):

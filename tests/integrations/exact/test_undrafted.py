@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
 
 import refreshkv
-from refreshkv import RefreshConfig
+from refreshkv.integrations.transformers.fallback import full_reason
 from refreshkv.integrations.transformers.support import exact_reason, rope_reason
+from refreshkv.integrations.transformers.versions import CACHE
 
 from ...conftest import build
+from ..prompts import tokens
 from ..test_kv_sharing import sharing  # noqa: F401
 from .driver import ONE_ROW, OPTIONS, SMALL, run, same
 
@@ -48,7 +52,7 @@ def test_a_loop_of_the_caller(llama: PreTrainedModel) -> None:
     called = []
 
     def loop(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-        called.append(type(kwargs["past_key_values"]).__name__)
+        called.append(type(kwargs[CACHE]).__name__)
         return type(model)._sample(model, input_ids, **kwargs)
 
     vanilla = run(llama)
@@ -111,27 +115,125 @@ def test_a_long_rope(border: int, drafts: bool) -> None:
         assert torch.equal(run(model), vanilla)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "attentions": (
-        {"output_attentions": True, "return_dict_in_generate": True},
-        "no output_attentions",
-    ),
-    "hidden states": (
-        {"output_hidden_states": True, "return_dict_in_generate": True},
-        "no output_hidden_states",
-    ),
-    "guidance": ({"guidance_scale": 1.5}, "no classifier-free guidance"),
-    "processes": ({"synced_gpus": True}, "cannot keep processes in step"),
+FULL: dict[str, tuple[dict[str, Any], str]] = {
+    "attentions": ({"output_attentions": True}, "output_attentions=True was asked for"),
+    "hidden states": ({"output_hidden_states": True}, "'output_hidden_states'"),
+    "guidance": ({"guidance_scale": 1.5}, "may carry a state"),
+    "no cache": ({"use_cache": False}, "use_cache=False was asked for"),
 }
 
 
-@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_given_is_refused_in_one_line(
-    llama: PreTrainedModel, options: dict[str, Any], message: str
+@pytest.mark.parametrize("options, message", FULL.values(), ids=FULL)
+def test_what_drafts_cannot_give_runs_as_full_attention(
+    options: dict[str, Any], message: str
 ) -> None:
-    with refreshkv.attach(llama, SMALL), pytest.raises(ValueError, match=message) as error:
-        run(llama, **options)
-    assert "\n" not in str(error.value) and "mode='full'" in str(error.value)
+    model = build("llama")
+    model.set_attn_implementation("eager")  # which alone gives attention weights
+    options = {**options, "return_dict_in_generate": True}
+    vanilla = run(model, **options)
+    with refreshkv.attach(model, SMALL), warnings.catch_warnings(record=True) as said:
+        ours = run(model, **options)
+    texts = [str(w.message) for w in said if "runs as full attention" in str(w.message)]
+    assert len(texts) == 1 and message in texts[0]
+    assert torch.equal(ours.sequences, vanilla.sequences)
+    for name in ("attentions", "hidden_states"):
+        one, other = (getattr(result, name) for result in (ours, vanilla))
+        assert (one is None) == (other is None)
+        for step, expected in zip(one or (), other or (), strict=True):
+            assert len(step) == len(expected)
+
+
+def test_processes_that_keep_in_step_do_not_draft(llama: PreTrainedModel) -> None:
+    with refreshkv.attach(llama, SMALL) as session:
+        arguments = {CACHE: session.new_cache(), "position_ids": torch.arange(9)[None]}
+        config = GenerationConfig(max_new_tokens=5)
+        given = (llama, tokens(1, 9), LogitsProcessorList(), config, 14, arguments)
+        assert full_reason(*given) is None
+        assert "keep in step" in str(full_reason(*given, synced_gpus=True))
+
+
+class Conditioned(transformers.LlamaForCausalLM):
+    """A forward pass with an argument of its own."""
+
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, shift: Any = None, **kwargs: Any
+    ) -> Any:
+        embeddings = self.get_input_embeddings()(input_ids)
+        if shift is not None:
+            embeddings = embeddings + shift[:, None, None]
+        return super().forward(inputs_embeds=embeddings, position_ids=position_ids, **kwargs)
+
+
+class Prepared(transformers.LlamaForCausalLM):
+    """Positions as prompt tuning makes them: counted on from the cache, and no others."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs["position_ids"] = inputs["position_ids"] * 2 + 3
+        return inputs
+
+
+class Carried(transformers.LlamaForCausalLM):
+    """Positions that are carried on in steps of two."""
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        kept["position_ids"][..., -1] += 1
+        return kept
+
+
+OWN: dict[str, tuple[type[PreTrainedModel], dict[str, Any], str]] = {
+    "an argument": (Conditioned, {"shift": torch.tensor([2.0, -1.5, 0.5])}, "argument 'shift'"),
+    "inputs": (Prepared, {}, "Prepared has a prepare_inputs_for_generation of its own"),
+    "what is carried on": (Carried, {}, "_update_model_kwargs_for_generation of its own"),
+}
+
+
+@pytest.mark.parametrize("cls, arguments, message", OWN.values(), ids=OWN)
+def test_a_pass_of_the_models_own_making(
+    cls: type[PreTrainedModel], arguments: dict[str, Any], message: str
+) -> None:
+    model = build("llama")
+    model.__class__ = cls
+    vanilla = run(model, **arguments)
+    with refreshkv.attach(model, SMALL), pytest.warns(UserWarning, match=message):
+        assert torch.equal(run(model, **arguments), vanilla)
+    model.__class__ = transformers.LlamaForCausalLM
+    assert not torch.equal(run(model), vanilla)
+
+
+def test_inputs_replaced_on_the_instance_as_peft_does(llama: PreTrainedModel) -> None:
+    """And put back as an attribute of the instance, which is the class's own again."""
+    own = llama.prepare_inputs_for_generation
+    llama.prepare_inputs_for_generation = functools.wraps(own)(lambda *a, **k: own(*a, **k))
+    try:
+        vanilla = run(llama)
+        message = "prepare_inputs_for_generation of its own"
+        with refreshkv.attach(llama, SMALL), pytest.warns(UserWarning, match=message):
+            assert torch.equal(run(llama), vanilla)
+        llama.prepare_inputs_for_generation = own
+        same(llama, SMALL)
+    finally:
+        del llama.prepare_inputs_for_generation
+
+
+class Automaton(LogitsProcessor):
+    """Alternates two halves of the vocabulary, by the number of calls, as the grammars of other packages do."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        allowed = torch.arange(scores.shape[-1]) % 2 == self.calls % 2
+        return scores.masked_fill(~allowed, -float("inf"))
+
+
+def test_a_processor_with_a_state_runs_as_full_attention(llama: PreTrainedModel) -> None:
+    vanilla = run(llama, ONE_ROW, logits_processor=[Automaton()])
+    message = "Automaton may carry a state.*stateless = True"
+    with refreshkv.attach(llama, SMALL), pytest.warns(UserWarning, match=message):
+        assert torch.equal(run(llama, ONE_ROW, logits_processor=[Automaton()]), vanilla)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +244,3 @@ def test_what_cannot_be_given_is_refused_in_one_line(
 def test_code_of_the_hub_is_refused(llama: PreTrainedModel, options: dict[str, Any]) -> None:
     with refreshkv.attach(llama, SMALL), pytest.raises(ValueError, match=r"hub|trust_remote_code"):
         run(llama, **options)
-
-
-def test_a_cache_of_other_settings_goes_its_own_way(llama: PreTrainedModel) -> None:
-    """The cache's own settings count, here those of the method without verification."""
-    other = RefreshConfig(mode="refresh", budget=6, stride=None)
-    with refreshkv.attach(llama, other) as session:
-        expected = run(llama)
-    with warnings.catch_warnings(), refreshkv.attach(llama, SMALL):
-        warnings.simplefilter("error")
-        cache = refreshkv.RefreshCache(llama.config, other)
-        assert torch.equal(run(llama, past_key_values=cache), expected)
-    assert cache.stats.full_share == session.stats.full_share == 0

@@ -4,7 +4,7 @@ Seams used, all documented by transformers: `AttentionInterface.register`, `Atte
 `DynamicCache` whose full-attention layers are ours, and two methods of the one attached instance.
 """
 
-from refreshkv.integrations.transformers.attach import Session, attach
+from refreshkv.integrations.transformers.attach import Session, attach, detach
 from refreshkv.integrations.transformers.cache import RefreshCache
 from refreshkv.integrations.transformers.support import (
     PROVEN_ARCHITECTURES,
@@ -20,5 +20,6 @@ __all__ = [
     "Support",
     "UnsupportedModelError",
     "attach",
+    "detach",
     "supported",
 ]

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.integrations.transformers import exact
-from refreshkv.integrations.transformers.attention import register
-from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, RefreshCache
+from refreshkv.integrations.transformers.attachment import attachment_of, join
+from refreshkv.integrations.transformers.cache import RefreshCache
+from refreshkv.integrations.transformers.fallback import CACHES, say_full
 from refreshkv.integrations.transformers.static import StaticRefreshCache
 from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
+from refreshkv.integrations.transformers.versions import CACHE, check_version
 from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
 
-_ABSENT = object()
+# The caches of the call of `generate` under way, each with its length before.
+_caches: contextvars.ContextVar[list[tuple[Any, int]] | None] = contextvars.ContextVar(
+    "refreshkv_caches", default=None
+)
 
 
 def attach(
@@ -39,7 +46,7 @@ def attach(
         print(session.stats)
 
     Args:
-        model: a decoder-only transformers model.
+        model: a decoder-only transformers model, or a PEFT model around one.
         config: complete settings; or give `preset` and single settings (fields of `RefreshConfig`).
         method: a name in `refreshkv.methods.METHODS`, for a comparison; `None` is RefreshKV. It gives the algorithm and
             its settings; single settings still count.
@@ -50,7 +57,15 @@ def attach(
         UnsupportedModelError: an architecture that cannot be served, with the reason.
         ValueError: an unknown method, preset or setting, a setting that the method does not have, or a value out of
             range.
+        TypeError: settings that are no `RefreshConfig`.
+        RuntimeError: a transformers outside the tested range.
     """
+    check_version()
+    if config is not None and not isinstance(config, RefreshConfig):
+        raise TypeError(
+            f"the second argument is a RefreshConfig, not {config!r}: name a preset as preset=..., and single"
+            " settings as budget=..., stride=..., ..."
+        )
     if config is not None and (method is not None or preset is not None or overrides):
         raise ValueError(
             "give either a RefreshConfig or a method or preset with single settings, not both"
@@ -60,10 +75,7 @@ def attach(
         config = (
             make_config(preset, **overrides) if found is None else found.config(preset, **overrides)
         )
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"attach needs a transformers PreTrainedModel, got {type(model).__name__}"
-        )
+    model = _unwrapped(model)
     support = supported(model)
     if not support.ok:
         raise UnsupportedModelError(support.reason)
@@ -72,10 +84,37 @@ def attach(
     return Session(model, config, method=found, stats=stats)
 
 
+def detach(model: PreTrainedModel) -> None:
+    """End every session of a model, whoever holds them. Does nothing where there is none."""
+    attachment = attachment_of(_unwrapped(model))
+    if attachment is not None:
+        attachment.end()
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that a PEFT model wraps; any other wrapper is refused, with what to attach instead."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    base = getattr(model, "get_base_model", None)
+    base = base() if callable(base) else None
+    if isinstance(base, PreTrainedModel):
+        return base
+    inside = (name for name in ("module", "_orig_mod", "model") if _holds_model(model, name))
+    remedy = "".join(f"; attach its .{name}" for name in inside)
+    raise UnsupportedModelError(
+        f"attach needs a transformers PreTrainedModel, got {type(model).__name__}{remedy}"
+    )
+
+
+def _holds_model(wrapper: Any, name: str) -> bool:
+    return isinstance(getattr(wrapper, name, None), PreTrainedModel)
+
+
 class Session:
-    """An attachment. A context manager; or call `detach` yourself. Nested sessions end in reverse order.
+    """An attachment. A context manager; or call `detach` yourself. The newest session of a thread counts.
 
     Attributes:
+        model: the attached model.
         config: the settings.
         method: the method, where one was named.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
@@ -94,68 +133,45 @@ class Session:
         self.config = config
         self.method = method
         self.stats = Stats() if stats is None else stats
-        self._decoder = model.config.get_text_config(decoder=True)
-        self._implementation = self._decoder._attn_implementation_internal
-        # Name -> what the instance had under it, and ours.
-        self._replaced: dict[str, tuple[Any, Callable[..., Any]]] = {}
-        outer = getattr(vars(model).get("_prefill"), "__self__", None)
-        self._outer: Session | None = outer if isinstance(outer, Session) else None
-        # The implementation below every session: nesting must not stack our own functions.
-        self.implementation_below: str = (
-            self._outer.implementation_below if self._outer else (self._implementation or "eager")
-        )
-        if self.implementation_below.startswith(IMPLEMENTATION_PREFIX):
-            raise RuntimeError(
-                "this model shares its config with an attached model: give it a copy of its own"
-            )
-        self._attached = True
-        self._decoder._attn_implementation_internal = register(self.implementation_below)
-        self._replace("_prepare_cache_for_generation", self._prepare_cache)
-        self._replace("_prefill", self._prefill)
-        if config.mode == "exact":
-            self._replace("generate", self._generate)
-            self._replace("_extract_generation_mode_kwargs", self._extract_kwargs)
+        self._key = object()  # marks the caches of this session
+        self._attachment = join(model, self)
+        self.implementation_below: str = self._attachment.below
 
     def new_cache(self, reserve: int = 0) -> RefreshCache:
         """A cache to pass as `past_key_values` yourself: several turns on one cache, a decode loop of your own."""
-        return RefreshCache(
+        cache = RefreshCache(
             self.model.config, self.config, stats=self.stats, reserve=reserve, method=self.method
         )
+        cache.owner = self._key
+        return cache
 
     def new_static_cache(self, max_cache_len: int) -> StaticRefreshCache:
         """A cache of fixed size for compiled decoding, as `generate(cache_implementation="static")` uses it.
+
+        In the lossless mode it is `config.draft + 1` places longer than asked for, which drafts go through.
 
         Raises:
             ValueError: a method other than RefreshKV.
         """
         if self.method is not None and self.method.make is not None:
-            raise ValueError(f"method {self.method.name!r} has no static cache: drop it")
+            raise ValueError(
+                f"method {self.method.name!r} has no static cache: drop cache_implementation='static'"
+            )
         if self.config.mode == "exact":
             max_cache_len += self.config.draft + 1  # of a row that has all but its last token
-        return StaticRefreshCache(
+        cache = StaticRefreshCache(
             self.model.config, self.config, max_cache_len=max_cache_len, stats=self.stats
         )
+        cache.owner = self._key
+        return cache
 
     def detach(self) -> None:
-        """Restore the model. Does nothing the second time.
-
-        Raises:
-            RuntimeError: a session attached to the same model later is still active.
-        """
-        if not self._attached:
-            return
-        for name, (_, ours) in self._replaced.items():
-            if vars(self.model).get(name) is not ours:
-                raise RuntimeError("detach the sessions attached to this model later first")
-        for name, (before, _) in self._replaced.items():
-            if before is _ABSENT:
-                delattr(self.model, name)
-            else:
-                setattr(self.model, name, before)
-        self._decoder._attn_implementation_internal = self._implementation
-        self._attached = False
+        """End this session; the model is restored with its last one. Does nothing the second time."""
+        self._attachment.end(self)
 
     def __enter__(self) -> Session:
+        if not self._attachment.holds(self):
+            raise RuntimeError("this session has ended: attach the model again")
         return self
 
     def __exit__(
@@ -166,85 +182,143 @@ class Session:
     ) -> None:
         self.detach()
 
-    def _replace(self, name: str, ours: Callable[..., Any]) -> None:
-        self._replaced[name] = (vars(self.model).get(name, _ABSENT), ours)
-        setattr(self.model, name, ours)
-
-    def _original(self, name: str) -> Callable[..., Any]:
-        """The model's own method, below every session."""
-        session, before = self, _ABSENT
-        while session is not None:  # one in between may have left this method alone
-            before = session._replaced.get(name, (before,))[0]
-            session = session._outer
-        return getattr(type(self.model), name).__get__(self.model) if before is _ABSENT else before
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` with the lossless loop, unless the caller brings a loop or a draft model of their own."""
-        original = self._original("generate")
+    def on_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate`: in the lossless mode with our loop, unless the caller brings one or a draft model."""
         given = {**kwargs, **inspect.signature(original).bind(*args, **kwargs).arguments}
-        if given.get("custom_generate") is not None or given.get("assistant_model") is not None:
-            return original(*args, **kwargs)
-        return original(*args, **{**kwargs, "custom_generate": exact.decode})
+        theirs = (
+            given.get("custom_generate") is not None or given.get("assistant_model") is not None
+        )
+        if self.config.mode == "exact" and not theirs:
+            kwargs = {**kwargs, "custom_generate": exact.decode}
+        caches: list[tuple[Any, int]] = []
+        before = _caches.set(caches)
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            _caches.reset(before)
+        for cache, length in caches:
+            _check_used(cache, length)
+        return result
 
-    def _extract_kwargs(self, custom_generate: Any, *args: Any, **kwargs: Any) -> Any:
+    def on_extract_generation_mode_kwargs(
+        self, original: Callable[..., Any], custom_generate: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers keeps the streamer, the tokenizer and the like from a loop it does not know; not from ours."""
         ours = custom_generate is exact.decode
-        original = self._original("_extract_generation_mode_kwargs")
         return original(None if ours else custom_generate, *args, **kwargs)
 
-    def _prepare_cache(
+    def on_prepare_cache_for_generation(
         self,
+        original: Callable[..., Any],
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """Where `generate` makes its default cache: ours instead, or a clear error where it would be ignored."""
-        given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, RefreshCache | StaticRefreshCache):
-            raise ValueError(
-                f"this model is attached, but past_key_values is a {type(given).__name__}: pass session.new_cache()"
-            )
-        if generation_config.use_cache is False:
-            raise ValueError(
-                "RefreshKV needs the KV cache: use_cache=True (or set it in model.generation_config)"
-            )
+        given = model_kwargs.get(CACHE)
+        if given is not None:
+            self._check_given(given)
+        if self._runs_plain(generation_config, given):
+            return original(generation_config, model_kwargs, *args, **kwargs)
         name = generation_config.cache_implementation
-        if name == self.model.generation_config.cache_implementation:
+        if name not in (None, "dynamic", "static") or given is not None:
+            if name != self.model.generation_config.cache_implementation:
+                raise ValueError(
+                    f"cache_implementation={name!r} would replace RefreshKV's cache: drop it, or ask for 'static'"
+                )
             # What the checkpoint ships (Gemma: "hybrid") is a default like DynamicCache, not a wish of the caller.
             # `generate` works on a copy, so this forgets nothing of the model's.
             generation_config.cache_implementation = None
-        elif name not in (None, "dynamic", "static"):
-            raise ValueError(
-                f"cache_implementation={name!r} would replace RefreshKV's cache: drop it, or ask for 'static'"
-            )
-        result = self._original("_prepare_cache_for_generation")(
-            generation_config, model_kwargs, *args, **kwargs
-        )
-        made = model_kwargs.get("past_key_values")
-        if type(made) is StaticCache:
-            longest = max(layer.max_cache_len for layer in made.layers)
-            model_kwargs["past_key_values"] = self.new_static_cache(longest)
-            model_kwargs["past_key_values"].is_kept = False
-        elif given is None and type(made) is DynamicCache:
-            final_length = kwargs.get("max_cache_length", args[-1] if args else 0)
-            model_kwargs["past_key_values"] = self.new_cache(reserve=final_length)
-            model_kwargs["past_key_values"].is_kept = False
-            if generation_config.is_assistant:  # a draft model rolls back
-                model_kwargs["past_key_values"].activate_past_recording()
+        result = original(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get(CACHE)
+        if given is None:
+            length = kwargs.get("max_cache_length", args[-1] if args else 0)
+            made = model_kwargs[CACHE] = self._in_place_of(made, length)
+            if generation_config.is_assistant and isinstance(made, RefreshCache):
+                made.activate_past_recording()  # a draft model rolls back
+        caches = _caches.get()
+        if caches is not None:
+            caches.append((made, int(made.get_seq_length())))
         return result
 
-    def _prefill(
+    def on_prefill(
         self,
+        original: Callable[..., Any],
         input_ids: Any,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         **kwargs: Any,
     ) -> Any:
         """The prompt: a last chunk of one token must not be taken for a decode step."""
-        original = self._original("_prefill")
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, RefreshCache | StaticRefreshCache):
+        cache = model_kwargs.get(CACHE)
+        if not isinstance(cache, CACHES):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
+        length = int(cache.get_seq_length())
         with cache.prompt():
-            return original(input_ids, generation_config, model_kwargs, **kwargs)
+            result = original(input_ids, generation_config, model_kwargs, **kwargs)
+            _check_used(cache, length)
+        return result
+
+    def _check_given(self, cache: Any) -> None:
+        """Raises `ValueError` for a cache that does not belong to this session."""
+        remedy = "pass session.new_cache() of this session"
+        if not isinstance(cache, CACHES):
+            raise ValueError(
+                f"this model is attached, but {CACHE} is a {type(cache).__name__}: {remedy}"
+            )
+        if not cache.is_for(self.model.config):
+            raise ValueError(f"{CACHE} was made for another model: {remedy}")
+        if cache.owner not in (None, self._key):
+            raise ValueError(f"{CACHE} was made in another session: {remedy}")
+        if cache.refresh.mode != self.config.mode:
+            raise ValueError(
+                f"{CACHE} was made for mode {cache.refresh.mode!r}, this session has {self.config.mode!r}: {remedy}"
+            )
+
+    def _runs_plain(self, generation_config: GenerationConfig, given: Any) -> bool:
+        """Whether this call runs without a cache of ours: attention weights, or no cache at all, were asked for.
+
+        Raises:
+            ValueError: neither the cache that was given nor a lossy mode can do so.
+        """
+        mode = self.config.mode
+        if generation_config.output_attentions:
+            asked, served = "output_attentions=True", mode != "refresh" or self.method is None
+        elif generation_config.use_cache is False:
+            asked, served = "use_cache=False", mode != "refresh"
+        else:
+            return False
+        if given is not None:
+            raise ValueError(f"{asked} needs full attention without {CACHE}: leave one of them out")
+        if not served:
+            raise ValueError(f"{asked} needs full attention: leave it out, or attach mode='full'")
+        if mode != "full":
+            say_full(mode, f"{asked} was asked for")
+        return True
+
+    def _in_place_of(self, made: Any, length: int) -> RefreshCache | StaticRefreshCache:
+        """Our cache instead of the one that `generate` has just made for `length` tokens."""
+        cache: RefreshCache | StaticRefreshCache
+        if type(made) is StaticCache:
+            # Layers without keys and values have no such length.
+            lengths = [getattr(layer, "max_cache_len", 0) for layer in made.layers]
+            cache = self.new_static_cache(max(lengths))
+        elif type(made) is DynamicCache:
+            cache = self.new_cache(reserve=length)
+        else:
+            raise RuntimeError(
+                f"generate made {'no cache' if made is None else f'a {type(made).__name__}'}, which RefreshKV cannot"
+                f" stand in for: {type(self.model).__name__} is not supported in this way of generating"
+            )
+        cache.is_kept = False
+        return cache
+
+
+def _check_used(cache: Any, length: int) -> None:
+    """Raises `RuntimeError` where a cache still holds the `length` tokens that it held before the prompt."""
+    if int(cache.get_seq_length()) <= length:
+        raise RuntimeError(
+            "generate never filled RefreshKV's cache, so this would be ordinary attention: gradient checkpointing in"
+            " training mode switches caches off (call model.eval()), and prefix tuning or a wrapper may bring its own"
+        )

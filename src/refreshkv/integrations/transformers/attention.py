@@ -16,7 +16,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX, layer_of
+from refreshkv.integrations.transformers.cache import (
+    IMPLEMENTATION_PREFIX,
+    as_autocast,
+    layer_of,
+    without_autocast,
+)
 from refreshkv.step import Attention
 
 
@@ -58,6 +63,11 @@ def refresh_attention(
     """
     layer = layer_of(key)
     if layer is not None:
+        if layer_of(value) is not layer:
+            raise RuntimeError(
+                f"the values of layer {layer.index} are changed between the cache and attention: this architecture is"
+                " not supported"
+            )
         # Another layer may be handed our keys (KV sharing, Gemma 3n): it attends to them in full.
         own = getattr(module, "layer_idx", layer.index) == layer.index
         if own:
@@ -68,9 +78,12 @@ def refresh_attention(
                 softcap=None if inner == "sdpa" else kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
             )
-            output = layer.attend(query, attention, attention_mask)
+            ours = as_autocast(query)
+            with without_autocast(query.device):
+                output = layer.attend(ours, attention, attention_mask)
             if output is not None:
-                return output.transpose(1, 2), None
+                # Contiguous, as every implementation of transformers leaves it: a model may call `view`.
+                return output.transpose(1, 2).contiguous(), None
         else:
             layer.lend()
     run = _implementation(inner, module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,21 +86,20 @@ class RefreshLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append, and return the full keys and values; the keys carry a tag that leads the attention function here."""
+        """Append, and return the full keys and values, with a tag that leads the attention function here."""
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise RuntimeError(
                 "RefreshCache is for inference and keeps no gradients: run under torch.no_grad()"
             )
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.exact is not None:
-            # The tag wants a tensor of its own; what is written, and where, the algorithm decides.
-            keys, values = key_states.view_as(key_states), value_states
-            self.newest = (keys, values)
+            # What is written, and where, the algorithm decides.
+            self.newest = keys, values = key_states, value_states
         else:
             self.inner.append(key_states, value_states)
             keys, values = self.inner.store.keys, self.inner.store.values
-        tag(keys, self)
         self.current.awaiting = self
-        return keys, values
+        return tagged(keys, self), tagged(values, self)
 
     def begin_exact(self, visible: Tensor | None) -> None:
         """From here on passes are drafts or verifications. `visible` `[B, L]`: the prompt's tokens, `None` for all."""
@@ -117,6 +116,10 @@ class RefreshLayer(DynamicLayer):
 
     def attend(self, query: Tensor, attention: Attention, mask: Tensor | None) -> Tensor | None:
         """`[B, Hq, T, D]` -> the same where the pass is ours; `None` where the implementation below should attend."""
+        if self.current.awaiting is not self:
+            raise RuntimeError(
+                f"layer {self.index} attends more than once to the keys of one pass: this architecture is not supported"
+            )
         self.current.awaiting = None
         if self.exact is not None:
             return exact_step(self, query, attention)
@@ -204,6 +207,11 @@ class Drafting:
 
     layers: list[Any]
     _current: Pass
+    _decoder: PreTrainedConfig
+
+    def is_for(self, config: PreTrainedConfig) -> bool:
+        """Whether the cache was made from the config, the very object, of a model."""
+        return config.get_text_config(decoder=True) is self._decoder
 
     @property
     def exact_layers(self) -> list[Any]:
@@ -240,6 +248,7 @@ class RefreshCache(Drafting, DynamicCache):
 
     Attributes:
         is_kept: somebody holds on to the cache after `generate`.
+        owner: what marks the session that made the cache, if one did.
 
     Raises:
         RuntimeError: at the first forward pass, when the model is not attached.
@@ -258,6 +267,7 @@ class RefreshCache(Drafting, DynamicCache):
         self.refresh = make_config() if refresh is None else refresh
         self.stats = Stats() if stats is None else stats
         self.is_kept = True
+        self.owner: object = None
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         served = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -275,7 +285,7 @@ class RefreshCache(Drafting, DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RefreshCache:
         """A copy for another continuation of the same prefix, for the same model and into the same stats."""
-        for shared in (self._decoder, self.stats):
+        for shared in (self._decoder, self.stats, self.owner):
             memo[id(shared)] = shared
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -330,11 +340,31 @@ def check_attached(decoder: PreTrainedConfig) -> None:
         )
 
 
-def tag(keys: Tensor, layer: Any) -> None:
-    """These keys lead the attention function to `layer`."""
-    setattr(keys, _TAG, layer)
+def tagged(states: Tensor, layer: Any) -> Tensor:
+    """A view of keys or values that leads the attention function to `layer`.
+
+    A tag on a buffer itself would be a circle, which keeps a cache alive for the garbage collector.
+    """
+    view = states.view_as(states)
+    setattr(view, _TAG, layer)
+    return view
 
 
-def layer_of(keys: Tensor) -> Any:
+def layer_of(states: Tensor) -> Any:
     """The layer of ours whose `update` returned this very tensor; `None` if it was no layer of ours."""
-    return getattr(keys, _TAG, None)
+    return getattr(states, _TAG, None)
+
+
+def as_autocast(states: Tensor) -> Tensor:
+    """Queries, keys or values in the dtype in which attention runs under autocast, where RoPE leaves float32."""
+    kind = states.device.type
+    if states.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return states
+    return states.to(torch.get_autocast_dtype(kind))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For our own arithmetic, which says itself what it does in float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -8,7 +8,6 @@ soon as every unfinished row is there. Letters: B batch, P tokens of the padded 
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,11 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from refreshkv.integrations.transformers.cache import RefreshCache
-from refreshkv.integrations.transformers.fallback import CACHES, full_reason
+from refreshkv.integrations.transformers.cache import RefreshCache, without_autocast
+from refreshkv.integrations.transformers.fallback import CACHES, full_reason, say_full
 from refreshkv.integrations.transformers.processors import process
 from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.integrations.transformers.versions import CACHE
 from refreshkv.speculation import accept_greedy, accept_sampled
 from refreshkv.stats import DraftCounts
 
@@ -38,25 +38,31 @@ def decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """Arguments and result as those of `GenerationMixin._sample`.
+    """Arguments and result as those of `GenerationMixin._sample`, or of another loop that a call asks for.
 
     Raises:
-        ValueError: an output that this loop cannot give, with the remedy.
+        ValueError: a loop that is code of the hub.
     """
-    cache = model_kwargs.get("past_key_values")
-    mode = generation_config.get_generation_mode()
+    cache = model_kwargs.get(CACHE)
     limit = stopping_criteria.max_length
-    # A cache of other settings goes its own way.
-    wanted = not isinstance(cache, CACHES) or cache.refresh.mode == "exact"
+    plain = not isinstance(cache, CACHES)  # as was asked for
     reason = None
-    if wanted:
-        reason = full_reason(model, input_ids, logits_processor, mode, limit, model_kwargs)
-    if reason is not None or not wanted:
-        name = GENERATION_MODES_MAPPING[mode]
+    if not plain:
+        reason = full_reason(
+            model,
+            input_ids,
+            logits_processor,
+            generation_config,
+            limit,
+            model_kwargs,
+            synced_gpus,
+        )
+    if plain or reason is not None:
+        name = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
         if "/" in name:
             raise ValueError(f"mode='exact' cannot run code of the hub ({name}): use mode='full'")
         if reason is not None:
-            warnings.warn(f"mode='exact' runs as full attention: {reason}", stacklevel=2)
+            say_full("exact", reason)
         return getattr(type(model), name)(
             model,
             input_ids,
@@ -67,15 +73,6 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name):
-            raise ValueError(f"mode='exact' has no {name}: leave it out, or use mode='full'")
-    if synced_gpus:
-        raise ValueError(
-            "mode='exact' cannot keep processes in step (ZeRO-3, FSDP): use mode='full'"
-        )
-    if (generation_config.guidance_scale or 1.0) != 1.0:
-        raise ValueError("mode='exact' has no classifier-free guidance: use mode='full'")
     new = None if limit is None else limit - input_ids.shape[1]
     run = _Run(model, cache, input_ids, logits_processor, stopping_criteria, generation_config, new)
     try:
@@ -197,8 +194,9 @@ class _Run:
             1, accepted[:, None], after[:, None]
         )
         kept = self._keep(tokens, torch.where(active, accepted + 1, 0), logits, scores)
-        for layer in self.cache.exact_layers:
-            layer.exact.commit(kept)
+        with without_autocast(kept.device):
+            for layer in self.cache.exact_layers:
+                layer.exact.commit(kept)
         self._count(counts, accepted, kept, active)
         # A row whose drafts all stood dares more; another, a little more than what stood.
         longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)
@@ -230,7 +228,7 @@ class _Run:
             sequences=sequences,
             scores=None if self.scores is None else tuple(_columns(self.scores, new)),
             logits=None if self.logits is None else tuple(_columns(self.logits, new)),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
         )
 
     def scores_until(self, shown: Tensor) -> Any:
@@ -291,9 +289,9 @@ class _Run:
         output = self.call(
             input_ids=tokens,
             position_ids=self.position + ahead_of_prompt,
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE: self.cache},
         )
         # The next replay of a CUDA graph overwrites what this one gave.
         return output.logits.to(torch.float32, copy=self.static)

@@ -24,6 +24,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 # These do not look at the text: one call for all rows and places.
@@ -47,23 +48,36 @@ _WHOLE_BATCH = (
 )
 
 
+# These carry something from call to call, or call the model themselves.
+_WITH_STATE = (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+
 def unserved(processors: LogitsProcessorList, rows: int) -> str | None:
-    """Why the processors cannot be applied to drafts; `None` where they can."""
+    """Why the processors cannot be applied to drafts; `None` where they can.
+
+    They see texts that are taken back, and see them again: each must be a function of the text and the row. Those of
+    transformers are known; a caller's own (grammars carry a state) says so by an attribute `stateless` that is true.
+    """
     for processor in processors:
-        if isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
-            return "a SynthID watermark cannot take a draft back"
+        name = type(processor).__name__
+        own = not type(processor).__module__.startswith("transformers.")
+        if isinstance(processor, _WITH_STATE) or (
+            own and not getattr(processor, "stateless", False)
+        ):
+            hint = "; if it is a function of the text, set its attribute stateless = True"
+            return f"{name} may carry a state, which cannot take a draft back{hint if own else ''}"
         if isinstance(processor, _WHOLE_BATCH) and rows > 1:
-            return f"{type(processor).__name__} wants all rows of the batch at once"
+            return f"{name} wants all rows of the batch at once"
     return None
 
 
 def process(
     processors: LogitsProcessorList, logits: Tensor, ids: Tensor, lengths: Tensor
 ) -> Tensor:
-    """`[B, T, V]` through the processors; the t-th of row i follows the first `lengths[i] + t` tokens of `ids`.
-
-    A caller's own processor must be a function of the text and the row: it also sees texts that are taken back.
-    """
+    """`[B, T, V]` through the processors; the t-th of row i follows the first `lengths[i] + t` tokens of `ids`."""
     scores = logits
     for processor in processors:
         if type(processor) in _WITHOUT_TEXT:

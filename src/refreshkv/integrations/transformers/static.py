@@ -20,9 +20,11 @@ from refreshkv.config import RefreshConfig
 from refreshkv.integrations.transformers.cache import (
     Drafting,
     Pass,
+    as_autocast,
     check_attached,
     exact_step,
-    tag,
+    tagged,
+    without_autocast,
 )
 from refreshkv.integrations.transformers.masks import newest_row
 from refreshkv.static import StaticLayerCache
@@ -58,7 +60,7 @@ class StaticRefreshLayer(StaticLayer):
     def share(self, other: StaticLayer) -> None:
         """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
         self.keys, self.values = other.keys, other.values
-        self.dtype, self.device = other.dtype, other.device
+        self.device = other.device
         self.cumulative_length = other.cumulative_length.clone()
         self.is_initialized = True
         self._allocate()
@@ -76,15 +78,13 @@ class StaticRefreshLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `StaticLayer`; the keys carry a tag. In the lossless mode the algorithm decides what is written."""
+        """See `StaticLayer`; the result is tagged. In the lossless mode the algorithm decides what is written."""
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.exact is None:
             super().update(key_states, value_states, *args, **kwargs)
         else:
             self.newest = (key_states, value_states)
-        # A tag on the buffer itself would be a circle, which keeps a cache alive for the garbage collector.
-        keys = self.keys.view_as(self.keys)
-        tag(keys, self)
-        return keys, self.values
+        return tagged(self.keys, self), tagged(self.values, self)
 
     def begin_exact(self, visible: Tensor | None) -> None:
         """From here on passes are drafts or verifications. `visible` `[B, prompt]`; `None` when everything is."""
@@ -132,7 +132,8 @@ class StaticRefreshLayer(StaticLayer):
         visible = None if visible is None else visible[:, :prompt]
         assert self.inner.pending is not None
         self._last = self.inner.pending, attention
-        self.inner.begin_decoding(attention, visible, prompt)
+        with without_autocast(self.keys.device):
+            self.inner.begin_decoding(attention, visible, prompt)
         self._stay(self.inner.state() + self._stats.count_on(self.index, self.keys.device))
         self._prompt = None
 
@@ -165,6 +166,7 @@ class StaticRefreshCache(Drafting, StaticCache):
 
     Attributes:
         is_kept: somebody holds on to the cache after `generate`.
+        owner: what marks the session that made the cache, if one did.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class StaticRefreshCache(Drafting, StaticCache):
         self.refresh = refresh
         self.stats = Stats() if stats is None else stats
         self.is_kept = True
+        self.owner: object = None
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         for index, layer in enumerate(self.layers):
@@ -200,7 +203,8 @@ class StaticRefreshCache(Drafting, StaticCache):
     def before_drafts(self) -> None:
         """See `Drafting`: selects, which drafts over tensors that stay cannot do themselves."""
         for layer in self.exact_layers:
-            layer.exact.select()
+            with without_autocast(layer.keys.device):
+                layer.exact.select()
 
     def begin_decoding(self) -> None:
         """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""

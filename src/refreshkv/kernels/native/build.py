@@ -1,11 +1,13 @@
 """Compile the C++ files beside this one for the machine they run on, once, and load them.
 
-The library goes to `$XDG_CACHE_HOME/refreshkv` (`~/.cache/refreshkv`) under a name made of the source, the flags and
-the features of the processor. It shares the OpenMP threads of torch, which has loaded that runtime before.
+The library goes to `$XDG_CACHE_HOME/refreshkv` (`~/.cache/refreshkv`; see `safe_folder`) under a name made of the
+source, the flags and the features of the processor, then of the compiler: where there is no compiler any more, what
+any made is taken. It shares the OpenMP threads of torch, which has loaded that runtime before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,13 +17,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from refreshkv.kernels.native import safe_folder
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -65,18 +68,29 @@ def compiled() -> ctypes.CDLL:
 
 def build(extra: Sequence[str] = ()) -> Path:
     """The compiled library, from the cache if it is there; `extra` flags come last."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise BuildError("no C++ compiler is on the path")
+    compiler = _compiler()
     own = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    command = [*shlex.split(compiler), *_FLAGS, own, *extra]
-    sources = (file.read_text() for file in (*_SOURCES, *_HEADERS))
-    made_of = [*command, _processor(), *sources]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    target = _folder() / f"native-{name}.so"
-    if not target.exists():
-        _compile(command, target)
-    return target
+    flags = (*_FLAGS, own, *extra)
+    made_of = b"\0".join(
+        [
+            *map(str.encode, (*flags, _processor())),
+            *(x.read_bytes() for x in (*_SOURCES, *_HEADERS)),
+        ]
+    )
+    stem = f"native-{hashlib.sha256(made_of).hexdigest()[:16]}-"
+    if compiler:
+        stem += f"{hashlib.sha256(shlex.join(compiler).encode()).hexdigest()[:8]}-"
+    folder = safe_folder.kept() or safe_folder.private()
+    found = _find(folder, stem)
+    if found is None:
+        if not compiler:
+            raise BuildError("no C++ compiler is on the path")
+        if not os.access(folder, os.W_OK):
+            folder = safe_folder.private()
+        with safe_folder.alone(folder):
+            # Another process may have made it while this one waited.
+            found = _find(folder, stem) or _compile([*compiler, *flags], folder, stem)
+    return found
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -85,60 +99,68 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the compiled library does not load ({error})") from error
-    found.refreshkv_products.restype = ctypes.c_char_p
-    for name, pointers, numbers in (
-        ("attend", 1, 0),
-        ("select", 1, 0),
-        ("insert", 1, 0),
-        ("gather", 4, 12),
-        ("top_slots", 3, 3),
-    ):
-        kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
-        getattr(found, f"refreshkv_{name}").argtypes = kinds
+    try:
+        found.refreshkv_products.restype = ctypes.c_char_p
+        for name, pointers, numbers in (
+            ("attend", 1, 0),
+            ("select", 1, 0),
+            ("insert", 1, 0),
+            ("gather", 4, 12),
+            ("top_slots", 3, 3),
+        ):
+            kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
+            getattr(found, f"refreshkv_{name}").argtypes = kinds
+    except AttributeError as error:
+        raise BuildError(f"the compiled library lacks a function ({error})") from error
     return found
 
 
-def _compile(command: list[str], target: Path) -> None:
-    """Compile beside the target and move, so that nobody ever sees half a library."""
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
+def _compiler() -> list[str]:
+    """The command of the compiler; empty where there is none."""
     try:
-        done = subprocess.run(
-            [*command, *map(str, _SOURCES), "-o", name], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']!r} is no command ({error})") from error
+    return named or [*filter(None, map(shutil.which, _COMPILERS))][:1]
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    """A library of this stem that is whole and loads: a home may be shared by systems that do not run each other's."""
+    for path in safe_folder.whole(folder, f"{stem}*.so"):
+        with contextlib.suppress(BuildError):
+            load(path)
+            return path
+    return None
+
+
+def _compile(command: list[str], folder: Path, stem: str) -> Path:
+    """Compile and store. The compiler's own temporary files lie where a kill leaves them to be removed."""
+    with safe_folder.workshop(folder) as room:
+        file = room / "native.so"
+        try:
+            done = subprocess.run(
+                [*command, *map(str, _SOURCES), "-o", str(file)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                env={**os.environ, "TMPDIR": str(room)},
+            )
+        except OSError as error:
+            raise BuildError(f"{command[0]} does not run ({error})") from error
+        if done.returncode or not file.exists():
             said = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason"]
             raise BuildError(f"{command[0]} failed ({said[0].strip()})")
-        os.replace(name, target)
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not run ({error})") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    """The user's cache, or a folder of this process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refreshkv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(_folder_of_this_process().name)
-
-
-@functools.cache
-def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="refreshkv-")
+        return safe_folder.store(file, folder, stem)
 
 
 def _processor() -> str:
     """What `native` means here: a home directory may be shared by different machines."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
+        with contextlib.suppress(OSError):  # not mounted
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith(("flags", "Features")):
+                    return line
     return f"{platform.machine()} {platform.processor()}"
 
 

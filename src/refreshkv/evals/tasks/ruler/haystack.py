@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from refreshkv.evals.tasks.ruler.vocabulary import sentence
-from refreshkv.evals.texts import is_local, read_folder, shown
+from refreshkv.evals.texts import is_local, place, read_folder, shown
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ def read_sentences(folder: str) -> list[str]:
     Raises:
         ValueError: no such folder, or no text in it.
     """
-    path = Path(folder).expanduser()
+    path = place(folder)
     if not is_local(folder) or not path.is_dir():
         raise ValueError(f"haystack must be a folder of text files; {folder!r} is none")
     sentences: list[str] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from refreshkv.evals.task import Count, Example, Score, generator
 from refreshkv.evals.tasks.ruler.base import SOURCE, Ruler
 from refreshkv.evals.tasks.ruler.haystack import Endless
 from refreshkv.evals.tasks.ruler.vocabulary import DAYS, GOODS, PROFESSIONS
-from refreshkv.evals.texts import Record, check_text, read_jsonl
+from refreshkv.evals.texts import Record, check_text, place, read_jsonl
 from refreshkv.evals.words import draw_word
 
 INTRO = "One or two of these passages answer the question at the end.\n\n"
@@ -196,7 +195,7 @@ class Person:
 
 def read_questions(data: str) -> list[Question]:
     """The questions of a JSONL file. Raises `ValueError` for a line (its number) that is none."""
-    return [_question(record) for record in read_jsonl(Path(data).expanduser())]
+    return [_question(record) for record in read_jsonl(place(data))]
 
 
 def _question(record: Record) -> Question:

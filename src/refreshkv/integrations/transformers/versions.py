@@ -1,0 +1,22 @@
+"""Which transformers this package was tested with, and what its releases call the same thing."""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+
+# As in pyproject.toml, whose range a test compares: from the first on, and before the second.
+OLDEST, BEFORE = "5.16", "5.25"
+
+
+def check_version() -> None:
+    """Raises `RuntimeError` outside the tested range: the seams we use move, and a missed one is plain attention."""
+    if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEFORE):
+        raise RuntimeError(
+            f"refreshkv was tested with transformers {OLDEST} and newer, before {BEFORE}, not with"
+            f" {transformers.__version__}: pip install 'transformers>={OLDEST},<{BEFORE}'"
+        )
+
+
+# The argument and the output of a model that hold its KV cache: renamed in 5.24.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.dev0") else "past_key_values"

@@ -1,0 +1,101 @@
+"""In a terminal of 80 columns no heading and no figure of a table is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from refreshkv.bench.report import NAMES
+from refreshkv.cli import bench_view, eval_view, side_by_side_view
+from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
+from refreshkv.evals.summary import Summary
+
+SIZE = {"shape": "llama-3.2-1b", "batch": 32, "context": 131072, "budget": 16384}
+SETTINGS = {"stride": 10, "draft": 16, "acceptance": 0.85, "dtype": "bfloat16", "threads": 16}
+ABOUT = {**SIZE, **SETTINGS, "device": "a device", "backend": "triton"}
+DECODE = {
+    **ABOUT,
+    "ms": dict.fromkeys(NAMES, 12345.67),
+    "ms_range": dict.fromkeys(NAMES, (10000.01, 20000.02)),
+    "tokens_per_s": dict.fromkeys(NAMES, 1234.5),
+    "bytes": dict.fromkeys(NAMES, 123.4e9),
+    "bandwidth_share": dict.fromkeys(NAMES, 1.01),
+    "share_of_ideal": dict.fromkeys(NAMES, 0.99),
+    "notes": {},
+    "ratios": {},
+    "acceptance_curve": [],
+}
+KERNEL = {"kernel": "attend_and_score", "ms": 12.3456, "bandwidth_share": 1.01}
+RIVAL = {"rival": "torch matmul and softmax", "rival_ms": 23.4567, "rival_over_ours": 12.34}
+CHECK = {
+    "file": "benchmarks/results/decode-cpu.csv",
+    "rows": [
+        {
+            **SIZE,
+            **{"mode": "exact", "measured": 12.34, "by_bytes": 23.45, "error_by_bytes": -0.12},
+            **{"by_fit": 34.56, "error_by_fit": 1.23},
+        }
+    ],
+    "median_error_by_bytes": 0.1,
+    "median_error_by_fit": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "refreshkv.cli.common.console", lambda: Console(highlight=False, markup=False, width=80)
+    )
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The printed lines, with one space where there are several."""
+    printed = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
+    return [" ".join(line.split()) for line in printed.splitlines()]
+
+
+def test_bench_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_view.decode(DECODE)
+    row = "12345.67 10000.01 - 20000.02 1234 123400 101% 99%"
+    assert [f"{name} {row}" for name in NAMES] == [one for one in lines(capsys) if row in one]
+
+
+def test_bench_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_view.kernels({**ABOUT, "kernels": [{**KERNEL, **RIVAL}]})
+    row = "attend_and_score 12345.6 101% torch matmul and softmax 23456.7 12.34"
+    assert row in lines(capsys)
+
+
+def test_bench_plan_check(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_view.plan_check(CHECK)
+    row = "llama-3.2-1b 32x131072 16384 exact 12.34 23.45 -12% 34.56 +123%"
+    assert row in lines(capsys)
+
+
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    row: dict[str, Any] = {"full_share": 1.0, "kv_read_share": 1.0, "effective_stride": 123.4}
+    rows = [
+        Row("key-value", method.name, 100, 100, 12345, prefill_s=1.0, decode_s=1234.5, **row)
+        for method in METHODS
+    ]
+    texts = {method.name: "a:b\n" for method in METHODS}
+    side_by_side_view.show(Report(tuple(rows), (Excerpt("key-value", 0, "a:b\n", texts),)), 2048)
+    printed = lines(capsys)
+    row_of = "100 of 100 12345 100% 100% 123.4 1234.5"
+    assert sum(one.endswith(row_of) for one in printed) == len(METHODS)
+    assert "expected StreamingLLM (window 32) (S 5, s .85) (fast) (exact)" in printed
+
+
+def test_eval(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Summary(
+        *("summarization", "forced", "no-full-attention:stride=10", "ROUGE-L", 1.0, 0.999, 1.0),
+        *(200, 1234.0, None, 1.0, 1.0, 1.0, 1.0, None, None),
+    )
+    eval_view.show([summary], Path("out"))
+    row = "no-full-attention:stride=10 100.0 [99.9, 100.0] 1234 100.0% 100.0%"
+    printed = lines(capsys)
+    assert row in printed and "summarization, forced" in printed
