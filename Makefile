@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
+.PHONY: help setup demo test test-slow test-sanitized test-oldest test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,15 @@ test: $(STAMP)  ## the tests (GPU tests skip where there is none)
 
 test-slow: $(STAMP)  ## the tests left out of `make test`
 	$(BIN)/python -m pytest -m slow
+
+# Addresses and undefined behaviour of the C++ kernels are watched while their tests run. Not those that break a kernel,
+# or need CXX for themselves; and not leaks, of which Python and torch have some.
+SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_numbers.py tests/kernels/test_numbers.py \
+	tests/test_selection.py tests/integrations/test_nan.py
+test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer and UBSan
+	CXX="c++ -fsanitize=address,undefined -fno-sanitize-recover=all -g" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -s -k "not broken and not without_a_library" $(SANITIZED)
 
 test-oldest:  ## the integration tests on the oldest supported transformers, in .venv-oldest
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -132,6 +132,72 @@ def test_a_row_without_a_visible_token_gets_nothing(select: Select) -> None:
     assert chosen.filled.tolist() == [[2], [0]]
 
 
+# Every bit pattern of a float32, the special ones more often than by chance.
+SPECIAL = [
+    0x7FC00000,
+    -1,
+    0x7F800001,
+    0x7F800000,
+    -0x800000,
+    -0x80000000,
+    -0x40800000,
+    0,
+    0x3F000000,
+]
+bits = st.sampled_from(SPECIAL) | st.integers(-(2**31), 2**31 - 1)
+any_integer = st.integers(-3, 12) | st.integers(-(2**63), 2**63 - 1)
+
+
+@implementations
+@PROPERTY
+@given(patterns=st.lists(bits, min_size=1, max_size=12), data=st.data())
+def test_a_selection_is_valid_whatever_the_bits(
+    select: Select, patterns: list[int], data: st.DataObject
+) -> None:
+    """NaN and negative scores count as 0, a number of tokens or slots is cut to what there is."""
+    scores, length = torch.tensor(patterns, dtype=torch.int32).view(torch.float32), len(patterns)
+    budget, end = data.draw(any_integer, "budget"), data.draw(any_integer, "end")
+    slots = data.draw(st.none() | st.integers(-2, 14), "slots")
+    shown = data.draw(st.lists(st.booleans(), min_size=length, max_size=length), "visible")
+    kernel = data.draw(st.sampled_from([1, 3, 7, 101]), "kernel")
+    chosen = select(
+        scores.view(1, 1, -1),
+        torch.tensor([budget]),
+        pool_kernel=kernel,
+        visible=torch.tensor([shown]),
+        ends=torch.tensor([end]),
+        slots=slots,
+    )
+    most = max(0, min(budget if slots is None else slots, length))
+    shown = [seen and place < end for place, seen in enumerate(shown)]
+    counted = [score if score > 0 else 0.0 for score in scores.tolist()]
+    filled = max(0, min(budget, most, sum(shown)))
+    expected = slow_select(counted, filled, kernel, shown) if filled else []
+    assert chosen.filled.tolist() == [[filled]]
+    assert chosen.positions.tolist() == [[expected + [FREE] * (most - filled)]]
+
+
+@implementations
+@pytest.mark.parametrize("pool_kernel", [4, 0, -1])
+def test_a_width_without_a_middle_is_refused(select: Select, pool_kernel: int) -> None:
+    with pytest.raises(ValueError, match=f"odd integer >= 1; got {pool_kernel}"):
+        select(torch.ones(1, 1, 5), torch.tensor([2]), pool_kernel=pool_kernel)
+
+
+@implementations
+def test_rules_are_cut_to_what_there_is(select: Select) -> None:
+    few = {"pool_kernel": 1, "anchors": torch.tensor([[[6, 6, 8, 2**40, -5]]])}
+    for recent, expected in (
+        (-3, [1, 0, 6]),
+        (1, [0, 6, 7]),
+        (2**40, [5, 6, 7]),
+        (torch.tensor([-(2**63)]), [1, 0, 6]),
+        (torch.tensor([2**63 - 1]), [5, 6, 7]),
+    ):
+        chosen = select(FALLING, torch.tensor([3]), recent=recent, **few)
+        assert chosen.positions.tolist() == [[expected]]
+
+
 def test_a_hidden_token_does_not_lift_its_neighbours() -> None:
     loud = torch.tensor([[[9.0, 0.1, 0.0, 0.2, 0.3]]])
     visible = torch.tensor([[False, True, True, True, True]])

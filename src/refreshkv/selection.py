@@ -25,7 +25,7 @@ class Selection(NamedTuple):
     """The tokens chosen for each partial cache.
 
     positions: `[B, Hkv, K]` int64, slots 0 .. filled-1 hold tokens with the lowest score first, the rest `FREE`.
-        K is the largest budget of the batch or L, whichever is smaller.
+        K is `slots` or else the largest budget of the batch, and at most L.
     filled: `[B, Hkv]` int64, how many slots hold a token.
     """
 
@@ -46,6 +46,19 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
 
 
+def pool_width(kernel: int, length: int) -> int:
+    """`kernel`, no wider than it matters among `length` tokens."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"pool_kernel must be an odd integer >= 1; got {kernel}")
+    return min(kernel, max(1, 2 * length - 1))
+
+
+def slot_count(budget: Tensor, slots: int | None, length: int) -> int:
+    """The K of a result: `slots`, or the largest budget, within 0 .. L."""
+    most = max(budget.tolist(), default=0) if slots is None else slots
+    return max(0, min(most, length))
+
+
 def candidates(
     scores: Tensor,
     budget: Tensor,
@@ -54,33 +67,39 @@ def candidates(
     recent: int | Tensor = 0,
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a selection ranks, `[B, Hkv, L]` float32, and how many slots to fill, `[B, Hkv]`; arguments as for `select`.
 
     Pooled scores, padding at -1 below every token, anchors and the newest tokens above all others. Padding neither
-    enters nor lends its neighbours a score. A row fills min(K, visible tokens) slots.
+    enters nor lends its neighbours a score. A row fills min(K, slots, visible tokens) slots.
     """
     rows, kv_heads, length = scores.shape
     places = torch.arange(length, device=scores.device)
+    last = torch.full((rows,), length, device=scores.device)
     if ends is not None:
-        within = places < ends[:, None]
+        last = ends.clamp(0, length)
+        within = places < last[:, None]
         visible = within if visible is None else visible & within
-    tokens = torch.full((rows,), length, device=scores.device)
-    if visible is None:
-        pooled = pool(scores, pool_kernel).float()
-    else:
-        padding = ~visible[:, None]
-        pooled = pool(scores.masked_fill(padding, 0.0), pool_kernel).float()
-        tokens = visible.sum(-1)
-    if anchors is not None:
-        extra = torch.where(anchors == FREE, 0.0, _ANCHOR)
-        pooled = pooled.scatter_add(-1, anchors.clamp(min=0), extra)
-    if isinstance(recent, Tensor) or recent:
-        last = tokens.new_full((rows,), length) if ends is None else ends
-        pooled = pooled.masked_fill((places >= (last - recent)[:, None])[:, None], _RECENT)
+    tokens = last if visible is None else visible.sum(-1)
+    counted = scores > 0
     if visible is not None:
-        pooled = pooled.masked_fill(padding, -1.0)
-    filled = torch.minimum(budget, tokens)[:, None].expand(-1, kv_heads).contiguous()
+        counted = counted & visible[:, None]
+    pooled = pool(scores.where(counted, 0.0), pool_width(pool_kernel, length)).float()
+    if anchors is not None:
+        inside = (anchors >= 0) & (anchors < length)
+        lift = pooled.new_zeros(rows, kv_heads, length + 1)
+        lift.scatter_(-1, torch.where(inside, anchors, length), _ANCHOR)
+        pooled = pooled + lift[..., :length]
+    if isinstance(recent, Tensor) or recent:
+        if isinstance(recent, Tensor):
+            first = last - recent.clamp(0, length)
+        else:
+            first = last - max(0, min(recent, length))
+        pooled = pooled.masked_fill((places >= first[:, None])[:, None], _RECENT)
+    if visible is not None:
+        pooled = pooled.masked_fill(~visible[:, None], -1.0)
+    filled = budget.clamp(0, slots).minimum(tokens)[:, None].expand(-1, kv_heads).contiguous()
     return pooled.contiguous(), filled
 
 
@@ -93,7 +112,7 @@ def recent_share(budget: Tensor, recent: int) -> Tensor | int:
 
 
 def rank_keys(scores: Tensor) -> Tensor:
-    """Distinct int64 keys in the order of the scores, `[B, Hkv, L]`; negative ones for negative scores.
+    """Distinct int64 keys in the order of the scores, `[B, Hkv, L]`; negative ones for negative scores, no NaN or -0.
 
     Pooling makes plateaus, so the K-th place often cuts a tie, and a plain top-K then depends on the layout of the
     batch. The bits of a non-negative float32 order like an integer; the position below them breaks every tie in
@@ -117,20 +136,24 @@ def select(
 ) -> Selection:
     """The K best tokens of each KV head after pooling.
 
+    Whatever the numbers, the result is one: `filled` distinct places of visible tokens. A score that is NaN or negative
+    counts as 0, a number of tokens or slots is cut to what there is, an anchor outside the row is a free one.
+
     Args:
-        scores: `[B, Hkv, L]`, non-negative (attention weights after `reduce_group`).
+        scores: `[B, Hkv, L]`, attention weights after `reduce_group`.
         budget: `[B]` int64, K of each row.
         pool_kernel: width of the max-pooling.
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
         recent: how many of the newest tokens are kept whatever their score, for all or `[B]` int64.
-        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none.
+        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none; one
+            that is named twice counts once.
         ends: `[B]` int64, where each row ends; `None`: all at L.
-        slots: the K of the result, at least the largest budget; `None`: that budget, which asks the device.
+        slots: the K of the result; `None`: the largest budget, which asks the device.
     """
-    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
+    most = slot_count(budget, slots, scores.shape[-1])
+    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends, most)
     keys = rank_keys(pooled)
-    most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
     best_first = keys.topk(most, dim=-1, sorted=True).values & 0xFFFFFFFF
     slot = torch.arange(most, device=scores.device)
     lowest_first = (filled[..., None] - 1 - slot).clamp(min=0)

@@ -318,26 +318,33 @@ MUTANTS = [
     ("attention.cpp", "std::fill(scores + part.end, scores + job.length, 0.0f);", ""),
     ("attention.cpp", "put_in_order(low, high);", ""),
     ("attention.cpp", "(length + 31) / 32 * 32 + 32", "length / 32 * 32"),
-    ("product.h", "r + 1 < n ? values", "true ? values"),
+    ("product.h", "r < n && (!visible || visible[r])", "!visible || visible[r]"),
     ("lanes.h", "p = p * f + 2.4015453e-1f;", "p = p * f + 1.4e-1f;"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "old", "new"), MUTANTS, ids=[m[1] for m in MUTANTS])
-def test_a_broken_kernel_is_noticed(
-    file: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def mutant(
+    file: str, old: str, new: str, compiled: str, folder: Path, patch: pytest.MonkeyPatch
+) -> ctypes.CDLL:
+    """A library of the source `compiled` alone, with one textual change to a file."""
     sources = Path(build.__file__).parent
     for path in [*sources.glob("*.cpp"), *sources.glob("*.h")]:
         text = path.read_text()
         if path.name == file:
             assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
             text = text.replace(old, new)
-        (tmp_path / path.name).write_text(text)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_SOURCES", [tmp_path / "attention.cpp"])
-    monkeypatch.setattr(build, "_HEADERS", sorted(tmp_path.glob("*.h")))
-    broken = ctypes.CDLL(str(build.build(["-O1"])))
+        (folder / path.name).write_text(text)
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+    patch.setattr(build, "_SOURCES", [folder / compiled])
+    patch.setattr(build, "_HEADERS", sorted(folder.glob("*.h")))
+    return ctypes.CDLL(str(build.build(["-O1"])))
+
+
+@pytest.mark.parametrize(("file", "old", "new"), MUTANTS, ids=[m[1] for m in MUTANTS])
+def test_a_broken_kernel_is_noticed(
+    file: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = mutant(file, old, new, "attention.cpp", tmp_path, monkeypatch)
     check = partial(attention.verify, library=broken)
     with pytest.raises(AssertionError):  # noqa: PT012
         for case in (EVERY, *LONG, Case(rows=3, dtype=torch.bfloat16)):

@@ -154,7 +154,7 @@ MUTANTS = [
     ("both", Mutant(FULL, "lse_ptr + place * GROUP", "lse_ptr + place")),
     ("both", Mutant(FULL, 'reduction == "mean"', 'reduction == "max"')),
     ("score", Mutant(COMMON, "tl.exp(logits - tl.where(lse ==", "tl.exp(logits + tl.where(lse ==")),
-    ("score", Mutant(COMMON, "weights *= tl.sigmoid(lse -", "weights /= tl.sigmoid(lse -")),
+    ("score", Mutant(COMMON, "weights *= beside_sink(", "weights /= beside_sink(")),
     ("score", Mutant(SPLIT, "top + tl.log(mass)", "tl.log(mass)")),
     ("score", Mutant(SPLIT, "logits_ptr + queries[:, None]", "logits_ptr + 0 * queries[:, None]")),
     ("score", Mutant(COMMON, "weights / GROUP", "weights")),

@@ -155,7 +155,7 @@ MUTANTS = [
     ("plain", Mutant(VERIFY, "tl.max(by_query, 2)", "tl.sum(by_query, 2)")),
     ("plain", Mutant(VERIFY, "votes / voting", "votes / QUERIES")),
     ("plain", Mutant(VERIFY, "(voting == 0) | ", "")),
-    ("everything", Mutant(VERIFY, "tl.sigmoid(lse - sinks)", "tl.sigmoid(sinks - lse)")),
+    ("everything", Mutant(VERIFY, "weights *= share", "weights /= share")),
     ("everything", Mutant(VERIFY, "sinks_ptr + own_head", "sinks_ptr + own_head * 0")),
     ("everything", Mutant(CAUSAL, "shown_ptr + places * visible_place", "shown_ptr + places * 0")),
     ("tiles", Mutant(CAUSAL, "% TILES * TILE", "% TILES * 1")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -67,10 +68,13 @@ CPU_TORCH = Backend(
 def _native_first(module: ModuleType, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled twin of `kernel` in `module`, or `kernel` for what that module does not take."""
     twin, serves = getattr(module, kernel.__name__), module.serves
+    known = inspect.signature(kernel).parameters.keys()
 
     @functools.wraps(kernel)
     def run(*given: Any, **named: Any) -> Any:
-        return (twin if serves(*given, **named) else kernel)(*given, **named)
+        # The twins of attention share their options: what is not one of this kernel is refused by the kernel itself.
+        served = named.keys() <= known and serves(*given, **named)
+        return (twin if served else kernel)(*given, **named)
 
     return run
 
@@ -137,10 +141,10 @@ def _not_too_wide(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel`, or the reference for heads that it was not written for."""
 
     @functools.wraps(kernel)
-    def run(query: Tensor, keys: Tensor, *given: Any, **named: Any) -> Any:
-        plain = keys.shape[-1] > _WIDEST or any(t.shape[-1] > _WIDEST for t in given[:1])
-        chosen = getattr(reference, kernel.__name__) if plain else kernel
-        return chosen(query, keys, *given, **named)
+    def run(*given: Any, **named: Any) -> Any:
+        heads = (*given[:3], *(named[name] for name in ("keys", "values") if name in named))
+        plain = any(tensor.shape[-1] > _WIDEST for tensor in heads)
+        return (getattr(reference, kernel.__name__) if plain else kernel)(*given, **named)
 
     return run
 

@@ -10,6 +10,8 @@ Same signatures as `reference.py`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from refreshkv.config import Reduction
 from refreshkv.kernels import reference
 from refreshkv.kernels.cpu_heads import attend_heads, pairs, share_beside_sink
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import FREE, Selection, candidates
+from refreshkv.selection import FREE, Selection, candidates, slot_count
 
 _LONG = 4096  # tokens: below, a loop over heads does not pay
 
@@ -40,8 +42,9 @@ def attend(
 ) -> Attended:
     """See `reference.attend`. The GQA group is packed as if it were a sequence of G queries."""
     keys, values, visible = _within(lengths, visible, keys, values)
-    if flash is None or softcap is not None or keys.shape[-1] != values.shape[-1]:
-        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
+    fused = flash is not None and softcap is None and keys.shape[-1] == values.shape[-1]
+    if not fused or not keys.shape[2]:
         if keys.shape[2] < _LONG:
             return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
         return attend_and_score(query, keys, values, **options)[0]  # type: ignore[arg-type]
@@ -59,6 +62,9 @@ def attend(
     )  # the kernel's is float64 for such tensors
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
+    # The fused kernel adds a mask to what may be NaN, and an infinite logit may leave its output finite: two sums tell.
+    if not (math.isfinite(output.detach().sum()) and float(lse.detach().sum()) < math.inf):
+        return reference.attend(query, keys, values, **options)  # type: ignore[arg-type]
     return Attended(output, lse)
 
 
@@ -130,6 +136,7 @@ def attend_and_rank(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     total = attended.lse if sinks is None else torch.logaddexp(attended.lse, sinks.float())
+    total = total.masked_fill(attended.lse == float("-inf"), 0.0)
     weights = (logits - total.unflatten(1, (keys.shape[1], -1))[..., None]).exp_()
     scores = weights.amax(2) if reduction == "max" else weights.mean(2)
     if visible is not None:
@@ -151,8 +158,8 @@ def select(
     slots: int | None = None,
 ) -> Selection:
     """See `selection.select`. NumPy partitions a row several times faster than `topk` and sorts only the K best."""
-    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends)
-    most = min(int(budget.max()) if slots is None else slots, scores.shape[-1])
+    most = slot_count(budget, slots, scores.shape[-1])
+    pooled, filled = candidates(scores, budget, pool_kernel, visible, recent, anchors, ends, most)
     positions = np.full((*scores.shape[:2], most), FREE, dtype=np.int64)
     counts = filled.tolist()
     for row, head in pairs(scores, heads):
@@ -175,8 +182,11 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
-    """See `reference.gather`. Filled slots come first in every row, so a head is one contiguous `index_select`."""
-    counts = (positions >= 0).sum(-1).tolist()
+    """See `reference.gather`. Where filled slots come first, as they do, a head is one contiguous `index_select`."""
+    wanted = (positions >= 0) & (positions < source.shape[2])
+    if bool((wanted[..., 1:] > wanted[..., :-1]).any()):
+        return reference.gather(source, positions, out, heads)
+    counts = wanted.sum(-1).tolist()
     for row, head in pairs(positions, heads):
         count = counts[row][head]
         torch.index_select(
@@ -197,10 +207,9 @@ def insert(
     budget: Tensor,
 ) -> Tensor:
     """See `reference.insert`. Only what is missing is touched, all of it at once."""
-    there = (ring_positions[:, :, None] == wanted[..., None]).any(-1)
-    missing = (wanted >= 0) & ~there
+    missing, budget = reference.missing_from(ring_positions, wanted, budget, keys.shape[2])
     order = missing.cumsum(-1) - 1
-    entered = order[..., -1] + 1
+    entered = missing.sum(-1)
     # Of tokens that share a slot, where they are more than K, the last stays.
     missing &= order >= entered[..., None] - budget[:, None, None]
     row, head, index = missing.nonzero(as_tuple=True)
@@ -217,12 +226,12 @@ def _within(
     lengths: Tensor | None, visible: Tensor | None, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The entries that count for any head, and which of them for which; nothing beyond is read."""
-    if lengths is None:
+    if lengths is None or not lengths.numel():
         return keys, values, visible
-    longest = max(1, int(lengths.max()))  # one hidden entry where there is none
+    longest = min(max(1, int(lengths.max())), keys.shape[2])  # one hidden entry where there is none
     keys, values = keys[:, :, :longest], values[:, :, :longest]
     visible = None if visible is None else visible[..., :longest]
-    if not bool((lengths == longest).all()):
+    if not bool((lengths >= longest).all()):
         visible = reference.within(lengths, visible, longest)
     return keys, values, visible
 

@@ -66,7 +66,7 @@ def attend_heads(
     reduce = torch.amax if reduction == "max" else torch.mean
 
     def work(parts: Sequence[Part]) -> None:
-        room = Room(group * queries, max(counts), length, dim, keys.dtype)
+        room = Room(group * queries, max(counts, default=0), length, dim, keys.dtype)
         for part in parts:
             voting = counts[part.row]
             members = slice(part.head * group, (part.head + 1) * group)
@@ -83,6 +83,9 @@ def attend_heads(
                 weights.mul_(share[..., None])
             if values is not None:
                 mixed = room.mix(weights.flatten(0, 1), values[own])
+                if part.hidden is not None and not bool(mixed.isfinite().all()):
+                    shown = values[own].masked_fill(part.hidden[:, None], 0.0)
+                    mixed = room.mix(weights.flatten(0, 1), shown)
                 output[part.row, members] = mixed.unflatten(0, (group, queries))
             if voting == 1:
                 reduce(weights[:, 0], 0, out=scores[own])
@@ -102,7 +105,7 @@ def attend_heads(
 
 def share_beside_sink(lse: Tensor, sinks: Tensor) -> Tensor:
     """What is left for the tokens: a sink only adds to the denominator. exp(lse) / (exp(lse) + exp(sink))."""
-    return torch.sigmoid(lse - sinks.float())
+    return torch.sigmoid(lse - sinks.float()).masked_fill(lse == float("-inf"), 0.0)
 
 
 def _parts(
@@ -116,9 +119,9 @@ def _parts(
     """The rows and wanted KV heads whose queries see anything."""
     rows, _, length, _ = keys.shape
     seen_from = _spans(visible, rows, length)
-    own_span = len(seen_from[0]) > 1  # else the heads of a row share one
+    own_span = rows > 0 and len(seen_from[0]) > 1  # else the heads of a row share one
     for row, head in pairs(keys, heads):
-        start, end = starts[row], starts[row] + queries
+        start, end = starts[row], min(starts[row] + queries, length)
         first, hidden = seen_from[row][head if own_span else 0]
         if window is not None and start - window + 1 > first:
             cut = start - window + 1 - first
@@ -141,7 +144,7 @@ def _spans(visible: Tensor | None, rows: int, length: int) -> list[list[tuple[in
     `visible` is `[B or 1, Hkv or 1, L]`; one head stands for all. Left padding is cut off rather than masked: it costs
     nothing, and a row computes exactly what it would alone.
     """
-    if visible is None:
+    if visible is None or not length:
         return [[(0, None)]] * rows
     visible = visible.expand(rows, -1, -1)
     first = visible.int().argmax(-1)
@@ -163,7 +166,8 @@ def _hide(logits: Tensor, part: Part, window: int | None) -> None:
     if queries > 1:
         later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
         causal = logits[..., max(0, part.start - part.first) :]
-        causal.masked_fill_(later[:, -causal.shape[-1] :], float("-inf"))
+        later = later[:, max(0, part.first - part.start) :][:, : causal.shape[-1]]
+        causal.masked_fill_(later, float("-inf"))
     if window is not None:
         last = (part.start + torch.arange(queries))[:, None]
         too_old = torch.arange(part.first, part.end) <= last - window

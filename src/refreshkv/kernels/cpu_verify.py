@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refreshkv.config import Reduction
 from refreshkv.kernels.cpu_heads import attend_heads
-from refreshkv.kernels.reference import Attended, Scored
+from refreshkv.kernels.reference import Attended, Scored, window_within
 
 
 def verify(
@@ -31,14 +31,14 @@ def verify(
         query,
         keys,
         values,
-        starts=starts.tolist(),
+        starts=starts.clamp(-query.shape[2], keys.shape[2]).tolist(),
         counts=_voting(query, counts),
         scale=scale,
         softcap=softcap,
         sinks=sinks,
         visible=visible,
         reduction=reduction,
-        window=window,
+        window=window_within(window, query.shape[2] + keys.shape[2]),
     )
     return Attended(output, lse), Scored(scores, lse)
 
@@ -60,7 +60,7 @@ def vote(
         query,
         keys,
         None,
-        starts=starts.tolist(),
+        starts=starts.clamp(-query.shape[2], keys.shape[2]).tolist(),
         counts=_voting(query, counts),
         scale=scale,
         softcap=softcap,
@@ -72,4 +72,5 @@ def vote(
 
 
 def _voting(query: Tensor, counts: Tensor | None) -> list[int]:
-    return [query.shape[2]] * query.shape[0] if counts is None else counts.tolist()
+    queries = query.shape[2]
+    return [queries] * len(query) if counts is None else counts.clamp(0, queries).tolist()

@@ -7,13 +7,15 @@ may look at them. What the compiler learns is shapes, and those follow from shap
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import Backend, backend_for
+from refreshkv.kernels import REFERENCE, Backend, backend_for
 from refreshkv.kernels.reference import Attended, Scored
 from refreshkv.selection import Selection
 
@@ -28,17 +30,22 @@ def _operator(
     results: int,
     shapes: Callable[..., Any],
     writes: tuple[str, ...] = (),
+    named: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define `refreshkv::name`, and return a call with the arguments of the reference.
+    """Define `refreshkv::name`, and return a call with the signature of the reference.
 
     Args:
         name: of a kernel in `Backend`.
-        arguments: of the operator, as in a schema. What the caller leaves out is `None`.
+        arguments: of the operator, as in a schema.
         results: how many tensors come back.
         shapes: empty results, from the arguments by name.
         writes: the arguments that the kernel writes into.
+        named: makes what the caller gets of several results; `None`: there is one or none.
     """
     names = [argument.split()[-1] for argument in arguments.split(", ")]
+    signature = inspect.signature(getattr(REFERENCE, name))
+    places = [key for key, p in signature.parameters.items() if p.kind != p.KEYWORD_ONLY]
+    defaults = {key: p.default for key, p in signature.parameters.items() if p.default != p.empty}
 
     def run(*given: Any) -> Any:
         found = getattr(backend_for(given[0].device), name)(
@@ -57,9 +64,17 @@ def _operator(
     )
     operator.register_fake(lambda *given: shapes(**dict(zip(names, given, strict=True))))
 
-    def call(*given: Any, **named: Any) -> Any:
-        return operator(*given, *(named.get(name) for name in names[len(given) :]))
+    # Not `signature.bind`, which the compiler would have to look into.
+    def call(*given: Any, **options: Any) -> Any:
+        every = {**defaults, **dict(zip(places, given, strict=False)), **options}
+        wrong = [key for key in (*names, *every) if key not in every or key not in names]
+        wrong += [key for key in places[: len(given)] if key in options]
+        if wrong or len(given) > len(places):
+            raise TypeError(f"{name}{signature} is missing, does not know, or has twice: {wrong}")
+        found = operator(*(every[key] for key in names))
+        return found if named is None else named(*found)
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
@@ -85,22 +100,31 @@ def _scores(keys: Tensor, **_: Any) -> Tensor:
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 
 
+def _attended_and_scored(output: Tensor, lse: Tensor, scores: Tensor) -> tuple[Attended, Scored]:
+    return Attended(output, lse), Scored(scores, lse)
+
+
 def _selected(scores: Tensor, slots: int, **_: Any) -> tuple[Tensor, Tensor]:
     """As `Selection`."""
-    shape = (*scores.shape[:2], min(slots, scores.shape[2]))
+    shape = (*scores.shape[:2], max(0, min(slots, scores.shape[2])))
     return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(
         shape[:2], dtype=torch.int64
     )
 
 
 _attend = _operator(
-    "attend", f"Tensor query, Tensor keys, Tensor values, {_ATTENTION}", 2, _attended
+    "attend",
+    f"Tensor query, Tensor keys, Tensor values, {_ATTENTION}",
+    2,
+    _attended,
+    named=Attended,
 )
 _attend_and_score = _operator(
     "attend_and_score",
     f"Tensor query, Tensor keys, Tensor values, {_ATTENTION}, str reduction",
     3,
     lambda **given: (*_attended(**given), _scores(**given)),
+    named=_attended_and_scored,
 )
 _attend_and_rank = _operator(
     "attend_and_rank",
@@ -109,15 +133,17 @@ _attend_and_rank = _operator(
     lambda **given: (
         *_attended(**given),
         given["newest"].new_empty(
-            *given["newest"].shape, min(given["count"], given["keys"].shape[2])
+            *given["newest"].shape, max(0, min(given["count"], given["keys"].shape[2]))
         ),
     ),
+    named=lambda output, lse, best: (Attended(output, lse), best),
 )
 _score = _operator(
     "score",
     f"Tensor query, Tensor keys, {_ATTENTION}, str reduction",
     2,
     lambda **given: (_scores(**given), _attended(**given, values=given["keys"])[1]),
+    named=Scored,
 )
 _verify = _operator(
     "verify",
@@ -129,6 +155,7 @@ _verify = _operator(
         query.new_empty(query.shape[:3], dtype=torch.float32),
         _scores(keys),
     ),
+    named=_attended_and_scored,
 )
 _select = _operator(
     "select",
@@ -136,6 +163,7 @@ _select = _operator(
     " Tensor? anchors, Tensor? ends, int slots",
     2,
     _selected,
+    named=Selection,
 )
 _gather = _operator(
     "gather",
@@ -154,39 +182,49 @@ _insert = _operator(
 )
 
 
-def _attend_and_score_named(*given: Any, **named: Any) -> tuple[Attended, Scored]:
-    output, lse, scores = _attend_and_score(*given, **named)
-    return Attended(output, lse), Scored(scores, lse)
+def _select_named(
+    scores: Tensor,
+    budget: Tensor,
+    *,
+    pool_kernel: int = 7,
+    visible: Tensor | None = None,
+    heads: Tensor | None = None,
+    recent: int | Tensor = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
+    slots: int | None = None,
+) -> Selection:
+    if slots is None:
+        raise ValueError(
+            "select needs slots: the compiler would have to look at the largest budget"
+        )
+    if not isinstance(recent, Tensor):
+        kept = max(0, min(recent, scores.shape[2]))
+        recent = budget.new_full(budget.shape, kept) if kept else None  # type: ignore[assignment]
+    rules = {"visible": visible, "recent": recent, "anchors": anchors, "ends": ends}
+    return _select(scores, budget, pool_kernel=pool_kernel, heads=heads, slots=slots, **rules)
 
 
-def _attend_and_rank_named(*given: Any, **named: Any) -> tuple[Attended, Tensor]:
-    output, lse, best = _attend_and_rank(*given, **named)
-    return Attended(output, lse), best
+def _of_the_device(name: str) -> Callable[..., Any]:
+    """A kernel that no compiled pass calls."""
 
+    @functools.wraps(getattr(REFERENCE, name))
+    def run(query: Tensor, *given: Any, **options: Any) -> Any:
+        return getattr(backend_for(query.device), name)(query, *given, **options)
 
-def _verify_named(*given: Any, **named: Any) -> tuple[Attended, Scored]:
-    output, lse, scores = _verify(*given, **named)
-    return Attended(output, lse), Scored(scores, lse)
-
-
-def _select_named(*given: Any, recent: Tensor | int = 0, **named: Any) -> Selection:
-    kept = recent if isinstance(recent, Tensor) else None  # 0, as from `selection.recent_share`
-    return Selection(*_select(*given, recent=kept, **named))
+    return run
 
 
 OPERATORS = Backend(
     name="operators",
-    attend=lambda *given, **named: Attended(*_attend(*given, **named)),
-    attend_and_score=_attend_and_score_named,
-    attend_and_rank=_attend_and_rank_named,
-    score=lambda *given, **named: Scored(*_score(*given, **named)),
+    attend=_attend,
+    attend_and_score=_attend_and_score,
+    attend_and_rank=_attend_and_rank,
+    attend_at=_of_the_device("attend_at"),
+    score=_score,
+    verify=_verify,
+    vote=_of_the_device("vote"),
     select=_select_named,
     gather=_gather,
     insert=_insert,
-    verify=_verify_named,
-    # Not in a pass that is compiled.
-    attend_at=lambda query, *given, **named: backend_for(query.device).attend_at(
-        query, *given, **named
-    ),
-    vote=lambda query, *given, **named: backend_for(query.device).vote(query, *given, **named),
 )

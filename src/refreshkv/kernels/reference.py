@@ -2,6 +2,12 @@
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, L tokens, D head dim, K slots of a partial cache.
 Source: RefreshKV, sections 2 and 3; `attend_and_rank`, `verify` and `vote` are ours. RoPE is already applied.
+
+No number in a tensor makes a kernel read or write elsewhere, raise, or leave these rules. How many entries, queries or
+slots count (lengths, counts, count, budget) is cut to what there is, a start to -T .. L. A place that is not in the
+store, or whose page is not, is a free one. A NaN or +inf among the logits of a query, or a NaN as its sink, makes its
+output and weights NaN, as in torch; the logits also its lse. A NaN among the values reaches its own dim. What no query
+of a row sees is not used, whatever it holds; its scores are 0, or NaN where a weight of the KV head is.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.selection import rank_keys, reduce_group
+from refreshkv.selection import FREE, rank_keys, reduce_group
 
 
 class Attended(NamedTuple):
@@ -53,10 +59,11 @@ def attend(
         lengths: `[B or 1, Hkv or 1]` int64, only the first so many entries count; `None`: all L.
         heads: `[B, Hkv]` bool, the KV heads whose result the caller uses; the others may give anything. `None`: all.
     """
-    logits = _logits(query, keys, scale, softcap, within(lengths, visible, keys.shape[2]))
-    lse = logits.logsumexp(-1)
+    visible = within(lengths, visible, keys.shape[2])
+    logits = _logits(query, keys, scale, softcap, visible)
+    lse = _log_sum_exp(logits)
     weights = _weights(logits, lse, sinks)
-    output = weights.unflatten(1, (keys.shape[1], -1)) @ values.float()
+    output = weights.unflatten(1, (keys.shape[1], -1)) @ _seen(values, visible)
     return Attended(output.flatten(1, 2).to(values.dtype), lse)
 
 
@@ -94,7 +101,7 @@ def score(
 ) -> Scored:
     """The attention that each token receives from this query, without touching the values."""
     logits = _logits(query, keys, scale, softcap, within(lengths, visible, keys.shape[2]))
-    lse = logits.logsumexp(-1)
+    lse = _log_sum_exp(logits)
     return Scored(reduce_group(_weights(logits, lse, sinks), keys.shape[1], reduction), lse)
 
 
@@ -115,7 +122,8 @@ def attend_and_rank(
 ) -> tuple[Attended, Tensor]:
     """The partial step, and the slots of the most attended entries, best first, `[B, Hkv, count]` int64.
 
-    `newest` `[B, Hkv]` is the slot of the token being decoded, which is left out unless there are too few others.
+    `newest` `[B, Hkv]` is the slot of the token being decoded, which is left out unless there are too few others. An
+    entry whose weight is NaN ranks as one without any.
     """
     visible = within(lengths, visible, keys.shape[2])
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": visible}
@@ -146,14 +154,19 @@ def attend_at(
     `count` there are none.
     """
     rows, kv_heads, _ = positions.shape
-    place = positions.clamp(min=0)
+    size = keys.shape[2]
     row, head = torch.arange(rows)[:, None, None], torch.arange(kv_heads)[:, None]
-    row, head = row.to(place.device), head.to(place.device)
-    page = row
+    row, head = row.to(positions.device), head.to(positions.device)
+    if 0 in (size, keys.shape[0], 1 if blocks is None else blocks.shape[1]):  # an empty store
+        keys, values = (x.new_zeros(rows, kv_heads, 1, x.shape[-1]) for x in (keys, values))
+        size, blocks, positions = 1, None, torch.full_like(positions, FREE)
+    stored = (positions >= 0) & (positions < size * (1 if blocks is None else blocks.shape[1]))
+    page, place = row, positions.where(stored, 0)
     if blocks is not None:
-        size = keys.shape[2]
         page, place = blocks.long()[row, place // size], place % size
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": positions >= 0}
+        stored &= (page >= 0) & (page < keys.shape[0])
+        page = page.where(stored, 0)
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "visible": stored}
     chosen = keys[page, head, place], values[page, head, place]
     if newest is None:
         newest = torch.zeros(rows, kv_heads, dtype=torch.int64, device=place.device)
@@ -171,9 +184,18 @@ def within(lengths: Tensor | None, visible: Tensor | None, entries: int) -> Tens
 
 
 def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
-    """The `count` best of `scores` `[B, Hkv, K]` without `newest`; ties go to the later slot."""
-    left = scores.scatter(-1, newest[..., None], -1.0)
-    return rank_keys(left).topk(min(count, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF
+    """The `count` best of `scores` `[B, Hkv, K]` without `newest`; ties go to the later slot, NaN counts as 0."""
+    slots = scores.shape[-1]
+    left = scores.where(scores > 0, 0.0)
+    left = left.masked_fill(torch.arange(slots, device=scores.device) == newest[..., None], -1.0)
+    return rank_keys(left).topk(max(0, min(count, slots)), dim=-1).values & 0xFFFFFFFF
+
+
+def window_within(window: int | None, places: int) -> int | None:
+    """`window`, no wider than the `places` there are."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1; got {window} (None: all earlier places)")
+    return None if window is None else min(window, places)
 
 
 def verify(
@@ -204,10 +226,11 @@ def verify(
         output `[B, Hq, T, D]` and lse `[B, Hq, T]`; scores `[B, Hkv, L]` float32, the mean over the voting queries of
         the group-reduced attention.
     """
-    logits = _causal_logits(query, keys, starts, scale, softcap, visible, window)
-    lse = logits.logsumexp(-1)
+    seen = _causal(query, keys, starts, visible, window)
+    logits = _causal_logits(query, keys, scale, softcap, seen)
+    lse = _log_sum_exp(logits)
     weights = _weights(logits, lse, None if sinks is None else sinks[:, None])
-    output = weights.unflatten(1, (keys.shape[1], -1)) @ values.float()[:, :, None]
+    output = weights.unflatten(1, (keys.shape[1], -1)) @ _seen(values, seen.any(2))[:, :, None]
     scores = _mean_votes(weights, keys.shape[1], counts, reduction)
     return Attended(output.flatten(1, 2).to(values.dtype), lse), Scored(scores, lse)
 
@@ -225,8 +248,8 @@ def vote(
     reduction: Reduction = "max",
 ) -> Scored:
     """The scores of `verify` without touching the values."""
-    logits = _causal_logits(query, keys, starts, scale, softcap, visible)
-    lse = logits.logsumexp(-1)
+    logits = _causal_logits(query, keys, scale, softcap, _causal(query, keys, starts, visible))
+    lse = _log_sum_exp(logits)
     weights = _weights(logits, lse, None if sinks is None else sinks[:, None])
     return Scored(_mean_votes(weights, keys.shape[1], counts, reduction), lse)
 
@@ -234,14 +257,17 @@ def vote(
 def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
     """Copy rows `positions` `[B, Hkv, K]` of `source` `[B, Hkv, L, D]` to slots 0 .. K-1 of `out` `[B, Hkv, C, D]`.
 
-    Free slots (negative positions) and heads that `heads` `[B, Hkv]` leaves out keep what they held.
+    Free slots (positions outside 0 .. L-1) and heads that `heads` `[B, Hkv]` leaves out keep what they held.
     """
-    wanted = positions >= 0
+    length = source.shape[2]
+    if not length:
+        return
+    wanted = (positions >= 0) & (positions < length)
     if heads is not None:
         wanted = wanted & heads[..., None]
-    rows = source.gather(2, positions.clamp(min=0)[..., None].expand(-1, -1, -1, source.shape[-1]))
+    at = positions.where(wanted, 0)[..., None].expand(-1, -1, -1, source.shape[-1])
     slots = out[:, :, : positions.shape[-1]]
-    slots.copy_(torch.where(wanted[..., None], rows, slots))
+    slots.copy_(torch.where(wanted[..., None], source.gather(2, at), slots))
 
 
 def insert(
@@ -262,19 +288,21 @@ def insert(
         keys, values: `[B, Hkv, L, D]`, the full cache.
         wanted: `[B, Hkv, m]` int64, distinct positions in it, `FREE` for none.
         ring_keys, ring_values: `[B, Hkv, C, D]`; ring_positions: `[B, Hkv, C]` int64, `FREE` where a slot is free.
-        filled, pushed: `[B, Hkv]` int64; the next token goes to slot `(filled + pushed) % K` and counts in `pushed`.
-        budget: `[B]` int64, K of each row.
+        filled, pushed: `[B, Hkv]` int64; the next token goes to slot `(filled + pushed) % K`, from 0 on for negative
+            ones too, and counts in `pushed`.
+        budget: `[B]` int64, K of each row, at most C. Nothing enters where it is 0.
 
     Returns:
         `[B, Hkv]` int64, how many entered.
     """
-    there = (ring_positions[:, :, None] == wanted[..., None]).any(-1)
-    missing = (wanted >= 0) & ~there
+    missing, budget = missing_from(ring_positions, wanted, budget, keys.shape[2])
+    if 0 in (keys.shape[2], ring_keys.shape[2]):
+        return missing.sum(-1)
     row = torch.arange(wanted.shape[0], device=wanted.device)[:, None]
     head = torch.arange(wanted.shape[1], device=wanted.device)
     for position, enters in zip(wanted.unbind(-1), missing.unbind(-1), strict=True):
         # Where nothing enters the slot keeps its entry.
-        slot, source = (filled + pushed) % budget[:, None], position.clamp(min=0)
+        slot, source = (filled + pushed) % budget[:, None], position.where(enters, 0)
         for ring, store in ((ring_keys, keys), (ring_values, values)):
             entry = torch.where(enters[..., None], store[row, head, source], ring[row, head, slot])
             ring[row, head, slot] = entry
@@ -283,6 +311,15 @@ def insert(
         )
         pushed += enters
     return missing.sum(-1)
+
+
+def missing_from(
+    ring_positions: Tensor, wanted: Tensor, budget: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Which of the `wanted` enter their ring, `[B, Hkv, m]` bool; and K of each row, `[B]`, here at least 1."""
+    there = (ring_positions[:, :, None] == wanted[..., None]).any(-1)
+    room = budget.clamp(max=ring_positions.shape[2])
+    return (wanted >= 0) & (wanted < length) & ~there & (room > 0)[:, None, None], room.clamp(min=1)
 
 
 def _logits(
@@ -299,23 +336,28 @@ def _logits(
     return logits.flatten(1, 2)
 
 
-def _causal_logits(
+def _causal(
     query: Tensor,
     keys: Tensor,
     starts: Tensor,
-    scale: float,
-    softcap: float | None,
     visible: Tensor | None,
     window: int | None = None,
 ) -> Tensor:
-    """`[B, Hq, T, L]` float32, -inf where a query does not see a token."""
-    places = torch.arange(keys.shape[2], device=keys.device)
-    last = starts[:, None] + torch.arange(query.shape[2], device=keys.device)
+    """`[B, 1 or Hkv, T, L]` bool, which places a query sees."""
+    (queries, length), device = (query.shape[2], keys.shape[2]), keys.device
+    places = torch.arange(length, device=device)
+    last = starts.clamp(-queries, length)[:, None] + torch.arange(queries, device=device)
     seen = (places <= last[..., None])[:, None]
+    window = window_within(window, length + queries)
     if window is not None:
         seen = seen & (places > last[..., None] - window)[:, None]
-    if visible is not None:
-        seen = seen & visible[:, :, None]
+    return seen if visible is None else seen & visible[:, :, None]
+
+
+def _causal_logits(
+    query: Tensor, keys: Tensor, scale: float, softcap: float | None, seen: Tensor
+) -> Tensor:
+    """`[B, Hq, T, L]` float32, -inf where a query does not see a token."""
     grouped = query.float().unflatten(1, (keys.shape[1], -1))
     logits = grouped @ keys.float().transpose(-1, -2)[:, :, None] * scale
     if softcap is not None:
@@ -330,12 +372,25 @@ def _mean_votes(
     reduced = reduce_group(weights, kv_heads, reduction)
     if counts is None:
         return reduced.mean(2)
+    counts = counts.clamp(0, weights.shape[2])
     voting = torch.arange(weights.shape[2], device=weights.device) < counts[:, None]
     total = reduced.masked_fill(~voting[:, None, :, None], 0.0).sum(2)
     return total / counts.clamp(min=1)[:, None, None]
 
 
+def _seen(values: Tensor, visible: Tensor | None) -> Tensor:
+    """Values in float32, 0 where nothing is seen: even no weight at all would make a NaN of a NaN."""
+    values = values.float()
+    return values if visible is None else values.masked_fill(~visible[..., None], 0.0)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Over the last dimension: -inf where no token is visible, NaN where no softmax is defined."""
+    lse = logits.logsumexp(-1)
+    return lse.masked_fill(lse == float("inf"), float("nan"))
+
+
 def _weights(logits: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the tokens, and over the head's sink where there is one, like `logits`; 0 where none is visible."""
     total = lse if sinks is None else torch.logaddexp(lse, sinks.float())
-    return (logits - total.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp()
+    return (logits - total.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()

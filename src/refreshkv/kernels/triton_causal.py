@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.reference import Attended
+from refreshkv.kernels.reference import Attended, window_within
 from refreshkv.kernels.triton_common import (
     Config,
     absorb,
@@ -75,7 +75,7 @@ def attend_causal(
         length,
         scale,
         softcap,
-        window,
+        window_within(window, length + queries),
         *strides(query, 3),
         *strides(keys, 3),
         *strides(values, 3),
@@ -100,8 +100,13 @@ def attend_causal(
         heads=None,
         queries=queries,
     )
-    shape = (rows, heads, queries)
-    return Attended(merged.output.view(*shape, -1), merged.lse.view(shape))
+    return Attended(*(x.unflatten(1, (heads, queries)) for x in merged))
+
+
+@triton.jit
+def start_of(starts_ptr, row, queries, length):
+    """The place of a row's first query, none of which lies outside of -queries .. length."""
+    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length)
 
 
 @triton.jit
@@ -165,7 +170,7 @@ def attend_kernel(
     exists = member < GROUP * QUERIES
     dims, value_dims = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
 
-    start = tl.load(starts_ptr + row)
+    start = start_of(starts_ptr, row, QUERIES, length)
     begin, end = reach(start, QUERIES, length, window)
     if counts_ptr is not None:
         end = tl.where(tl.load(counts_ptr + row) > 0, end, begin)

@@ -58,8 +58,8 @@ def padded(size: int, least: int = 16) -> int:
 
 def split_count(heads: int, entries: int, block: int) -> int:
     """How many programs share each of `heads` (rows times KV heads): enough to fill a GPU, in splits worth a start."""
-    fill = min(FILL // heads, triton.cdiv(entries, block))
-    waves = min(WAVES // heads, entries // LONG_SPLIT)
+    fill = min(FILL // max(heads, 1), triton.cdiv(entries, block))
+    waves = min(WAVES // max(heads, 1), entries // LONG_SPLIT)
     return min(max(fill, waves, 1), MOST_SPLITS)
 
 
@@ -91,7 +91,7 @@ def own_length(lengths_ptr, place, entries):
     """How many of the entries count for this head, int64: `lengths_ptr[place]`, or all of them."""
     length = tl.cast(entries, tl.int64)
     if lengths_ptr is not None:
-        length = tl.minimum(length, tl.load(lengths_ptr + place).to(tl.int64))
+        length = tl.minimum(length, tl.maximum(tl.load(lengths_ptr + place).to(tl.int64), 0))
     return length
 
 
@@ -106,7 +106,10 @@ def finished_logits(products, scale, softcap):
 
 @triton.jit
 def absorb(logits, values, acc, top, mass):
-    """A block of the online softmax: logits `[M, N]`, values `[N, D]` or None; new acc `[M, D]`, top and mass `[M]`."""
+    """A block of the online softmax: logits `[M, N]`, values `[N, D]` or None; new acc `[M, D]`, top and mass `[M]`.
+
+    A maximum may drop a NaN, which the mass keeps.
+    """
     new_top = tl.maximum(top, tl.max(logits, 1))
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)  # while a query has seen nothing
     weights = tl.exp(logits - origin[:, None])
@@ -116,6 +119,12 @@ def absorb(logits, values, acc, top, mass):
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
     return acc, new_top, mass
+
+
+@triton.jit
+def beside_sink(lse, sink):
+    """What a sink leaves for the tokens; a query that sees none has nothing to share."""
+    return tl.where(lse == float("-inf"), 0.0, tl.sigmoid(lse - sink.to(tl.float32)))
 
 
 @triton.jit
@@ -141,11 +150,11 @@ def group_weights(
         logits = tl.load(row + places, mask=inside, other=float("-inf"))
         weights = tl.exp(logits - tl.where(lse == float("-inf"), 0.0, lse))
         if sinks_ptr is not None:
-            weights *= tl.sigmoid(lse - tl.load(sinks_ptr + first + member).to(tl.float32))
+            weights *= beside_sink(lse, tl.load(sinks_ptr + first + member))
         if MEAN:
             reduced += weights / GROUP
         else:
-            reduced = tl.maximum(reduced, weights)
+            reduced = tl.maximum(reduced, weights, propagate_nan=tl.PropagateNan.ALL)
     return reduced
 
 
@@ -195,7 +204,7 @@ def merge_kernel(
             partial = tl.load(partial_ptr + offsets, mask=used, other=0.0)
             acc += tl.sum(tl.exp(some_lse - total)[:, None] * partial, 0)
         if sinks_ptr is not None:
-            acc *= tl.sigmoid(lse - tl.load(sinks_ptr + query // QUERIES).to(tl.float32))
+            acc *= beside_sink(lse, tl.load(sinks_ptr + query // QUERIES))
         tl.store(output_ptr + place * DIM + dims, acc, mask=dims < DIM)
 
 

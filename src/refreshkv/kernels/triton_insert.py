@@ -51,6 +51,7 @@ def insert(
         budget,
         entered,
         kv_heads,
+        keys.shape[2],
         ring_positions.shape[2],
         COUNT=count,
         COUNTS=padded(count, least=1),
@@ -65,7 +66,8 @@ def insert(
     return entered
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["length"])
 def _insert(
     keys_ptr,
     keys_b,
@@ -94,6 +96,7 @@ def _insert(
     budget_ptr,
     entered_ptr,
     kv_heads,
+    length,
     slots,
     COUNT: tl.constexpr,
     COUNTS: tl.constexpr,
@@ -115,13 +118,15 @@ def _insert(
         held = tl.load(positions_ptr + slot, slot < slots, other=-1)
         there = tl.maximum(there, tl.max((held[:, None] == wanted[None, :]).to(tl.int32), 0))
     tl.debug_barrier()  # every thread has looked before any writes
-    enters = (wanted >= 0) & (there == 0)
+    budget = tl.minimum(tl.load(budget_ptr + row), slots)
+    enters = (wanted >= 0) & (wanted < length) & (there == 0) & (budget > 0)
     place = tl.cumsum(enters.to(tl.int64), 0) - 1
     total = tl.sum(enters.to(tl.int64), 0)
 
-    budget = tl.load(budget_ptr + row)
     pushed = tl.load(pushed_ptr + pair)
-    slot = (tl.load(filled_ptr + pair) + pushed + place) % budget
+    room = tl.maximum(budget, 1)
+    slot = (tl.load(filled_ptr + pair) + pushed + place) % room
+    slot = (slot + room) % room  # the first remainder of a negative number is negative or 0
     # Of more tokens than slots the last stay.
     written = enters & (place >= total - budget)
     tl.store(positions_ptr + slot, wanted, written)

@@ -103,8 +103,6 @@ def attend_at(
     attended = merge(parts.output, parts.lse, dtype=values.dtype, sinks=sinks, heads=heads)
     if newest is None:
         newest = positions.new_zeros(positions.shape[:2])
-    if not count:
-        return attended, newest.new_empty(*newest.shape, 0)
     best = _ranked(parts.logits, attended.lse, sinks, None, heads, reduction, newest, count)
     return attended, best
 
@@ -157,6 +155,7 @@ def candidates_kernel(
         GROUP,
         MEAN,
     )
+    scores = tl.where(scores > 0, scores, 0.0)  # which a NaN is not
     scores = tl.where(slots == tl.load(newest_ptr + place), -1.0, scores)
     keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | slots
     keys = tl.where(slots < entries, keys, _LOWEST)
@@ -192,8 +191,10 @@ def _ranked(
 ) -> Tensor:
     """`reference.top_slots` of the scores that follow from the logits `[B, Hq, K]`."""
     rows, kv_heads = newest.shape
-    entries = logits.shape[-1]
+    entries = 0 if logits is None else logits.shape[-1]
     count = min(count, entries)
+    if count <= 0:
+        return newest.new_empty(rows, kv_heads, 0)
     blocks = triton.cdiv(entries, RANK.block)
     lengths = for_every_head(lengths, rows, kv_heads)
     best = newest.new_empty(rows, kv_heads, blocks, count)

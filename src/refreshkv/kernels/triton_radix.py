@@ -36,7 +36,7 @@ def largest(ranks: Tensor, counts: Tensor, budget: Tensor, most: int) -> tuple[T
         counts: `[B, Hkv, DIGITS, BINS]` int32, how many of a head have each first digit (bits 23 to 30), then zeros,
             which are used up.
         budget: `[B]` int64, K of each row.
-        most: slots of the result, at least the largest K that can be filled.
+        most: slots of the result.
     """
     rows, kv_heads, length = ranks.shape
     pairs = (rows, kv_heads)
@@ -44,7 +44,7 @@ def largest(ranks: Tensor, counts: Tensor, budget: Tensor, most: int) -> tuple[T
     filled, taken = budget.new_empty(pairs), budget.new_empty(pairs)
     chosen = budget.new_empty(*pairs, most)
     positions = torch.empty_like(chosen)
-    blocks = (triton.cdiv(length, COUNT.block), kv_heads, rows)
+    blocks = (max(1, triton.cdiv(length, COUNT.block)), kv_heads, rows)
     for digit in range(1, DIGITS.value):
         count_kernel[blocks](
             ranks,
@@ -54,6 +54,7 @@ def largest(ranks: Tensor, counts: Tensor, budget: Tensor, most: int) -> tuple[T
             filled,
             taken,
             length,
+            most,
             DIGIT=digit,
             BLOCK=COUNT.block,
             num_warps=COUNT.warps,
@@ -88,6 +89,7 @@ def count_kernel(
     filled_ptr,  # [B, Hkv] int64
     taken_ptr,  # [B, Hkv] int64
     length,
+    most,
     DIGIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,7 +102,8 @@ def count_kernel(
     if DIGIT == 1:
         prefix = tl.cast(0, tl.int64)
         tokens = tl.sum(tl.load(counts_ptr - BINS + tl.arange(0, BINS)))
-        need = tl.minimum(tl.load(budget_ptr + row), tokens)
+        need = tl.minimum(tl.load(budget_ptr + row), tl.minimum(tokens, most))
+        need = tl.maximum(need, 0)
         tl.store(filled_ptr + own, need, mask=first)
         tl.store(taken_ptr + own, tl.cast(0, tl.int64), mask=first)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.kernels.triton_common import Config, on_its_device, padded, strides
 from refreshkv.kernels.triton_radix import BINS, DIGITS, LONGEST, largest
-from refreshkv.selection import Selection
+from refreshkv.selection import Selection, pool_width, slot_count
 
 RANK = Config(block=4096, warps=8, stages=1)  # tokens
 _ANCHORS_AT_ONCE = 1024
@@ -39,10 +39,10 @@ def select(
     rows, kv_heads, length = scores.shape
     if length > LONGEST:
         raise ValueError(f"{length} tokens are more than the {LONGEST} that can be selected from")
-    most = min(int(budget.max()) if slots is None else slots, length)
+    most = slot_count(budget, slots, length)
     newest = recent
     if isinstance(recent, int):
-        newest = budget.new_full(budget.shape, recent) if recent else None
+        newest = budget.new_full(budget.shape, min(recent, length)) if recent > 0 else None
     lifts = None if anchors is None else _lifts(anchors, length)
     ranks = budget.new_empty(rows, kv_heads, length, dtype=torch.int32)
     counts = ranks.new_zeros(rows, kv_heads, DIGITS.value, BINS.value)
@@ -61,7 +61,7 @@ def select(
         *scores.stride(),
         *strides(visible, 2),
         *strides(heads, 2),
-        POOL=pool_kernel,
+        POOL=pool_width(pool_kernel, length),
         BLOCK=RANK.block,
         num_warps=RANK.warps,
     )
@@ -79,6 +79,7 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
         positions,
         out,
         heads,
+        source.shape[2],
         slots,
         *source.stride(),
         *positions.stride(),
@@ -118,7 +119,7 @@ def lift_kernel(
     anchors_ptr += row * anchors_row + head * anchors_head
     place = tl.load(anchors_ptr + index * anchors_place, mask=index < anchors, other=-1)
     lifts_ptr += (row * tl.num_programs(1) + head) * length
-    tl.atomic_add(lifts_ptr + place, 2.0, mask=place >= 0)
+    tl.store(lifts_ptr + place, 2.0, mask=(place >= 0) & (place < length))
 
 
 @triton.jit
@@ -152,25 +153,28 @@ def rank_kernel(
             return
     own = row * tl.num_programs(1) + head
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    end = tl.cast(length, tl.int64)
+    end = length
     if ends_ptr is not None:
-        end = tl.load(ends_ptr + row)
+        end = tl.minimum(tl.maximum(tl.load(ends_ptr + row), 0), length).to(tl.int32)
     scores_ptr += row * scores_row + head * scores_head
     pooled = tl.zeros([BLOCK], tl.float32)
     for step in tl.static_range(POOL):
         near = places + (step - POOL // 2)
-        shown = (near >= 0) & (near < tl.minimum(end, length))
+        shown = (near >= 0) & (near < end)
         if visible_ptr is not None:
             visible = visible_ptr + row * visible_row + near * visible_place
             shown = tl.load(visible, mask=shown, other=0) != 0
         score = tl.load(scores_ptr + near.to(tl.int64) * scores_place, mask=shown, other=0.0)
-        pooled = tl.maximum(pooled, score.to(tl.float32))
+        # Not a maximum: a NaN, -0 and -1 count as 0.
+        score = score.to(tl.float32)
+        pooled = tl.where(score > pooled, score, pooled)
         if step == POOL // 2:
             counted = shown
     if lifts_ptr is not None:
         pooled += tl.load(lifts_ptr + own * length + places, mask=counted, other=0.0)
     if recent_ptr is not None:
-        pooled = tl.where(places >= end - tl.load(recent_ptr + row), 4.0, pooled)
+        recent = tl.minimum(tl.maximum(tl.load(recent_ptr + row), 0), length).to(tl.int32)
+        pooled = tl.where(places >= end - recent, 4.0, pooled)
     bits = tl.where(counted, pooled.to(tl.int32, bitcast=True), -1)
     tl.store(ranks_ptr + own * length + places, bits, mask=places < length)
     count = tl.histogram(bits >> 23, 256, mask=counted)
@@ -178,12 +182,14 @@ def rank_kernel(
     tl.atomic_add(counts_ptr + own * DIGITS * BINS + bins, count, mask=count > 0)
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["length"])
 def gather_kernel(
     source_ptr,  # [B, Hkv, L, D]
     positions_ptr,  # [B, Hkv, K] int64
     out_ptr,  # [B, Hkv, C, D]
     heads_ptr,  # [B, Hkv] bool, or None
+    length,
     slots,
     source_row,
     source_head,
@@ -211,7 +217,7 @@ def gather_kernel(
     dims = tl.arange(0, DIM_PAD)[None, :]
     positions_ptr += row * positions_row + head * positions_head
     place = tl.load(positions_ptr + slot * positions_slot, mask=slot < slots, other=-1)
-    wanted = (place >= 0)[:, None] & (dims < DIM)
+    wanted = ((place >= 0) & (place < length))[:, None] & (dims < DIM)
     source_ptr += row * source_row + head * source_head
     out_ptr += row * out_row + head * out_head
     content = tl.load(

@@ -58,7 +58,8 @@ class Parts(NamedTuple):
     logits: Tensor | None
 
 
-@triton.jit
+# A store that grows would be compiled for lengths that 16 divides, and for others.
+@triton.jit(do_not_specialize=["stored", "pages"])
 def split_kernel(
     query_ptr,  # [B, Hq, D]
     keys_ptr,  # [B, Hkv, L, D], or with blocks [N, Hkv, PAGE, D]
@@ -74,6 +75,8 @@ def split_kernel(
     scale,
     softcap,
     entries,
+    stored,  # places that a position may name
+    pages,
     key_row,
     key_head,
     key_entry,
@@ -140,12 +143,13 @@ def split_kernel(
         if positions_ptr is not None:
             listed = positions_ptr + row * position_row + head * position_head
             at = tl.load(listed + places, mask=inside, other=-1)
-            seen = seen & (at >= 0)
+            seen = seen & (at >= 0) & (at < stored)
             if blocks_ptr is None:
                 key_at, value_at = at * key_entry, at * value_entry
             else:
                 page = tl.load(blocks_ptr + row * blocks_row + at // PAGE, mask=seen, other=0)
                 page = page.to(tl.int64)
+                seen = seen & (page >= 0) & (page < pages)
                 key_at = page * key_row + at % PAGE * key_entry
                 value_at = page * value_row + at % PAGE * value_entry
         # What is not seen is not read: it may hold anything.
@@ -173,10 +177,10 @@ def split_kernel(
         else:
             acc, top, mass = absorb(logits, None, acc, top, mass)
 
-    lse = tl.where(mass > 0, top + tl.log(mass), float("-inf"))
+    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
     tl.store(lse_ptr + queries * splits + split, lse, mask=own)
     if values_ptr is not None:
-        acc /= tl.where(mass > 0, mass, 1.0)[:, None]
+        acc /= tl.where(mass == 0, 1.0, mass)[:, None]
         tl.store(
             output_ptr + (queries * splits + split)[:, None] * VALUE_DIM + value_dims[None, :],
             acc,
@@ -233,6 +237,8 @@ def attend_in_splits(
         scale,
         softcap,
         entries,
+        keys.shape[2] * (1 if blocks is None else blocks.shape[1]),
+        keys.shape[0],
         *strides(keys, 3),
         *strides(values, 3),
         *strides(visible, 2),

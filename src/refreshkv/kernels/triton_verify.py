@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.kernels.triton_causal import TILE, attend_causal, reach, seen_by
+from refreshkv.kernels.reference import Attended, Scored, window_within
+from refreshkv.kernels.triton_causal import TILE, attend_causal, reach, seen_by, start_of
 from refreshkv.kernels.triton_common import (
     Config,
+    beside_sink,
     contiguous_rows,
     finished_logits,
     for_every_head,
@@ -111,7 +112,7 @@ def _vote(
         length,
         scale,
         softcap,
-        window,
+        window_within(window, length + queries),
         *strides(query, 3),
         *strides(keys, 3),
         *strides(shown, 3),
@@ -175,8 +176,8 @@ def vote_kernel(
     scores_ptr += (row * kv_heads + head) * length
     voting = tl.full([], QUERIES, tl.int64)
     if counts_ptr is not None:
-        voting = tl.load(counts_ptr + row)
-    start = tl.load(starts_ptr + row)
+        voting = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), QUERIES)
+    start = start_of(starts_ptr, row, QUERIES, length)
     begin, end = reach(start, voting, length, window)
     shown = (places >= begin) & (places < end)
     if (voting == 0) | (tl.max(shown.to(tl.int32), 0) == 0):
@@ -214,9 +215,12 @@ def vote_kernel(
         seen = seen_by(last[None, :], places[:, None], shown[:, None], window)
         seen = seen & votes_here[None, :]
         weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
+        broken = tl.where(lse != lse, lse, 0.0)  # a NaN, which a maximum might not keep
         if sinks_ptr is not None:
-            sinks = tl.load(sinks_ptr + own_head, mask=votes_here, other=0.0).to(tl.float32)
-            weights *= tl.sigmoid(lse - sinks)[None, :]
+            share = beside_sink(lse, tl.load(sinks_ptr + own_head, mask=votes_here, other=0.0))
+            weights *= share[None, :]
+            broken += share * 0
+        votes += tl.sum(broken, 0)
         if MEAN:
             votes += tl.sum(weights, 1) / GROUP
         else:

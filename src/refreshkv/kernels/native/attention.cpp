@@ -48,19 +48,20 @@ struct Job {
 
 namespace {
 
-// The queries of one row and KV head, and the places first .. end that any of them sees.
+// The queries of one row and KV head from place `start` on, and the places first .. end that any of them sees.
 struct Part {
-  int64_t row, head, first, end, voting;
+  int64_t row, head, first, end, start, voting;
   const uint8_t* visible;  // from place 0, or null
 
   Part(const Job& job, int64_t index)
-      : row(index / job.kv_heads), head(index % job.kv_heads), first(0), end(job.length),
-        voting(job.counts ? job.counts[row] : job.queries), visible(nullptr) {
+      : row(index / job.kv_heads), head(index % job.kv_heads), first(0), end(job.length), start(0),
+        voting(job.counts ? std::clamp<int64_t>(job.counts[row], 0, job.queries) : job.queries), visible(nullptr) {
     if (job.lengths)
       end = std::min(end, job.lengths[row * job.lengths_row + head * job.lengths_head]);
     if (job.starts) {
-      end = std::min(end, job.starts[row] + job.queries);
-      if (job.window) first = std::max<int64_t>(0, job.starts[row] - job.window + 1);
+      start = std::clamp(job.starts[row], -job.queries, job.length);
+      end = std::min(end, start + job.queries);
+      if (job.window) first = std::max<int64_t>(0, start - job.window + 1);
     }
     if (job.visible) {
       visible = job.visible + row * job.visible_row + head * job.visible_head;
@@ -142,7 +143,7 @@ void hide(const Job& job, const Part& part, int64_t place, int64_t n, int64_t pa
   const float scale = static_cast<float>(job.scale), cap = static_cast<float>(job.softcap);
   const uint8_t* visible = part.visible ? part.visible + place : nullptr;
   if (visible && !std::memchr(visible, 0, n)) visible = nullptr;
-  const bool all_earlier = !job.starts || place + n <= job.starts[part.row] + 1;
+  const bool all_earlier = !job.starts || place + n <= part.start + 1;
   if (!visible && n == padded && !job.window && all_earlier && cap == 0) return;
   for (int64_t i = 0; i < job.group * job.queries; ++i) {
     float* row = logits + i * kRow;
@@ -154,7 +155,7 @@ void hide(const Job& job, const Part& part, int64_t place, int64_t n, int64_t pa
     }
     int64_t from = 0, to = n;
     if (job.starts) {
-      const int64_t last = job.starts[part.row] + i % job.queries;
+      const int64_t last = part.start + i % job.queries;
       to = std::clamp<int64_t>(last + 1 - place, 0, n);
       if (job.window) from = std::clamp<int64_t>(last - job.window + 1 - place, 0, n);
     }
@@ -222,7 +223,8 @@ void attend_chunk(const Job& job, const Part& part, const Bench& bench, int64_t 
     }
     if (!values) continue;
     look_at(keys, place + kBlock, job.key_token, job.dim);
-    pack_values(values + place * job.value_token, job.value_token, n, job.value_dim, bench.packed, ahead);
+    pack_values(values + place * job.value_token, job.value_token, n, job.value_dim,
+                part.visible ? part.visible + place : nullptr, bench.packed, ahead);
     product({block, weights.stride, bench.packed, job.value_dim / kColumns, result.mixed, job.value_dim, rows,
              job.value_dim, padded, true, ahead});
   }
@@ -244,7 +246,7 @@ void finish_part(const Job& job, const Part& part, const Softmax& result) {
   for (int64_t i = 0; i < job.group * job.queries; ++i) {
     const int64_t head = part.head * job.group + i / job.queries, t = i % job.queries;
     const int64_t query = (part.row * job.kv_heads * job.group + head) * job.queries + t;
-    const bool empty = !(result.total[i] > 0);
+    const bool empty = result.total[i] == 0;  // and not where it is NaN
     const float lse = empty ? -kInfinity : (result.top[i] + std::log2(result.total[i])) / kLog2e;
     float share = empty ? 0 : 1 / result.total[i];
     if (job.sinks && !empty) share *= 1 / (1 + std::exp(job.sinks[head] - lse));
@@ -272,10 +274,13 @@ void score_part(const Job& job, const Part& part, const Weights& weights, const 
   std::fill(scores + part.end, scores + job.length, 0.0f);
   for (int64_t place = part.first; place < part.end; place += kBlock) {
     const int64_t n = std::min(kBlock, part.end - place), offset = place - part.first;
-    for (int64_t i = 0; i < m; ++i)
+    float broken = 0;  // or NaN, which a maximum might not keep
+    for (int64_t i = 0; i < m; ++i) {
       factors[i] = std::exp2(weights.tops[offset / kBlock * m + i] - result.top[i]) * result.total[i] * share;
+      if (i % job.queries < part.voting) broken += factors[i] * 0;
+    }
     for (int64_t x = 0; x < n; x += kLanes) {
-      Floats votes{};
+      Floats votes = all(broken);
       for (int64_t t = 0; t < part.voting; ++t) {
         Floats reduced{};
         for (int64_t g = 0; g < job.group; ++g) {

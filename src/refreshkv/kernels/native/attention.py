@@ -11,7 +11,7 @@ from torch import Tensor
 from refreshkv.config import Reduction
 from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.kernels.native.selection import gather, top_slots
-from refreshkv.kernels.reference import Attended, Scored
+from refreshkv.kernels.reference import Attended, Scored, window_within
 
 _WIDTH, _WIDEST = 32, 512  # a head dim is a multiple of the first, and at most the second
 _MOST_QUERIES = 1024  # of a row and KV head
@@ -100,7 +100,8 @@ def attend_at(
         chosen.append(copies)
     if newest is None:
         newest = torch.zeros(positions.shape[:2], dtype=torch.int64)
-    options |= {"visible": positions >= 0, "heads": heads}
+    stored = (positions >= 0) & (positions < keys.shape[2])
+    options |= {"visible": stored, "heads": heads}
     return attend_and_rank(query, *chosen, newest=newest, count=count, **options)
 
 
@@ -145,6 +146,8 @@ def run(
     output = query.new_empty(rows, query_heads, queries, value_dim)
     lse = query.new_empty(rows, query_heads, queries, dtype=torch.float32)
     scores = query.new_empty(rows, kv_heads, length if scored else 0, dtype=torch.float32)
+    if not length:  # an address of nothing would be one that was not given
+        return output.zero_(), lse.fill_(float("-inf")), scores
     # Copies live as long as these names do.
     visible = None if visible is None else visible.expand(rows, kv_heads, -1)
     if visible is not None and visible.stride(-1) != 1:
@@ -160,7 +163,11 @@ def run(
         *(step for three in strides for step in three[:3]),
         *((0, 0) if visible is None else visible.stride()[:2]),
         *((0, 0) if lengths is None else lengths.stride()),
-        *(window or 0, reduction == "mean", threads or torch.get_num_threads()),
+        *(
+            window_within(window, length + queries) or 0,
+            reduction == "mean",
+            threads or torch.get_num_threads(),
+        ),
         *(scale, softcap or 0.0),
     )
     if (library or compiled()).refreshkv_attend(ctypes.byref(job)):

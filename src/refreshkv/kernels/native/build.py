@@ -105,7 +105,7 @@ def load(path: Path) -> ctypes.CDLL:
             ("attend", 1, 0),
             ("select", 1, 0),
             ("insert", 1, 0),
-            ("gather", 4, 11),
+            ("gather", 4, 12),
             ("top_slots", 3, 3),
         ):
             kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers

@@ -85,24 +85,25 @@ inline Floats widened(Halves v) {
   return (Floats)(__builtin_convertvector(v, Words) << 16);
 #endif
 }
-// To the nearest, ties to even; no NaN reaches this but from NaN inputs.
+// To the nearest, ties to even; a NaN stays one.
 inline Halves narrowed(Floats v) {
 #ifdef __AVX512BF16__
   return (Halves)_mm512_cvtneps_pbh((__m512)v);
 #else
-  Words bits = (Words)v;
-  bits += 0x7fff + ((bits >> 16) & 1);
-  return __builtin_convertvector(bits >> 16, Halves);
+  const Words bits = (Words)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, Halves);
 #endif
 }
 
 // 2^x for x <= 0, -inf included. A number becomes 0 below -126, where bfloat16 has nothing left to tell, if not later.
+// A NaN stays one; in plain vectors because its lowest nine bits, which the shift moves, are 0 where the inputs are
+// bfloat16.
 inline Floats power_of_two(Floats x) {
 #ifdef __AVX512DQ__
   const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
 #else
-  const Ints counts = x > -126.0f;
-  x = larger(x, all(-126.0f));
+  const Ints vanishes = x <= -126.0f;
+  x = larger(all(-126.0f), x);  // in this order: the second, where either is NaN
   // 1.5 * 2^23 leaves the nearest integer in the low bits; half less is the floor.
   const Floats shifted = (x - 0.5f) + 12582912.0f;
   const Floats f = x - (shifted - 12582912.0f);
@@ -116,7 +117,7 @@ inline Floats power_of_two(Floats x) {
 #ifdef __AVX512DQ__
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  return (Floats)(((Ints)p + ((Ints)shifted << 23)) & counts);
+  return (Floats)(((Ints)p + ((Ints)shifted << 23)) & ~vanishes);
 #endif
 }
 

@@ -271,14 +271,15 @@ struct Interleave {
   static constexpr int at(int lane) { return lane / 8 * 8 + second * 4 + lane % 8 / 2 + lane % 2 * 2 * kLanes; }
 };
 
-// values `[n, dim]` -> the tiles of `[n, dim]`, zeros from n on to a multiple of 32. The columns of a register and the
-// next are in the order that interleaving leaves; `put_in_order` undoes it in the result.
-void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim, Pair* packed, Ahead& ahead) {
+// values `[n, dim]` -> the tiles of `[n, dim]`, zeros from n on to a multiple of 32, and where `visible` (or null) is 0:
+// a weight of 0 would make a NaN of a NaN. The columns of a register and the next are in the order that interleaving
+// leaves; `put_in_order` undoes it in the result.
+void pack_values(const bfloat16* values, int64_t stride, int64_t n, int64_t dim, const uint8_t* visible, Pair* packed,
+                 Ahead& ahead) {
+  const auto row = [&](int64_t r) { return r < n && (!visible || visible[r]) ? values + r * stride : kZeros; };
   for (int64_t first = 0; first < n; first += 32)
     for (int64_t pair = 0; pair < 16; ++pair) {
-      const int64_t r = first + 2 * pair;
-      const bfloat16* low = r < n ? values + r * stride : kZeros;
-      const bfloat16* high = r + 1 < n ? values + (r + 1) * stride : kZeros;
+      const bfloat16 *low = row(first + 2 * pair), *high = row(first + 2 * pair + 1);
       Pair* to = packed + first / 32 * (dim / kColumns) * kTile + pair * kColumns;
       const auto column = [&](int64_t d) { return to + d / kColumns * kTile + d % kColumns; };
       for (int64_t d = 0; d < dim; d += 2 * kLanes) {

@@ -8,7 +8,9 @@
 
 namespace {
 
-// Scores are not negative, and non-negative floats order like their bits; what cannot be chosen is negative.
+// The rule for scores: NaN and negative ones, -0 too, count as 0.
+inline float counted(float score) { return score > 0 ? score : 0; }
+// Non-negative floats order like their bits; what cannot be chosen is negative.
 inline int32_t bits_of(float score) {
   int32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
@@ -16,7 +18,7 @@ inline int32_t bits_of(float score) {
 }
 // Score over position: distinct, and the later token wins a tie.
 inline int64_t key_of(float score, int64_t position) {
-  return (static_cast<int64_t>(bits_of(score)) << 32) | position;
+  return static_cast<int64_t>(bits_of(score)) * (int64_t{1} << 32) + position;
 }
 
 // Where the heads of the rows lie: bytes from one to the next.
@@ -51,7 +53,7 @@ constexpr float kAnchor = 2.0f, kRecent = 4.0f;  // as in selection.py: above ev
 void pool(const float* scores, const uint8_t* visible, int64_t length, int64_t reach, float* own, float* pooled) {
   std::fill(own, own + reach, 0.0f);
   std::fill(own + reach + length, own + length + 2 * reach + kLanes, 0.0f);
-  for (int64_t i = 0; i < length; ++i) own[reach + i] = visible && !visible[i] ? 0.0f : scores[i];
+  for (int64_t i = 0; i < length; ++i) own[reach + i] = visible && !visible[i] ? 0.0f : counted(scores[i]);
   for (int64_t i = 0; i < length; i += kLanes) {
     Floats best = load<Floats>(own + i);
     for (int64_t back = 1; back <= 2 * reach; ++back) best = larger(best, load<Floats>(own + i + back));
@@ -98,23 +100,27 @@ struct Shelf {
 // Not inlined: it would look up where the shelf of its thread is, again and again.
 __attribute__((noinline)) void choose(const Choice& job, int64_t row, int64_t head, Shelf& shelf) {
   const int64_t part = row * job.kv_heads + head, reach = job.pool_kernel / 2;
-  const int64_t end = job.ends ? std::min(job.length, job.ends[row]) : job.length;
+  const int64_t end = job.ends ? std::clamp<int64_t>(job.ends[row], 0, job.length) : job.length;
   const uint8_t* visible = job.visible ? job.visible + row * job.length : nullptr;
   int64_t there = end;
   if (visible) there = std::count_if(visible, visible + end, [](uint8_t shown) { return shown != 0; });
-  const int64_t count = std::min(job.budget[row], there);
+  const int64_t count = std::clamp<int64_t>(job.budget[row], 0, std::min(there, job.slots));
   job.filled[part] = count;
-  if (count <= 0 || (job.heads && !job.heads[part])) return;
+  if (count == 0 || (job.heads && !job.heads[part])) return;
 
   shelf.own.resize(end + 2 * reach + kLanes);
   shelf.pooled.resize(end + kLanes);
   float* ranked = shelf.pooled.data();
   pool(job.scores + part * job.length, visible, end, reach, shelf.own.data(), ranked);
-  for (int64_t i = 0; i < job.anchor_count; ++i) {
-    const int64_t anchor = job.anchors[part * job.anchor_count + i];
-    if (anchor >= 0 && anchor < end) ranked[anchor] += kAnchor;
-  }
-  if (job.recent) std::fill(ranked + std::max<int64_t>(0, end - job.recent[row]), ranked + end, kRecent);
+  // In two rounds: an anchor that is named twice is lifted once.
+  for (const float lift : {0.0f, kAnchor})
+    for (int64_t i = 0; i < job.anchor_count; ++i) {
+      const int64_t anchor = job.anchors[part * job.anchor_count + i];
+      if (anchor < 0 || anchor >= end) continue;
+      if (lift == 0) shelf.own[anchor] = ranked[anchor];
+      else ranked[anchor] = shelf.own[anchor] + lift;
+    }
+  if (job.recent) std::fill(ranked + end - std::clamp<int64_t>(job.recent[row], 0, end), ranked + end, kRecent);
   for (int64_t i = 0; visible && i < end; ++i)
     if (!visible[i]) ranked[i] = -1.0f;
 
@@ -147,10 +153,12 @@ int refreshkv_select(const Choice* given) {
   return failed;
 }
 
-// Tokens `positions` [B, Hkv, K] of `source` to the first slots of `out`, `bytes` each; negative ones leave theirs.
+// Tokens `positions` [B, Hkv, K] of the `length` in `source` to the first slots of `out`, `bytes` each; others leave
+// theirs.
 void refreshkv_gather(const char* source, const int64_t* positions, char* out, const uint8_t* heads, int64_t rows,
-                      int64_t kv_heads, int64_t slots, int64_t bytes, int64_t source_row, int64_t source_head,
-                      int64_t source_token, int64_t out_row, int64_t out_head, int64_t out_token, int64_t threads) {
+                      int64_t kv_heads, int64_t length, int64_t slots, int64_t bytes, int64_t source_row,
+                      int64_t source_head, int64_t source_token, int64_t out_row, int64_t out_head, int64_t out_token,
+                      int64_t threads) {
   constexpr int64_t ahead = 16;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
   for (int64_t part = 0; part < rows * kv_heads; ++part) {
@@ -159,11 +167,12 @@ void refreshkv_gather(const char* source, const int64_t* positions, char* out, c
     const char* from = source + row * source_row + head * source_head;
     char* to = out + row * out_row + head * out_head;
     const int64_t* wanted = positions + part * slots;
+    const auto stored = [&](int64_t slot) { return wanted[slot] >= 0 && wanted[slot] < length; };
     for (int64_t slot = 0; slot < slots; ++slot) {
-      if (slot + ahead < slots && wanted[slot + ahead] >= 0)
+      if (slot + ahead < slots && stored(slot + ahead))
         for (int64_t line = 0; line < bytes; line += 64)
           __builtin_prefetch(from + wanted[slot + ahead] * source_token + line);
-      if (wanted[slot] >= 0) std::memcpy(to + slot * out_token, from + wanted[slot] * source_token, bytes);
+      if (stored(slot)) std::memcpy(to + slot * out_token, from + wanted[slot] * source_token, bytes);
     }
   }
 }
@@ -178,7 +187,7 @@ struct Entry {
   int64_t* pushed;          // [B, Hkv]
   const int64_t* budget;    // [B]
   int64_t* entered;         // [B, Hkv]
-  int64_t rows, kv_heads, wanted_count, slots, key_bytes, value_bytes;
+  int64_t rows, kv_heads, length, wanted_count, slots, key_bytes, value_bytes;
   Strides key, value, ring_key, ring_value;
 };
 
@@ -191,13 +200,18 @@ void refreshkv_insert(const Entry* given) {
     const auto at = [&](auto* data, const Strides& strides, int64_t token) {
       return data + row * strides.row + head * strides.head + token * strides.token;
     };
+    const int64_t budget = std::min(job.budget[row], job.slots);
     // What is there is looked at before anything enters.
     std::vector<int64_t> missing;
-    for (int64_t i = 0; i < job.wanted_count; ++i)
-      if (wanted[i] >= 0 && std::find(held, held + job.slots, wanted[i]) == held + job.slots)
+    for (int64_t i = 0; budget > 0 && i < job.wanted_count; ++i)
+      if (wanted[i] >= 0 && wanted[i] < job.length &&
+          std::find(held, held + job.slots, wanted[i]) == held + job.slots)
         missing.push_back(wanted[i]);
     for (const int64_t position : missing) {
-      const int64_t slot = (job.filled[part] + job.pushed[part]++) % job.budget[row];
+      // Unsigned, because a sum of such may wrap; % of a negative number is negative or 0.
+      const auto next = static_cast<int64_t>(uint64_t(job.filled[part]) + uint64_t(job.pushed[part]));
+      job.pushed[part] = static_cast<int64_t>(uint64_t(job.pushed[part]) + 1);
+      const int64_t slot = (next % budget + budget) % budget;
       std::memcpy(at(job.ring_keys, job.ring_key, slot), at(job.keys, job.key, position), job.key_bytes);
       std::memcpy(at(job.ring_values, job.ring_value, slot), at(job.values, job.value, position), job.value_bytes);
       held[slot] = position;
@@ -213,8 +227,8 @@ void refreshkv_top_slots(const float* scores, const int64_t* newest, int64_t* be
   for (int64_t part = 0; part < parts; ++part) {
     const float* row = scores + part * slots;
     int64_t kept = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const int64_t key = key_of(slot == newest[part] ? -1.0f : row[slot], slot);
+    for (int64_t slot = 0; count > 0 && slot < slots; ++slot) {
+      const int64_t key = key_of(slot == newest[part] ? -1.0f : counted(row[slot]), slot);
       if (kept == count && key < keys[kept - 1]) continue;
       int64_t place = kept;
       for (; place > 0 && keys[place - 1] < key; --place) keys[place] = keys[place - 1];

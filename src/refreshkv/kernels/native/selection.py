@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.kernels.native.build import address, compiled, ready, whole
-from refreshkv.selection import FREE, Selection
+from refreshkv.selection import FREE, Selection, pool_width, slot_count
 
 _WRITTEN = ("ring_positions", "pushed")
 
@@ -31,7 +31,8 @@ class Entry(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "ring_keys", "ring_values", "wanted")),
         *((name, ctypes.c_void_p) for name in ("ring_positions", "filled", "pushed", "budget", "entered")),
-        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "wanted_count", "slots", "key_bytes", "value_bytes")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "length", "wanted_count", "slots")),
+        *((name, ctypes.c_int64) for name in ("key_bytes", "value_bytes")),
         *((f"{of}_{step}", ctypes.c_int64) for of in ("key", "value", "ring_key", "ring_value")
           for step in ("row", "head", "token")),
     )  # fmt: skip
@@ -51,18 +52,18 @@ def select(
 ) -> Selection:
     """See `selection.select`."""
     rows, kv_heads, length = scores.shape
-    slots = min(int(budget.max()) if slots is None else slots, length)
+    slots = slot_count(budget, slots, length)
     positions = torch.full((rows, kv_heads, slots), FREE)
     filled = torch.empty(rows, kv_heads, dtype=torch.int64)
     if not isinstance(recent, Tensor):
-        recent = torch.full((rows,), recent)
+        recent = torch.full((rows,), max(0, min(recent, length)))
     visible = None if visible is None else visible.expand(rows, -1)
     # The list keeps what are copies.
     inputs = list(map(whole, (scores.float(), budget, visible, heads, recent, anchors, ends)))
     job = Choice(
         *map(address, (*inputs, positions, filled)),
-        *(rows, kv_heads, length, 0 if anchors is None else anchors.shape[-1], slots, pool_kernel),
-        torch.get_num_threads(),
+        *(rows, kv_heads, length, 0 if anchors is None else anchors.shape[-1], slots),
+        *(pool_width(pool_kernel, length), torch.get_num_threads()),
     )
     if compiled().refreshkv_select(ctypes.byref(job)):
         raise MemoryError(f"selection among {length} tokens: not enough memory")
@@ -76,7 +77,7 @@ def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None 
     size = source.element_size()
     compiled().refreshkv_gather(
         *map(address, (source, positions, out, heads)),
-        *(rows, kv_heads, slots, source.shape[-1] * size),
+        *(rows, kv_heads, source.shape[2], slots, source.shape[-1] * size),
         *(step * size for x in (source, out) for step in x.stride()[:3]),
         torch.get_num_threads(),
     )
@@ -102,7 +103,8 @@ def insert(
     job = Entry(
         *map(address, (keys, values, ring_keys, ring_values, wanted)),
         *map(address, (ring_positions, filled, pushed, budget, entered)),
-        *(rows, kv_heads, count, ring_positions.shape[2], keys.shape[-1] * size, values.shape[-1] * size),
+        *(rows, kv_heads, keys.shape[2], count, ring_positions.shape[2]),
+        *(x.shape[-1] * size for x in (keys, values)),
         *(step * size for x in (keys, values, ring_keys, ring_values) for step in x.stride()[:3]),
     )  # fmt: skip
     compiled().refreshkv_insert(ctypes.byref(job))
@@ -113,7 +115,7 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
     """See `reference.top_slots`."""
     *parts, slots = scores.shape
     scores, newest = whole(scores), whole(newest)
-    best = newest.new_empty(*parts, min(count, slots))
+    best = newest.new_empty(*parts, max(0, min(count, slots)))
     compiled().refreshkv_top_slots(
         *map(address, (scores, newest, best)), newest.numel(), slots, best.shape[-1]
     )
