@@ -60,6 +60,8 @@ def full_reason(
         return f"{mode.value.replace('_', ' ')} does not draft"
     if synced_gpus:
         return "processes that keep in step (ZeRO-3, FSDP) cannot draft each its own"
+    if getattr(model, "_is_stateful", False):
+        return "a recurrent state cannot take a draft back"
     reason = exact_reason(model.config) or _inputs_reason(model, model_kwargs)
     if reason is not None:
         return reason

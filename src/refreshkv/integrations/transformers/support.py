@@ -85,7 +85,7 @@ def _refusal(
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; RefreshKV serves decoder-only models"
     # Not by `getattr`: a field that each layer has its own of raises.
-    if vars(config.get_text_config(decoder=True)).get("kv_lora_rank"):
+    if config.get_text_config(decoder=True).__dict__.get("kv_lora_rank"):
         return f"{name} uses multi-head latent attention (MLA), which has no KV cache per head to select from"
     if model_class is None:
         return f"transformers has no causal language model for {name}"
