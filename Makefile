@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-sanitized test-oldest test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
+.PHONY: help setup demo test test-slow test-sanitized test-versions test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install the pinned set
 
@@ -45,11 +45,15 @@ test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -s -k "not broken and not without_a_library" $(SANITIZED)
 
-test-oldest:  ## the integration tests on the oldest supported transformers, in .venv-oldest
-	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	.venv-oldest/bin/python -m pip install --quiet -e '.[dev]' 'transformers==5.16.0'
-	.venv-oldest/bin/python -m pytest tests/integrations
+# The other tested releases of transformers, beside the pinned one; all fit the dependencies of the pinned set.
+VERSIONS ?= 5.16.0 5.20.2 5.24.0
+TESTS ?= tests/integrations
+test-versions: $(STAMP)  ## the integration tests (or TESTS) on other releases of transformers (VERSIONS)
+	for version in $(VERSIONS); do \
+		other="$(VENV)/transformers-$$version"; \
+		test -d "$$other" || $(BIN)/python -m pip install --quiet --no-deps --target "$$other" "transformers==$$version"; \
+		PYTHONPATH="$$other" $(BIN)/python -m pytest $(TESTS) || exit 1; \
+	done
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,8 +2,6 @@
 
 Group and queries together are the rows of one matrix product, so keys and values are read once for all G * T queries of
 a KV head; where these need several tiles, the tiles run side by side and share the L2 cache.
-
-Not yet run on a GPU: interpreter and ahead-of-time compilation only.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 One query token gives a GPU too little to do, so the entries of a head are cut into splits, a program each (split-K).
 Each leaves its output and log-sum-exp in float32 scratch, and `merge` combines them. How many splits there are follows
 from shapes alone, and each takes its share of the length that the device holds: nothing here asks the device.
-
-Not yet run on a GPU: interpreter and ahead-of-time compilation only.
 """
 
 from __future__ import annotations

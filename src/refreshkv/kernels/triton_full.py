@@ -3,7 +3,7 @@
 The scores need the log-sum-exp of the whole row, so the pass keeps its logits (4 bytes a query head and token, where
 keys and values have 512 a KV head at head dim 128) and a second kernel turns them into scores.
 
-Same signatures as `reference.py`. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+Same signatures as `reference.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tokens of the full cache enter the rings of the partial cache: the new token, and what follows attended ones.
 
-One program a ring looks through its positions and then writes, so that nothing is decided twice. Not yet run on a GPU:
-interpreter and ahead-of-time compilation only.
+One program a ring looks through its positions and then writes, so that nothing is decided twice.
 """
 
 from __future__ import annotations

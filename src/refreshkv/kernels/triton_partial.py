@@ -1,6 +1,6 @@
 """The partial step: attention over the entries of a partial cache, or over those that a list of positions names.
 
-Same signatures as `reference.py`. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+Same signatures as `reference.py`.
 """
 
 from __future__ import annotations

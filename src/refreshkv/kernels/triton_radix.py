@@ -4,7 +4,7 @@ A key is the bits of a score over the position of its token, so no two are equal
 8 and the others 12 bits wide, find the K-th largest. What reaches it is collected and sorted in chunks, and each key
 looks up how many of every chunk go before it. Only these last two depend on K.
 
-Source: ours. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+Source: ours.
 """
 
 from __future__ import annotations

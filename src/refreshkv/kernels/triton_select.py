@@ -2,8 +2,6 @@
 
 Scores are pooled and the rules applied, one integer a token; `triton_radix` finds the K largest. The launches are the
 same whatever the scores, and nothing asks the device.
-
-Not yet run on a GPU: interpreter and ahead-of-time compilation only.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 The entries are a view of a cache, or those that a list of positions names in a full or a paged cache. The logits are
 kept where scores or ranks follow, so that no key is read twice. The G queries of a group are the rows of one matrix
 product, padded to the 16 that tensor cores take: at 1 to 8 queries the pass waits for memory either way.
-
-Not yet run on a GPU: interpreter and ahead-of-time compilation only.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ a second time, which for T = 9, G = 4, D = 128 in 16 bits is 256 bytes a key bes
 kept in float32 would be 288, and with more queries or heads in a group more still; in 16 bits they would be 144, and
 rounded.
 
-Same signatures as `reference.py`. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+Same signatures as `reference.py`.
 """
 
 from __future__ import annotations
