@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
 from refreshkv.integrations.transformers.cache import RefreshLayer
+from refreshkv.integrations.transformers.masks import newest_row
+from refreshkv.integrations.transformers.static import StaticRefreshLayer
 
 from ..conftest import build
 from .prompts import greedy, left_padded, refreshed, tokens
@@ -250,17 +252,29 @@ def test_a_cache_on_a_model_that_is_not_attached_raises(llama: PreTrainedModel) 
     ],
     ids=["keys", "values"],
 )
+@pytest.mark.parametrize("layer", [RefreshLayer, StaticRefreshLayer])
 def test_what_is_changed_after_the_cache_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+    monkeypatch: pytest.MonkeyPatch, layer: type, change: Any, message: str
 ) -> None:
     """An architecture that re-assigns its keys between cache and attention must not run as ordinary attention."""
     model = build("llama")
-    update = RefreshLayer.update
-    monkeypatch.setattr(
-        RefreshLayer, "update", lambda self, *a, **k: change(*update(self, *a, **k))
-    )
+    update = layer.update
+    monkeypatch.setattr(layer, "update", lambda self, *a, **k: change(*update(self, *a, **k)))
+    form = "static" if layer is StaticRefreshLayer else None
     with refreshkv.attach(model), pytest.raises(RuntimeError, match=message):
-        greedy(model, tokens(1, 10))
+        greedy(model, tokens(1, 10), cache_implementation=form)
+
+
+def test_masks_that_a_decode_step_cannot_follow() -> None:
+    lowest = torch.finfo(torch.float32).min
+    hidden = torch.tensor([0.0, lowest, 0.0])
+    assert newest_row(hidden[None, None, None], 3).tolist() == [[True, False, True]]
+    with pytest.raises(RuntimeError, match="differs by head"):
+        newest_row(hidden.expand(1, 2, 1, 3), 3)
+    with pytest.raises(RuntimeError, match="adds a bias"):
+        newest_row(hidden[None, None, None] - torch.tensor([0.5, 0.0, 0.0]), 3)
+    with pytest.raises(RuntimeError, match="covers 3 tokens, the cache holds 4"):
+        newest_row(hidden[None, None, None], 4)
 
 
 def test_gradients_are_refused(llama: PreTrainedModel) -> None:
@@ -296,9 +310,6 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "encoder-decoder": ("T5Config", {}, "encoder-decoder"),
     "no interface": ("BloomConfig", {}, "attention interface"),
     "no attention": ("MambaConfig", {}, ""),
-    "values changed": ("DiffLlamaConfig", {}, "changes the values"),
-    "keys changed": ("JetMoeConfig", {}, "changes the keys"),
-    "a bias": ("DogeConfig", {}, "adds a bias"),
     "its own cache": ("MiniMaxConfig", {}, "makes a cache of its own"),
     "no language model": ("CLIPVisionConfig", {}, "no causal language model"),
 }
@@ -312,6 +323,19 @@ def test_unsupported_architectures_say_why(
     assert (
         not support and not support.ok and reason in support.reason and "\n" not in support.reason
     )
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ("DiffLlamaConfig", "changes the values"),
+        ("JetMoeConfig", "changes the keys"),
+        ("DogeConfig", "adds a bias"),
+    ],
+)
+def test_models_that_are_left_as_they_are_say_why(config: str, reason: str) -> None:
+    support = refreshkv.supported(getattr(transformers, config)())
+    assert support.ok and reason in support.reason and "leaves it as it is" in support.reason
 
 
 def test_attach_raises_the_reason() -> None:

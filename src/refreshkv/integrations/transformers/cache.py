@@ -18,7 +18,7 @@ from refreshkv.cache import LayerCache
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.exact import ExactLayer, ExactWindowLayer
 from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.support import cross_layers, exact_reason
+from refreshkv.integrations.transformers.support import exact_reason, may_serve
 from refreshkv.methods import Method
 from refreshkv.stats import Stats
 from refreshkv.step import Algorithm, Attention
@@ -267,7 +267,7 @@ class RefreshCache(Drafting, DynamicCache):
         served = [
             index
             for index, layer in enumerate(self.layers)
-            if type(layer) is DynamicLayer and index not in cross_layers(self._decoder)
+            if type(layer) is DynamicLayer and may_serve(self._decoder, index)
         ]
         for place, index in enumerate(served):
             inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)

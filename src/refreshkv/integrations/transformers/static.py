@@ -28,7 +28,7 @@ from refreshkv.integrations.transformers.cache import (
     without_autocast,
 )
 from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.support import cross_layers
+from refreshkv.integrations.transformers.support import may_serve
 from refreshkv.static import StaticLayerCache
 from refreshkv.static_exact import StaticExactLayer
 from refreshkv.stats import Stats
@@ -188,7 +188,7 @@ class StaticRefreshCache(Drafting, StaticCache):
         self._decoder = config.get_text_config(decoder=True)
         self._current = Pass()
         for index, layer in enumerate(self.layers):
-            if type(layer) is StaticLayer and index not in cross_layers(self._decoder):
+            if type(layer) is StaticLayer and may_serve(self._decoder, index):
                 self.layers[index] = StaticRefreshLayer(
                     max_cache_len, refresh, index, self.stats, self._current
                 )

@@ -32,7 +32,7 @@ PROVEN_ARCHITECTURES = (
 )
 
 
-# What neither a class nor a configuration shows; a forward pass of such a model raises.
+# What neither a class nor a configuration shows: these are left as they are. An unknown one raises in a forward pass.
 _BESIDE_CACHE = {
     "diffllama": "changes the values between the cache and attention",
     "doge": "adds a bias of its own to attention",
@@ -66,6 +66,9 @@ def supported(model: PreTrainedModel | PreTrainedConfig) -> Support:
     reason = _refusal(config, model_class, name)
     if reason is not None:
         return Support(False, reason)
+    beside = _BESIDE_CACHE.get(name)
+    if beside is not None:
+        return Support(True, f"{name} {beside}: RefreshKV leaves it as it is")
     layers = cache_layers(config)
     if any(type(layer) is DynamicLayer for layer in layers):
         return Support(True, "")
@@ -95,8 +98,6 @@ def _refusal(
         return f"{name} does not use transformers' attention interface"
     if not model_class._supports_default_dynamic_cache():
         return f"{name} makes a cache of its own"
-    if name in _BESIDE_CACHE:
-        return f"{name} {_BESIDE_CACHE[name]}"
     try:
         layers = cache_layers(config)
     except (ValueError, AttributeError):  # of a draft model, whose keys are those of another
@@ -112,9 +113,10 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
     return DynamicCache(config=config.get_text_config(decoder=True)).layers
 
 
-def cross_layers(decoder: PreTrainedConfig) -> tuple[int, ...]:
-    """The layers that attend to an image instead of the text (Mllama); they stay transformers' own."""
-    return tuple(getattr(decoder, "cross_attention_layers", None) or ())
+def may_serve(decoder: PreTrainedConfig, index: int) -> bool:
+    """Whether a full-attention layer may be ours; one that attends to an image instead of the text (Mllama) may not."""
+    images = getattr(decoder, "cross_attention_layers", None) or ()
+    return decoder.model_type not in _BESIDE_CACHE and index not in images
 
 
 def exact_reason(config: PreTrainedConfig) -> str | None:
@@ -126,7 +128,9 @@ def exact_reason(config: PreTrainedConfig) -> str | None:
         decoder, "attention_chunk_size", None
     ):
         return "chunked attention cannot take a draft back"
-    if cross_layers(decoder):
+    if decoder.model_type in _BESIDE_CACHE:
+        return f"{decoder.model_type} {_BESIDE_CACHE[decoder.model_type]}"
+    if getattr(decoder, "cross_attention_layers", None):
         return "layers that attend to an image do not draft"
     for layer in cache_layers(config):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
