@@ -26,7 +26,7 @@ MODES: list[dict[str, Any]] = [{}, {"preset": "fast"}, {"mode": "full"}, {"metho
 def test_an_untested_transformers_is_refused(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions, "VERSION", Version(version))
     before = dict(vars(llama))
     with pytest.raises(
         RuntimeError, match=rf"not with {version}: pip install 'transformers"

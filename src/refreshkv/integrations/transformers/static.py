@@ -121,6 +121,7 @@ class StaticRefreshLayer(StaticLayer):
 
     def observe(self, queries: Tensor, attention: Attention, visible: Tensor | None) -> None:
         """A prompt, or a chunk of it, is in the cache; `queries` `[B, Hq, T, D]`, `visible` `[B, C]` bool or `None`."""
+        self.current.awaiting = None
         self.inner.await_selection(queries)
         self._prompt = attention, visible
 

@@ -7,16 +7,17 @@ from packaging.version import Version
 
 # As in pyproject.toml, whose range a test compares: from the first on, and before the second.
 OLDEST, BEFORE = "5.16", "5.25"
+VERSION = Version(transformers.__version__)
 
 
 def check_version() -> None:
     """Raises `RuntimeError` outside the tested range: the seams we use move, and a missed one is plain attention."""
-    if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEFORE):
+    if not Version(OLDEST) <= VERSION < Version(BEFORE):
         raise RuntimeError(
             f"refreshkv was tested with transformers {OLDEST} and newer, before {BEFORE}, not with"
-            f" {transformers.__version__}: pip install 'transformers>={OLDEST},<{BEFORE}'"
+            f" {VERSION}: pip install 'transformers>={OLDEST},<{BEFORE}'"
         )
 
 
 # The argument and the output of a model that hold its KV cache: renamed in 5.24.
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.dev0") else "past_key_values"
+CACHE = "cache" if VERSION >= Version("5.24.dev0") else "past_key_values"
