@@ -12,7 +12,7 @@ VERSION = Version(transformers.__version__)
 
 def check_version() -> None:
     """Raises `RuntimeError` outside the tested range: the seams we use move, and a missed one is plain attention."""
-    if not Version(OLDEST) <= VERSION < Version(BEFORE):
+    if not Version(OLDEST) <= VERSION < Version(f"{BEFORE}.dev0"):
         raise RuntimeError(
             f"refreshkv was tested with transformers {OLDEST} and newer, before {BEFORE}, not with"
             f" {VERSION}: pip install 'transformers>={OLDEST},<{BEFORE}'"
@@ -20,4 +20,4 @@ def check_version() -> None:
 
 
 # The argument and the output of a model that hold its KV cache: renamed in 5.24.
-CACHE = "cache" if VERSION >= Version("5.24.dev0") else "past_key_values"
+CACHE = "cache" if Version("5.24.dev0") <= VERSION else "past_key_values"
