@@ -56,10 +56,8 @@ def attend(
     output, lse = flash(packed, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     if visible is not None:  # the fused kernel gives a row that sees nothing some log-sum-exp
         lse = lse.masked_fill(~visible.any(-1)[..., None], float("-inf"))
-    output, lse = (
-        output.flatten(1, 2),
-        lse.flatten(1, 2).float(),
-    )  # the kernel's is float64 for such tensors
+    # The fused kernel's log-sum-exp is float64 for such tensors.
+    output, lse = output.flatten(1, 2), lse.flatten(1, 2).float()
     if sinks is not None:
         output = output * share_beside_sink(lse, sinks)[..., None].to(output.dtype)
     # The fused kernel adds a mask to what may be NaN, and an infinite logit may leave its output finite: two sums tell.
