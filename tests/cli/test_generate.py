@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refreshkv import RefreshConfig
+from refreshkv.cli.generate import command
 
 PROMPT = "The quick brown fox\n"
 
@@ -51,6 +55,7 @@ def test_json_contract(tiny: Path, run: Callable[..., Any], last_json: Callable[
         "new_tokens": 12,
         "prompt_tokens": len(PROMPT),
         "mode": "refresh",
+        "method": None,
         "budget_tokens": 8,
         "model": str(tiny),
     }
@@ -177,6 +182,59 @@ def test_settings_reach_the_config(
     assert record["config"]["threshold"] == 0.95
 
 
+# Every field of `RefreshConfig`, as typed and as it arrives.
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "budget": ("8", 8),
+    "stride": ("never", None),
+    "threshold": ("none", None),
+    "decide": ("head", "head"),
+    "group_reduction": ("mean", "mean"),
+    "pool_kernel": ("3", 3),
+    "recent": ("2", 2),
+    "successor": ("1", 1),
+    "window": ("4", 4),
+    "anchor": ("0.25", 0.25),
+    "trigger": ("lse-drop", "lse-drop"),
+    "drop": ("1.5", 1.5),
+    "score_only": ("", True),
+    "mode": ("refresh", "refresh"),
+    "draft": ("3", 3),
+    "confidence": ("0.5", 0.5),
+}
+
+
+def test_every_setting_has_an_option_that_describes_it(run: Callable[..., Any]) -> None:
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(RefreshConfig)]
+    said = " ".join(run("generate", "--help").stdout.split())
+    for name in SETTINGS:
+        option = next(o for o in command.params if o.name == name)
+        assert option.help and " ".join(option.help.split())[:40] in said
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_arrives(
+    tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any], name: str
+) -> None:
+    typed, expected = SETTINGS[name]
+    option = (f"--{name.replace('_', '-')}", *([typed] if typed else []))
+    base = ("generate", "--model", tiny, "--prompt", PROMPT, "--max-new-tokens", 3, "--json")
+    assert last_json(run(*base, *option))["config"][name] == expected
+
+
+def test_a_method_of_the_comparison(
+    tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    base = ("generate", "--model", tiny, "--prompt", PROMPT, "--max-new-tokens", 5, "--json")
+    record = last_json(run(*base, "--method", "snapkv", "--budget", "4"))
+    assert (record["method"], record["budget_tokens"]) == ("snapkv", 4)
+    assert record["stats"]["full_steps"] == 0
+    for wrong in (("--method", "snapvk"), ("--method", "snapkv", "--stride", "3")):
+        result = run(*base, *wrong)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    refused = run(*base, "--mode", "full", "--score-only")
+    assert refused.exit_code == 2 and "--score-only has no effect" in refused.stderr
+
+
 def test_nothing_to_decode(
     tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any]
 ) -> None:
@@ -243,7 +301,10 @@ def test_dtype(tiny: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPa
     seen: list[torch.dtype] = []
     attach = refreshkv.attach
     monkeypatch.setattr(
-        refreshkv, "attach", lambda m, c: (seen.append(m.dtype), attach(m, c))[1], raising=False
+        refreshkv,
+        "attach",
+        lambda m, **given: (seen.append(m.dtype), attach(m, **given))[1],
+        raising=False,
     )
     args = ("generate", "--model", tiny, "--prompt", "hello", "--max-new-tokens", 2)
     assert run(*args, "--dtype", "bfloat16").exit_code == 0
@@ -265,7 +326,7 @@ def test_progress_bar_goes_to_stderr(
 def test_a_failure_is_one_line(
     tiny: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **given: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr("refreshkv.attach", broken, raising=False)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,6 @@ from refreshkv.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from refreshkv import RefreshConfig
 
 
 class BadInput(ValueError):
@@ -139,57 +137,6 @@ class OrWord(click.ParamType):
 
 
 STRIDE = OrWord(int, "never")
-THRESHOLD = OrWord(float, "none")
-
-
-def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The settings of the method. None of them has a default here: the preset holds it."""
-    for option in reversed(
-        (
-            click.option(
-                "--preset", help="Named settings to start from; `refreshkv info` lists them."
-            ),
-            click.option(
-                "--budget",
-                type=Budget(),
-                help="Partial cache: 1024 tokens, or 0.125 of the prompt.",
-            ),
-            click.option(
-                "--stride", type=STRIDE, help="At most every S-th step may be full, or 'never'."
-            ),
-            click.option(
-                "--threshold",
-                type=THRESHOLD,
-                help="A due step is full where the cosine of queries is at"
-                " most this; 'none' makes every due step full.",
-            ),
-            click.option(
-                "--mode",
-                type=click.Choice(["refresh", "exact", "full"]),
-                help="'exact' gives the output of full attention, 'refresh' is lossy, 'full' is ordinary attention.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def build_config(preset: str | None, **given: Any) -> RefreshConfig:
-    """The preset with the options the user gave (those that are not `None`) on top."""
-    import refreshkv
-
-    if given.get("mode") == "full":
-        settings = {"preset": preset, **given, "mode": None}
-        for name in (name for name, value in settings.items() if value is not None):
-            raise BadInput(f"--{name} has no effect in --mode full; leave it out")
-    words = (STRIDE.word, THRESHOLD.word)
-    overrides = {
-        name: None if value in words else value
-        for name, value in given.items()
-        if value is not None
-    }
-    with bad_input():
-        return refreshkv.make_config(preset, **overrides)
 
 
 SEED = click.IntRange(0, 2**63 - 1)

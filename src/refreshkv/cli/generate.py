@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refreshkv.cli import common, loading
+from refreshkv.cli import common, loading, settings
 from refreshkv.cli.common import BadInput
 from refreshkv.text import visible
 
@@ -40,7 +40,7 @@ STATS = (
 )
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 @click.option("--max-new-tokens", type=common.count(), default=256, show_default=True)
-@common.method_options
+@settings.options
 @loading.dtype_option
 @loading.device_option
 @click.option("--temperature", type=common.Finite(0, 1e6), default=0.0, show_default="0: greedy")
@@ -68,6 +68,7 @@ def command(
     prompt_file: str | None,
     chat: bool,
     max_new_tokens: int,
+    method: str | None,
     preset: str | None,
     dtype: str,
     device: str,
@@ -78,7 +79,7 @@ def command(
     trust_remote_code: bool,
     progress: bool | None,
     as_json: bool,
-    **method: Any,
+    **given: Any,
 ) -> None:
     """Continue a prompt with RefreshKV.
 
@@ -89,7 +90,7 @@ def command(
 
     # What can be checked without the model is checked first: a large one takes minutes to load.
     sampling = sampling_settings(temperature, top_p)
-    config = common.build_config(preset, **method)
+    asked = settings.asked(method, preset, given)
     prompt = prompts.read_prompt(text, prompt_file)
     loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     inputs = prompts.encode(loaded, prompt, chat)
@@ -114,13 +115,15 @@ def command(
         inner = streamer(loaded.tokenizer)
     with contextlib.ExitStack() as stack:
         with common.bad_input():
-            session = stack.enter_context(refreshkv.attach(loaded.model, config))
+            session = stack.enter_context(refreshkv.attach(loaded.model, **asked))
         output = decode(
             loaded, inputs, inner=inner, bar=bar, max_new_tokens=max_new_tokens, **sampling
         )
     if as_json:
         bar.close()
-        common.emit_json({**record(output, prompt_tokens, session), "model": model})
+        common.emit_json(
+            {**record(output, prompt_tokens, session), "model": model, "method": method}
+        )
     else:
         click.echo(summary(output, prompt_tokens, session), err=True)
 
@@ -159,7 +162,8 @@ def summary(output: Output, prompt_tokens: int, session: Session) -> str:
     times = f"prefill {output.prefill_s:.2f} s, decode {output.decode_s:.2f} s"
     if output.new_tokens > 1:
         times += f", {(output.new_tokens - 1) / output.decode_s:.1f} tokens/s"
-    return f"[{session.config.mode}: {counts}; {times}; {session.stats}]"
+    name = session.config.mode if session.method is None else session.method.name
+    return f"[{name}: {counts}; {times}; {session.stats}]"
 
 
 def sampling_settings(temperature: float, top_p: float | None) -> dict[str, Any]:

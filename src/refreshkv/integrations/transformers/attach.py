@@ -19,7 +19,11 @@ from refreshkv.integrations.transformers.attachment import attachment_of, join
 from refreshkv.integrations.transformers.cache import RefreshCache
 from refreshkv.integrations.transformers.fallback import CACHES, say_full
 from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.support import UnsupportedModelError, supported
+from refreshkv.integrations.transformers.support import (
+    UnsupportedModelError,
+    exact_reason,
+    supported,
+)
 from refreshkv.integrations.transformers.versions import CACHE, check_version
 from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
@@ -148,7 +152,8 @@ class Session:
     def new_static_cache(self, max_cache_len: int) -> StaticRefreshCache:
         """A cache of fixed size for compiled decoding, as `generate(cache_implementation="static")` uses it.
 
-        In the lossless mode it is `config.draft + 1` places longer than asked for, which drafts go through.
+        In the lossless mode it is `config.draft + 1` places longer than asked for, which drafts go through, where the
+        model can draft at all.
 
         Raises:
             ValueError: a method other than RefreshKV.
@@ -157,7 +162,7 @@ class Session:
             raise ValueError(
                 f"method {self.method.name!r} has no static cache: drop cache_implementation='static'"
             )
-        if self.config.mode == "exact":
+        if self.config.mode == "exact" and exact_reason(self.model.config) is None:
             max_cache_len += self.config.draft + 1  # of a row that has all but its last token
         cache = StaticRefreshCache(
             self.model.config, self.config, max_cache_len=max_cache_len, stats=self.stats
