@@ -29,7 +29,7 @@ from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
 
 # The caches of the call of `generate` under way, each with its length before.
-_caches: contextvars.ContextVar[list[tuple[Any, int]] | None] = contextvars.ContextVar(
+_caches: contextvars.ContextVar[list[tuple[Any, int | None]] | None] = contextvars.ContextVar(
     "refreshkv_caches", default=None
 )
 
@@ -195,7 +195,7 @@ class Session:
         )
         if self.config.mode == "exact" and not theirs:
             kwargs = {**kwargs, "custom_generate": exact.decode}
-        caches: list[tuple[Any, int]] = []
+        caches: list[tuple[Any, int | None]] = []
         before = _caches.set(caches)
         try:
             result = original(*args, **kwargs)
@@ -244,7 +244,7 @@ class Session:
                 made.activate_past_recording()  # a draft model rolls back
         caches = _caches.get()
         if caches is not None:
-            caches.append((made, int(made.get_seq_length())))
+            caches.append((made, made.served_length()))
         return result
 
     def on_prefill(
@@ -259,7 +259,7 @@ class Session:
         cache = model_kwargs.get(CACHE)
         if not isinstance(cache, CACHES):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
-        length = int(cache.get_seq_length())
+        length = cache.served_length()
         with cache.prompt():
             result = original(input_ids, generation_config, model_kwargs, **kwargs)
             _check_used(cache, length)
@@ -320,9 +320,9 @@ class Session:
         return cache
 
 
-def _check_used(cache: Any, length: int) -> None:
-    """Raises `RuntimeError` where a cache still holds the `length` tokens that it held before the prompt."""
-    if int(cache.get_seq_length()) <= length:
+def _check_used(cache: Any, length: int | None) -> None:
+    """Raises `RuntimeError` where our layers still hold the `length` tokens that they held before the prompt."""
+    if length is not None and cache.served_length() <= length:
         raise RuntimeError(
             "generate never filled RefreshKV's cache, so this would be ordinary attention: gradient checkpointing in"
             " training mode switches caches off (call model.eval()), and prefix tuning or a wrapper may bring its own"

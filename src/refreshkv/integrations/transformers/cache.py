@@ -212,6 +212,10 @@ class Drafting:
         """The layers that take part in the lossless mode."""
         return [layer for layer in self.layers if hasattr(layer, "begin_exact")]
 
+    def served_length(self) -> int | None:
+        """Tokens in the fullest of the layers that are ours; `None` where there is none."""
+        return max((int(layer.get_seq_length()) for layer in self.exact_layers), default=None)
+
     @contextmanager
     def drafting(
         self, kind: Literal["draft", "verify"], counts: Tensor | None = None
