@@ -130,6 +130,9 @@ def exact_reason(config: PreTrainedConfig) -> str | None:
         return "chunked attention cannot take a draft back"
     if decoder.model_type in _BESIDE_CACHE:
         return f"{decoder.model_type} {_BESIDE_CACHE[decoder.model_type]}"
+    # RecurrentGemma keeps it outside of the cache before 5.22.
+    if "recurrent" in (getattr(decoder, "block_types", None) or ()):
+        return "a recurrent state cannot take a draft back"
     if getattr(decoder, "cross_attention_layers", None):
         return "layers that attend to an image do not draft"
     for layer in cache_layers(config):
