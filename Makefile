@@ -39,7 +39,7 @@ test-slow: $(STAMP)  ## the tests left out of `make test`
 # Addresses and undefined behaviour of the C++ kernels are watched while their tests run. Not those that break a kernel,
 # or need CXX for themselves; and not leaks, of which Python and torch have some.
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_numbers.py tests/kernels/test_numbers.py \
-	tests/test_selection.py tests/integrations/test_nan.py
+	tests/test_selection.py tests/hosts/test_nan.py
 test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer and UBSan
 	CXX="c++ -fsanitize=address,undefined -fno-sanitize-recover=all -g" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
@@ -47,7 +47,7 @@ test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer
 
 # The other tested releases of transformers, beside the pinned one; all fit the dependencies of the pinned set.
 VERSIONS ?= 5.16.0 5.20.2 5.24.0
-TESTS ?= tests/integrations
+TESTS ?= tests/hosts
 test-versions: $(STAMP)  ## the integration tests (or TESTS) on other releases of transformers (VERSIONS)
 	for version in $(VERSIONS); do \
 		other="$(VENV)/transformers-$$version"; \

@@ -11,7 +11,7 @@ from typing import Any
 import refreshkv
 from refreshkv import demo, methods
 from refreshkv.demo import prompts
-from refreshkv.integrations.transformers import Support
+from refreshkv.hosts.transformers import Support
 from refreshkv.stats import RowStats, Stats
 
 PAGE = Path(__file__).with_name("api.md")
@@ -26,7 +26,7 @@ TOP = (
 )
 PUBLIC: dict[str, Any] = {
     **{f"refreshkv.{name}": getattr(refreshkv, name) for name in TOP},
-    "refreshkv.integrations.transformers.Support": Support,
+    "refreshkv.hosts.transformers.Support": Support,
     "refreshkv.stats.Stats": Stats,
     "refreshkv.stats.RowStats": RowStats,
     "refreshkv.methods.METHODS": methods.METHODS,

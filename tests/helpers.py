@@ -11,11 +11,11 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
+from refreshkv.cache.ring import PartialCache
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import reference
-from refreshkv.partial import PartialCache
-from refreshkv.schedule import Trigger
+from refreshkv.policy.triggers import Trigger
 from refreshkv.step import Attention, decode_step
 
 # The same examples every time: a test that fails only sometimes gets switched off.

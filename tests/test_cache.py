@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selection
 from refreshkv.step import Attention, decode_step
 from tests.helpers import PROPERTY, Decoder, random_tokens
 

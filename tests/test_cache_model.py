@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 from tests.helpers import PROPERTY, held
 from tests.slow import slow_select
 

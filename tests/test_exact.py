@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.exact import ExactLayer, ExactWindowLayer
 from refreshkv.kernels import reference

@@ -93,12 +93,12 @@ def test_imports_point_downwards(path: Path) -> None:
 @pytest.mark.parametrize(
     ("user", "code", "allowed"),
     [
-        ("store", "from refreshkv.partial import PartialCache", False),
+        ("store", "from refreshkv.cache.ring import PartialCache", False),
         ("kernels.cpu", "from refreshkv.kernels import reference", True),
-        ("kernels.cpu", "from refreshkv import selection", True),
-        ("kernels.cpu", "from refreshkv.store import DenseStore", False),
+        ("kernels.cpu", "from refreshkv.policy import selection", True),
+        ("kernels.cpu", "from refreshkv.cache.store import DenseStore", False),
         ("step", "from refreshkv.methods import snapkv", False),
-        ("methods.tova", "from refreshkv.integrations.transformers import cache", False),
+        ("methods.tova", "from refreshkv.hosts.transformers import cache", False),
         ("integrations.transformers.attach", "from refreshkv.methods import find", True),
         ("step", "def f():\n    from refreshkv import attach", False),
         ("cli.bench", "from refreshkv import attach", True),
@@ -106,8 +106,8 @@ def test_imports_point_downwards(path: Path) -> None:
         ("schedule", "from refreshkv.stats import Stats", False),
         ("bench.decode", "from refreshkv.demo import prompts", True),
         ("bench.decode", "import torch", True),
-        ("integrations.vllm", "from refreshkv.integrations.transformers import attach", False),
-        ("integrations.vllm.worker", "from refreshkv.integrations.vllm import plugin", True),
+        ("integrations.vllm", "from refreshkv.hosts.transformers import attach", False),
+        ("integrations.vllm.worker", "from refreshkv.hosts.vllm import plugin", True),
     ],
 )
 def test_the_check_sees_every_form_of_import(user: str, code: str, allowed: bool) -> None:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from refreshkv.cache.ring import PartialCache
+from refreshkv.cache.store import DenseStore
 from refreshkv.kernels import CPU, REFERENCE, Backend
-from refreshkv.partial import PartialCache
-from refreshkv.selection import FREE, Selection
-from refreshkv.store import DenseStore
+from refreshkv.policy.selection import FREE, Selection
 from tests.helpers import PROPERTY, held
 
 HEADS = 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import reference
-from refreshkv.schedule import FixedStride, LseDrop, QueryComparison, Trigger, trigger_for
+from refreshkv.policy.triggers import FixedStride, LseDrop, QueryComparison, Trigger, trigger_for
 from refreshkv.step import Attention
 from tests.helpers import Decoder, Step, Tokens, random_tokens
 

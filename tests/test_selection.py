@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refreshkv import selection
 from refreshkv.kernels import cpu
 from refreshkv.kernels.native import selection as native_selection
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy import selection
+from refreshkv.policy.selection import FREE, Selection
 from tests.helpers import PROPERTY, left_padding, needs_compiler
 from tests.slow import slow_select
 

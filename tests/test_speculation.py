@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from refreshkv.speculation import accept_greedy, accept_sampled
+from refreshkv.policy.speculation import accept_greedy, accept_sampled
 
 VOCAB, DRAFTS, ROWS = 4, 3, 60_000
 # Seeds are fixed; a right implementation would fall below this once in ten thousand seeds.

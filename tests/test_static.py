@@ -10,9 +10,9 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
+from refreshkv.cache.static import StaticLayerCache
 from refreshkv.config import RefreshConfig, make_config
-from refreshkv.static import StaticLayerCache
 from refreshkv.stats import RowStats
 from refreshkv.step import Attention, decode_step
 from tests.helpers import Decoder, Tokens, random_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import CPU, REFERENCE, Backend
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 from refreshkv.step import Attention
 from tests.helpers import PROPERTY, Decoder, Scripted, Step, Tokens, random_tokens
 from tests.slow import first_visible, slow_head, slow_logits, slow_select, slow_weights
@@ -74,7 +74,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setattr("refreshkv.cache.backend_for", lambda device: backend)
+    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: backend)
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:

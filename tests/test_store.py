@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refreshkv.store import DenseStore, is_identity
+from refreshkv.cache.store import DenseStore, is_identity
 from tests.helpers import PROPERTY
 
 ROWS, HEADS, DIM, VALUE_DIM = 3, 2, 4, 6

@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from refreshkv.config import PRESETS as PRESETS
     from refreshkv.config import RefreshConfig as RefreshConfig
     from refreshkv.config import make_config as make_config
-    from refreshkv.integrations.transformers import PROVEN_ARCHITECTURES as PROVEN_ARCHITECTURES
-    from refreshkv.integrations.transformers import RefreshCache as RefreshCache
-    from refreshkv.integrations.transformers import Session as Session
-    from refreshkv.integrations.transformers import UnsupportedModelError as UnsupportedModelError
-    from refreshkv.integrations.transformers import attach as attach
-    from refreshkv.integrations.transformers import detach as detach
-    from refreshkv.integrations.transformers import supported as supported
+    from refreshkv.hosts.transformers import PROVEN_ARCHITECTURES as PROVEN_ARCHITECTURES
+    from refreshkv.hosts.transformers import RefreshCache as RefreshCache
+    from refreshkv.hosts.transformers import Session as Session
+    from refreshkv.hosts.transformers import UnsupportedModelError as UnsupportedModelError
+    from refreshkv.hosts.transformers import attach as attach
+    from refreshkv.hosts.transformers import detach as detach
+    from refreshkv.hosts.transformers import supported as supported
 
 _HOME = {
     "PRESETS": "refreshkv.config",
     "RefreshConfig": "refreshkv.config",
     "make_config": "refreshkv.config",
-    "PROVEN_ARCHITECTURES": "refreshkv.integrations.transformers",
-    "RefreshCache": "refreshkv.integrations.transformers",
-    "Session": "refreshkv.integrations.transformers",
-    "UnsupportedModelError": "refreshkv.integrations.transformers",
-    "attach": "refreshkv.integrations.transformers",
-    "detach": "refreshkv.integrations.transformers",
-    "supported": "refreshkv.integrations.transformers",
+    "PROVEN_ARCHITECTURES": "refreshkv.hosts.transformers",
+    "RefreshCache": "refreshkv.hosts.transformers",
+    "Session": "refreshkv.hosts.transformers",
+    "UnsupportedModelError": "refreshkv.hosts.transformers",
+    "attach": "refreshkv.hosts.transformers",
+    "detach": "refreshkv.hosts.transformers",
+    "supported": "refreshkv.hosts.transformers",
 }
 __all__ = sorted(_HOME)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.step import Attention, attend_partial, first_selection, over_heads, reselect
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
+from refreshkv.cache.ring import PartialCache
 from refreshkv.kernels.reference import Attended
-from refreshkv.partial import PartialCache
-from refreshkv.selection import FREE, recent_share
+from refreshkv.policy.selection import FREE, recent_share
 
 
 @dataclass(frozen=True)

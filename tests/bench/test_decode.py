@@ -15,7 +15,7 @@ from refreshkv.bench.exact import Exact, kept
 from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer
-from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.kernels import language
 
 from .conftest import SMALL

@@ -14,7 +14,7 @@ from refreshkv.bench import kernels
 from refreshkv.bench.decode import WrongResultError
 from refreshkv.bench.record import read
 from refreshkv.kernels import CPU, Backend
-from refreshkv.selection import Selection
+from refreshkv.policy.selection import Selection
 
 JOB = kernels.Job("demo", 96, 2, 16, 3, torch.device("cpu"), torch.float32, 1)
 

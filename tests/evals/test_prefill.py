@@ -16,7 +16,7 @@ from refreshkv.evals.prefill import Prefills
 from refreshkv.methods import METHODS
 from refreshkv.stats import RowStats
 from tests.evals.toy import Toy
-from tests.integrations.prompts import greedy, left_padded, tokens
+from tests.hosts.prompts import greedy, left_padded, tokens
 
 OWN = ("h2o", "snapkv", "snapkv-1", "pyramidkv")  # they look at the queries of the prompt
 SHARED = [name for name in METHODS if name not in OWN]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.evals import recall
 from refreshkv.evals.recall import Watch
 from refreshkv.methods import find

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.kernels import reference
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 from tests.helpers import left_padding, relative_rms
 
 # Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv import selection
 from refreshkv.kernels import Backend, reference
-from refreshkv.selection import FREE
+from refreshkv.policy import selection
+from refreshkv.policy.selection import FREE
 from tests.kernels.comparison import Case
 
 NAN, INF = float("nan"), float("inf")

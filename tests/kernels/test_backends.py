@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
-from refreshkv import selection
 from refreshkv.config import make_config
 from refreshkv.kernels import (
     CPU,
@@ -25,6 +24,7 @@ from refreshkv.kernels import (
 from refreshkv.kernels.native import attention
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.ops import OPERATORS
+from refreshkv.policy import selection
 from tests.helpers import Decoder, held, needs_compiler, random_tokens
 from tests.kernels.interpreted import each_tensor, there
 from tests.test_static import StaticDecoder
@@ -172,12 +172,12 @@ def test_heads_wider_than_the_kernels_go_to_the_reference(wide: str) -> None:
 def test_decoding_over_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager decode steps, among them the first selection, refreshes of some heads and fetched successors."""
     if device().type == "cuda":
-        pytest.skip("tests/integrations/test_gpu.py decodes on the GPU")
+        pytest.skip("tests/hosts/test_gpu.py decodes on the GPU")
     every = {**CONFIGS, **OPTIONS, "fast": make_config("fast", budget=8)}
     config = replace(every[name], stride=every[name].stride and 3)
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     expected = Decoder(tokens, config, 24).run(7)
-    monkeypatch.setattr("refreshkv.cache.backend_for", lambda device: triton_backend())
+    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: triton_backend())
     for ours, theirs in zip(Decoder(tokens, config, 24).run(7), expected, strict=True):
         torch.testing.assert_close(ours.output, theirs.output, atol=2e-5, rtol=1e-4)
         assert ours.held == theirs.held
@@ -186,7 +186,7 @@ def test_decoding_over_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyP
 def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """The static form, whose steps are the same launches whatever the flags say."""
     if device().type == "cuda":
-        pytest.skip("tests/integrations/test_gpu.py decodes on the GPU")
+        pytest.skip("tests/hosts/test_gpu.py decodes on the GPU")
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     config = replace(OPTIONS["every option"], stride=3)
     expected = Decoder(tokens, config, 24).run(7)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreshkv.kernels import CPU, REFERENCE, Backend, backend_for, cpu, reference
 from refreshkv.kernels.cpu_threads import in_shares
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selection
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
     CASES,

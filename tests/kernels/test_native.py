@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refreshkv import selection
 from refreshkv.kernels import CPU, CPU_TORCH, reference
 from refreshkv.kernels.native import attention, build
 from refreshkv.kernels.native import selection as native_selection
+from refreshkv.policy import selection
 from tests.helpers import PROPERTY, needs_compiler
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.kernels.interpreted import there  # isort: skip  # before any kernel
 from refreshkv.kernels import reference, triton_insert
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 from tests.kernels.mutants import Mutant, mutated
 
 Inserted = dict[str, Tensor]

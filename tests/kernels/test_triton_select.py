@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv import selection
 from refreshkv.kernels import reference
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy import selection
+from refreshkv.policy.selection import FREE, Selection
 from tests.kernels.comparison import check_gather, check_select
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated

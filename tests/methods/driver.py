@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.methods import METHODS
 from refreshkv.methods.kept import KeptEntries
 from refreshkv.stats import RowStats

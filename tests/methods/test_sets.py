@@ -65,7 +65,7 @@ def test_a_long_answer_to_a_short_prompt(name: str, budget: int) -> None:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_on_the_reference_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refreshkv.cache.backend_for", lambda device: REFERENCE)
+    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: REFERENCE)
     check(Driver(random_tokens(rows=2, pads=(0, 7), length=LENGTH), name, PROMPT, budget=12), name)
 
 

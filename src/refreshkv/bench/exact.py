@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from refreshkv.bench.roofline import tokens_per_pass
 from refreshkv.bench.timing import captured
 from refreshkv.bench.variants import Job, forward, take_back
-from refreshkv.integrations.transformers import RefreshCache
-from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.speculation import accept_greedy
+from refreshkv.hosts.transformers import RefreshCache
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.policy.speculation import accept_greedy
 
 
 def kept(cycle: int, job: Job) -> int:

@@ -52,8 +52,8 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 def entry_bytes(config: PreTrainedConfig, item: int) -> int:
     """Bytes of K and V of one token of one row, in the layers that RefreshKV serves; `item` bytes a number."""
-    from refreshkv.integrations.transformers import RefreshCache
-    from refreshkv.integrations.transformers.cache import RefreshLayer
+    from refreshkv.hosts.transformers import RefreshCache
+    from refreshkv.hosts.transformers.cache import RefreshLayer
 
     cache = RefreshCache(config, RefreshConfig())
     served = sum(isinstance(layer, RefreshLayer) for layer in cache.layers)

@@ -16,13 +16,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.timing import WARM_UP
+from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config, unknown
-from refreshkv.integrations.transformers import RefreshCache
-from refreshkv.integrations.transformers.fallback import CACHES
-from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers import RefreshCache
+from refreshkv.hosts.transformers.fallback import CACHES
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.step import Attention
-from refreshkv.store import DenseStore
 
 _SPARE = 8  # places beyond those that a run needs
 _NEVER = 1e9  # nats that no log-sum-exp falls

@@ -18,7 +18,7 @@ from refreshkv.evals.decoding import Output, answer_tokens, generate
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
 from refreshkv.evals.tasks import make_task
-from refreshkv.integrations.transformers import attach
+from refreshkv.hosts.transformers import attach
 from refreshkv.stats import RowStats
 from refreshkv.text import one_line
 

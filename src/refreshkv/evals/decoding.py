@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers.versions import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ from torch import Tensor
 import refreshkv
 from refreshkv import RefreshCache
 from refreshkv.evals.decoding import last_logits_only, positions_of
-from refreshkv.integrations.transformers.cache import RefreshLayer
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers.cache import RefreshLayer
+from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.methods.kept import Eviction
 from refreshkv.step import Algorithm
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from refreshkv import demo
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.evals.decoding import answer_tokens, feed
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
 from refreshkv.evals.task import Example
 from refreshkv.evals.tasks import make_task
-from refreshkv.integrations.transformers.attach import Session
+from refreshkv.hosts.transformers.attach import Session
 from refreshkv.methods import Method, find
 from refreshkv.methods.kept import KeptEntries, mask_of
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selection
 from refreshkv.stats import RowStats
 from refreshkv.step import Algorithm, Attention, over_heads
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv import selection
 from refreshkv.kernels import cpu, cpu_verify, reference
 from refreshkv.kernels.native import attention
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.native.build import library
+from refreshkv.policy import selection
 
 
 @dataclass(frozen=True)

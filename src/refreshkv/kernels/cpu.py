@@ -20,7 +20,7 @@ from refreshkv.config import Reduction
 from refreshkv.kernels import reference
 from refreshkv.kernels.cpu_heads import attend_heads, pairs, share_beside_sink
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import FREE, Selection, candidates, slot_count
+from refreshkv.policy.selection import FREE, Selection, candidates, slot_count
 
 _LONG = 4096  # tokens: below, a loop over heads does not pay
 

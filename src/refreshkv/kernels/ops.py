@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refreshkv.kernels import REFERENCE, Backend, backend_for
 from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.selection import Selection
+from refreshkv.policy.selection import Selection
 
 _ATTENTION = (
     "float scale, float? softcap, Tensor? sinks, Tensor? visible, Tensor? lengths, Tensor? heads"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.selection import FREE, rank_keys, reduce_group
+from refreshkv.policy.selection import FREE, rank_keys, reduce_group
 
 
 class Attended(NamedTuple):

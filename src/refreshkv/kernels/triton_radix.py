@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.kernels.triton_common import Config
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 
 PLACE_BITS = tl.constexpr(25)
 DIGIT_BITS = tl.constexpr(12)

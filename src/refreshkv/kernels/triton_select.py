@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refreshkv.kernels.triton_common import Config, on_its_device, padded, strides
 from refreshkv.kernels.triton_radix import BINS, DIGITS, LONGEST, largest
-from refreshkv.selection import Selection, pool_width, slot_count
+from refreshkv.policy.selection import Selection, pool_width, slot_count
 
 RANK = Config(block=4096, warps=8, stages=1)  # tokens
 _ANCHORS_AT_ONCE = 1024

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.methods.kept import Eviction, prompt_weights, weights
 from refreshkv.methods.method import Method
-from refreshkv.selection import reduce_group
+from refreshkv.policy.selection import reduce_group
 from refreshkv.step import Attention
 
 _BLOCK = (

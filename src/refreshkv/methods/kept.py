@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.selection import Selection, rank_keys
+from refreshkv.policy.selection import Selection, rank_keys
 from refreshkv.step import Algorithm, Attention, count_again
 
 

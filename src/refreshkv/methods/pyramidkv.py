@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.methods.method import Method
 from refreshkv.methods.snapkv import USES, SnapKV
 from refreshkv.step import Attention

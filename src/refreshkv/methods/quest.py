@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.methods.kept import KeptEntries
 from refreshkv.methods.method import Method
-from refreshkv.selection import reduce_group
+from refreshkv.policy.selection import reduce_group
 from refreshkv.step import Attention
 
 PAGE = 16  # tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import PRESETS, RefreshConfig
 from refreshkv.methods.method import ALL_SETTINGS, Make, Method
 from refreshkv.step import (

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.methods.kept import KeptEntries, mask_of
 from refreshkv.methods.method import Method

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.methods.kept import Eviction, prompt_weights
 from refreshkv.methods.method import Method
-from refreshkv.selection import pool, reduce_group
+from refreshkv.policy.selection import pool, reduce_group
 from refreshkv.step import Attention
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.methods.kept import Eviction
 from refreshkv.methods.method import Method
 from refreshkv.step import Attention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.kernels.native.build import address, compiled, ready, whole
-from refreshkv.selection import FREE, Selection, pool_width, slot_count
+from refreshkv.policy.selection import FREE, Selection, pool_width, slot_count
 
 _WRITTEN = ("ring_positions", "pushed")
 

@@ -4,9 +4,9 @@ Seams used, all documented by transformers: `AttentionInterface.register`, `Atte
 `DynamicCache` whose full-attention layers are ours, and two methods of the one attached instance.
 """
 
-from refreshkv.integrations.transformers.attach import Session, attach, detach
-from refreshkv.integrations.transformers.cache import RefreshCache
-from refreshkv.integrations.transformers.support import (
+from refreshkv.hosts.transformers.attach import Session, attach, detach
+from refreshkv.hosts.transformers.cache import RefreshCache
+from refreshkv.hosts.transformers.support import (
     PROVEN_ARCHITECTURES,
     Support,
     UnsupportedModelError,

@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel
 
 import refreshkv
-from refreshkv.integrations.transformers import versions
+from refreshkv.hosts.transformers import versions
 
 from ..conftest import build
 from .prompts import greedy, tokens

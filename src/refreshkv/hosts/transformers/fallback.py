@@ -10,11 +10,11 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from refreshkv.integrations.transformers.cache import RefreshCache
-from refreshkv.integrations.transformers.processors import unserved
-from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.support import exact_reason, rope_reason
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers.cache import RefreshCache
+from refreshkv.hosts.transformers.processors import unserved
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.support import exact_reason, rope_reason
+from refreshkv.hosts.transformers.versions import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

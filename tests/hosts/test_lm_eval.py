@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from refreshkv.demo import MODEL_PATH
 from refreshkv.demo.prompts import make_prompt
-from refreshkv.integrations import lm_eval as integration
-from refreshkv.integrations.lm_eval import RefreshLM, main, parse_settings
+from refreshkv.hosts import lm_eval as integration
+from refreshkv.hosts.lm_eval import RefreshLM, main, parse_settings
 from refreshkv.weights import ModelFilesError
 
 ROOT = Path(__file__).parents[2]
@@ -285,7 +285,7 @@ def test_the_command(hf: HFLM, tmp_path: Path) -> None:
     arguments = "--tasks toy_generate.yaml toy_choice.yaml --batch_size 2 --output_path out"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "refreshkv.integrations.lm_eval"),
+            *(sys.executable, "-m", "refreshkv.hosts.lm_eval"),
             *("--model_args", settings, *arguments.split()),
         ],
         cwd=tmp_path,

@@ -15,9 +15,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers.versions import CACHE
 
-# Each is proven by the equalities in tests/integrations on a tiny random configuration.
+# Each is proven by the equalities in tests/hosts on a tiny random configuration.
 PROVEN_ARCHITECTURES = (
     "Llama",
     "Qwen2",

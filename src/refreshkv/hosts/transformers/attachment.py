@@ -12,13 +12,13 @@ import operator
 import threading
 from typing import TYPE_CHECKING, Any
 
-from refreshkv.integrations.transformers.attention import register
-from refreshkv.integrations.transformers.cache import IMPLEMENTATION_PREFIX
+from refreshkv.hosts.transformers.attention import register
+from refreshkv.hosts.transformers.cache import IMPLEMENTATION_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from refreshkv.integrations.transformers.attach import Session
+    from refreshkv.hosts.transformers.attach import Session
 
 _MARK = "_refreshkv"  # the attribute of a model that holds its attachment
 _IMPLEMENTATION = "_attn_implementation_internal"

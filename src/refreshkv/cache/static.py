@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
+from refreshkv.cache.ring import PartialCache
+from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import Backend
 from refreshkv.kernels.ops import OPERATORS
-from refreshkv.partial import PartialCache
-from refreshkv.selection import FREE
+from refreshkv.policy.selection import FREE
 from refreshkv.stats import Stats
 from refreshkv.step import Attention, first_selection
-from refreshkv.store import DenseStore
 
 
 class StaticStore(DenseStore):

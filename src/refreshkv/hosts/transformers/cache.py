@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from refreshkv.cache import LayerCache
+from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.exact import ExactLayer, ExactWindowLayer
-from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.support import exact_reason, may_serve
+from refreshkv.hosts.transformers.masks import newest_row
+from refreshkv.hosts.transformers.support import exact_reason, may_serve
 from refreshkv.methods import Method
 from refreshkv.stats import Stats
 from refreshkv.step import Algorithm, Attention

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
 
 import refreshkv
-from refreshkv.integrations.transformers.fallback import full_reason
-from refreshkv.integrations.transformers.support import exact_reason, rope_reason
-from refreshkv.integrations.transformers.versions import CACHE
+from refreshkv.hosts.transformers.fallback import full_reason
+from refreshkv.hosts.transformers.support import exact_reason, rope_reason
+from refreshkv.hosts.transformers.versions import CACHE
 
 from ...conftest import build
 from ..prompts import tokens

@@ -12,9 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
-from refreshkv.integrations.transformers.cache import RefreshLayer
-from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.static import StaticRefreshLayer
+from refreshkv.hosts.transformers.cache import RefreshLayer
+from refreshkv.hosts.transformers.masks import newest_row
+from refreshkv.hosts.transformers.static import StaticRefreshLayer
 
 from ..conftest import build
 from .prompts import greedy, left_padded, refreshed, tokens

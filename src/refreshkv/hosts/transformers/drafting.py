@@ -16,12 +16,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from refreshkv.integrations.transformers.cache import RefreshCache, without_autocast
-from refreshkv.integrations.transformers.fallback import CACHES, full_reason, say_full
-from refreshkv.integrations.transformers.processors import process
-from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.versions import CACHE
-from refreshkv.speculation import accept_greedy, accept_sampled
+from refreshkv.hosts.transformers.cache import RefreshCache, without_autocast
+from refreshkv.hosts.transformers.fallback import CACHES, full_reason, say_full
+from refreshkv.hosts.transformers.processors import process
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.versions import CACHE
+from refreshkv.policy.speculation import accept_greedy, accept_sampled
 from refreshkv.stats import DraftCounts
 
 if TYPE_CHECKING:

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from refreshkv.cache.static import StaticLayerCache
+from refreshkv.cache.static_exact import StaticExactLayer
 from refreshkv.config import RefreshConfig
-from refreshkv.integrations.transformers.cache import (
+from refreshkv.hosts.transformers.cache import (
     Drafting,
     Pass,
     as_autocast,
@@ -27,10 +29,8 @@ from refreshkv.integrations.transformers.cache import (
     tagged,
     without_autocast,
 )
-from refreshkv.integrations.transformers.masks import newest_row
-from refreshkv.integrations.transformers.support import may_serve
-from refreshkv.static import StaticLayerCache
-from refreshkv.static_exact import StaticExactLayer
+from refreshkv.hosts.transformers.masks import newest_row
+from refreshkv.hosts.transformers.support import may_serve
 from refreshkv.stats import Stats
 from refreshkv.step import Attention, decode_step
 

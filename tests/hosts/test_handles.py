@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import refreshkv
 from refreshkv import RefreshCache, RefreshConfig
-from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.static import StaticRefreshCache
 
 from ..conftest import build
 from .prompts import greedy, refreshed, tokens

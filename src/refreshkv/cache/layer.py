@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refreshkv.cache.ring import PartialCache
+from refreshkv.cache.store import DenseStore, is_identity
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import Backend, backend_for
-from refreshkv.partial import PartialCache
-from refreshkv.schedule import trigger_for
-from refreshkv.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.triggers import trigger_for
 from refreshkv.stats import Stats
-from refreshkv.store import DenseStore, is_identity
 
 
 class LayerCache:

@@ -15,7 +15,7 @@ from transformers.generation import CompileConfig
 
 import refreshkv
 from refreshkv import RefreshConfig
-from refreshkv.integrations.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.static import StaticRefreshCache
 
 from .prompts import NEW, greedy, left_padded, refreshed, tokens
 from .test_equalities import EVERY_OPTION, OURS

@@ -14,17 +14,17 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
 from refreshkv.config import RefreshConfig, make_config
-from refreshkv.integrations.transformers import exact
-from refreshkv.integrations.transformers.attachment import attachment_of, join
-from refreshkv.integrations.transformers.cache import RefreshCache
-from refreshkv.integrations.transformers.fallback import CACHES, say_full
-from refreshkv.integrations.transformers.static import StaticRefreshCache
-from refreshkv.integrations.transformers.support import (
+from refreshkv.hosts.transformers import drafting
+from refreshkv.hosts.transformers.attachment import attachment_of, join
+from refreshkv.hosts.transformers.cache import RefreshCache
+from refreshkv.hosts.transformers.fallback import CACHES, say_full
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.hosts.transformers.support import (
     UnsupportedModelError,
     exact_reason,
     supported,
 )
-from refreshkv.integrations.transformers.versions import CACHE, check_version
+from refreshkv.hosts.transformers.versions import CACHE, check_version
 from refreshkv.methods import Method, find
 from refreshkv.stats import Stats
 
@@ -194,7 +194,7 @@ class Session:
             given.get("custom_generate") is not None or given.get("assistant_model") is not None
         )
         if self.config.mode == "exact" and not theirs:
-            kwargs = {**kwargs, "custom_generate": exact.decode}
+            kwargs = {**kwargs, "custom_generate": drafting.decode}
         caches: list[tuple[Any, int | None]] = []
         before = _caches.set(caches)
         try:
@@ -209,7 +209,7 @@ class Session:
         self, original: Callable[..., Any], custom_generate: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers keeps the streamer, the tokenizer and the like from a loop it does not know; not from ours."""
-        ours = custom_generate is exact.decode
+        ours = custom_generate is drafting.decode
         return original(None if ours else custom_generate, *args, **kwargs)
 
     def on_prepare_cache_for_generation(

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.integrations.transformers.cache import (
+from refreshkv.hosts.transformers.cache import (
     IMPLEMENTATION_PREFIX,
     as_autocast,
     layer_of,

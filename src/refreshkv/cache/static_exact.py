@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refreshkv.cache.static import StaticLayerCache
 from refreshkv.exact import ExactLayer
-from refreshkv.static import StaticLayerCache
 from refreshkv.step import Attention, first_selection, reselect
 
 

@@ -1,6 +1,6 @@
 """lm-evaluation-harness: `refreshkv` as a model type, an `hf` model whose generations run under a method.
 
-    python -m refreshkv.integrations.lm_eval --model_args pretrained=demo,budget=0.125,stride=5 --tasks ...
+    python -m refreshkv.hosts.lm_eval --model_args pretrained=demo,budget=0.125,stride=5 --tasks ...
 
 The command is lm-eval's own with our model registered and chosen by default. lm-eval 0.4 finds models by import only,
 it reads no entry points: in a program of yours, import this module and then ask for `model="refreshkv"`.
