@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refreshkv.cache.ring import PartialCache
 from refreshkv.cache.store import DenseStore
-from refreshkv.kernels import CPU, REFERENCE, Backend
+from refreshkv.kernels.backend import CPU, REFERENCE, Backend
 from refreshkv.policy.selection import FREE, Selection
 from tests.helpers import PROPERTY, held
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.kernels import CPU, REFERENCE, Backend
+from refreshkv.kernels.backend import CPU, REFERENCE, Backend
 from refreshkv.policy.selection import FREE
 from refreshkv.step import Attention
 from tests.helpers import PROPERTY, Decoder, Scripted, Step, Tokens, random_tokens

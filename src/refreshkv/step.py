@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.ring import PartialCache
-from refreshkv.kernels.reference import Attended
+from refreshkv.kernels.options import Attended
 from refreshkv.policy.selection import FREE, recent_share
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import Backend, reference
+from refreshkv.kernels.backend import Backend, reference
 from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE
 from tests.kernels.comparison import Case

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from refreshkv.kernels import REFERENCE
+from refreshkv.kernels.backend import REFERENCE
 from refreshkv.methods import METHODS
 from refreshkv.methods.pyramidkv import layer_budget
 from refreshkv.methods.quest import PAGE, Quest

@@ -8,7 +8,7 @@ from torch import Tensor
 from refreshkv.cache.ring import PartialCache
 from refreshkv.cache.store import DenseStore, is_identity
 from refreshkv.config import RefreshConfig
-from refreshkv.kernels import Backend, backend_for
+from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.policy.selection import FREE, Selection
 from refreshkv.policy.triggers import trigger_for
 from refreshkv.stats import Stats

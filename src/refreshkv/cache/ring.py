@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.store import DenseStore
-from refreshkv.kernels import Backend
+from refreshkv.kernels.backend import Backend
 from refreshkv.policy.selection import FREE, Selection
 
 _SPARE = 64  # slots of head room when the ring grows towards its budget

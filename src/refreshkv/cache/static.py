@@ -15,8 +15,8 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.ring import PartialCache
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig
-from refreshkv.kernels import Backend
-from refreshkv.kernels.ops import OPERATORS
+from refreshkv.kernels.backend import Backend
+from refreshkv.kernels.operators import OPERATORS
 from refreshkv.policy.selection import FREE
 from refreshkv.stats import Stats
 from refreshkv.step import Attention, first_selection

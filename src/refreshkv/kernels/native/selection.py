@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.kernels.native.build import address, compiled, ready, whole
+from refreshkv.kernels.native.build import address, compiled, whole
 from refreshkv.policy.selection import FREE, Selection, pool_width, slot_count
 
 _WRITTEN = ("ring_positions", "pushed")
@@ -123,10 +123,5 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
 
 
 def serves(*given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: what is moved or written has its numbers side by side."""
-    moved = (x for x in (*given, *named.values()) if isinstance(x, Tensor) and x.dim() == 4)
-    return (
-        all(x.stride(-1) == 1 for x in moved)
-        and all(named[name].is_contiguous() for name in _WRITTEN if name in named)
-        and ready()
-    )
+    """Whether these functions take such arguments here."""
+    return False
