@@ -14,6 +14,7 @@ Mode = Literal["refresh", "exact", "full"]
 TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
+RingName = Literal["copied", "indexed"]
 LARGEST = 2**31 - 1  # tokens or steps: more than any context, and still a number for every kernel
 
 
@@ -38,6 +39,8 @@ class RefreshConfig:
         window: the last prompt queries that vote on the first selection (paper: 1; SnapKV: 32).
         anchor: share of the budget that stays with the best of the first selection through every refresh (ours;
             paper: 0).
+        ring: "copied": the partial cache is a copy, which a partial step reads in one piece; "indexed": a list of
+            positions, 4 bytes an entry, and a partial step reads the full cache there (ours).
         trigger: what asks for a full step. "query" is the paper's comparison, by `stride` and `threshold`; "lse-drop"
             (ours) looks at every partial step of every KV head, and `stride` only caps the steps without a refresh.
         drop: nats by which the log-sum-exp of a query head falls below that of its last full step before "lse-drop"
@@ -61,6 +64,7 @@ class RefreshConfig:
     successor: int = 0
     window: int = 1
     anchor: float = 0.0
+    ring: RingName = "copied"
     trigger: TriggerName = "query"
     drop: float = 4.0
     score_only: bool = False
@@ -99,6 +103,7 @@ class RefreshConfig:
         for name, allowed in (
             ("decide", Decide),
             ("group_reduction", Reduction),
+            ("ring", RingName),
             ("trigger", TriggerName),
             ("mode", Mode),
         ):

@@ -1,7 +1,7 @@
 """`Backend`: one implementation of each operation. `backend_for(device)` picks them once.
 
-An operation is defined by its reference, which its twins in `native` and `triton` equal, and one line in `Backend`; what
-a twin does not take (`serves` of its module) goes to the reference.
+An operation is defined by its reference, which its twins in `native` and `triton` equal, and one line in `Backend`;
+what a twin does not take (`serves` of its module) goes to the reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the operations take and give: where entries lie, how a step attends to them, what comes out.
 
-Letters: B batch (rows of a step), R rows of what is kept from step to step, Hq query heads, Hkv KV heads, L positions of
-a row, n entries that a step looks at, K slots of a ring, D head dim, N pages of P positions, M pages of a row.
+Letters: B batch (rows of a step), R rows of what is kept from step to step, Hq query heads, Hkv KV heads, L positions
+of a row, n entries that a step looks at, K slots of a ring, D head dim, N pages of P positions, M pages of a row.
 """
 
 from __future__ import annotations

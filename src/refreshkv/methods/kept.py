@@ -16,7 +16,7 @@ from torch import Tensor
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.policy.selection import Selection, rank_keys
-from refreshkv.step import Algorithm, Attention, count_again
+from refreshkv.step import Algorithm, count_again
 
 
 class KeptEntries(Algorithm, ABC):

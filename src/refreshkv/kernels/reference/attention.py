@@ -1,7 +1,7 @@
 """Attention of a decode step in short, readable float32: the definition every fast kernel is tested against.
 
-Letters as in `kernels.options`; T queries of a row. Source: RefreshKV, sections 2 and 3; `attend_and_rank`, `verify` and
-`vote` are ours. RoPE is already applied.
+Letters as in `kernels.options`; T queries of a row. Source: RefreshKV, sections 2 and 3; `attend_and_rank`, `verify`
+and `vote` are ours. RoPE is already applied.
 
 No number in a tensor makes a kernel read or write elsewhere, raise, or leave these rules. How many entries, queries or
 slots count (lengths, counts, count, budget) is cut to what there is, a start to -T .. L. A position that is not in the
@@ -54,8 +54,7 @@ def attend_and_rank(
 ) -> tuple[Attended, Tensor]:
     """The partial step, and the most attended of the entries, best first, `[B, Hkv, count]` int64, as their indices.
 
-    `newest` `[B, Hkv]` int64 is the entry of the token being decoded, which is left out unless there are too few others.
-    An entry whose weight is NaN ranks as one without any.
+    `newest` `[B, Hkv]` int64 is the entry of the token being decoded, left out unless there are too few others. An entry whose weight is NaN ranks as one without any.
     """
     scores = score(query, entries, options).scores
     return attend(query, entries, options), top_slots(scores, newest, count)
@@ -149,7 +148,7 @@ def laid_out(entries: Entries, rows: int) -> tuple[Tensor, Tensor | None, Tensor
 
 
 def entries_at(entries: Entries, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Keys and values `[B, Hkv, m, D]` at `positions` `[B, Hkv, m]` of the rows of this step, and which of them exist."""
+    """Keys and values `[B, Hkv, m, D]` at `positions` `[B, Hkv, m]` of this step's rows, and which of them exist."""
     keys, values, size = entries.keys, entries.values, entries.keys.shape[2]
     rows, kv_heads, count = positions.shape
     stored = (positions >= 0) & (positions < entries.width)
