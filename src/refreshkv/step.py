@@ -96,7 +96,7 @@ def select_after_prompt(cache: LayerCache, options: AttendOptions, visible: Tens
     cache.resolve_budget(visible, prompt, rows)
     scores, lse = cache.store.vote(
         queries,
-        options.over(over_heads(visible)),
+        options.over(over_heads(visible), reduction=cache.config.group_reduction),
         starts=prompt - queries.shape[2],
         counts=rows * queries.shape[2],
     )
@@ -113,6 +113,15 @@ def select_after_prompt(cache: LayerCache, options: AttendOptions, visible: Tens
         most = int(share.max()) if cache.slots is None else round(cache.slots * cache.config.anchor)
         cache.anchor(_best(cache.ring, share, most), rows)
     cache.waiting = None
+
+
+def begin_decoding(cache: LayerCache, options: AttendOptions, visible: Tensor | None) -> None:
+    """The prompt is over, and no step shall have to look at it: a cache of the fixed form selects now."""
+    if cache.config.mode == "refresh":
+        select_after_prompt(cache, options, visible)
+    else:
+        cache.count_padding(visible)
+        cache.waiting = None  # the exact mode lets it wait again
 
 
 def _best(ring: Ring, counts: Tensor, most: int) -> Tensor:

@@ -27,7 +27,7 @@ class Ring(ABC):
     lowest, and so on. So after j partial steps a full ring holds the K-j best of the last refresh and the j
     newest tokens. Attention does not care about the order of slots, because RoPE is already applied.
 
-    Entries that follow the most attended ones may be fetched in between (`attend`); they too push out the lowest.
+    Entries that follow the most attended ones may be fetched in between (`fetch`); they too push out the lowest.
 
     Args:
         store: the full cache.
@@ -44,8 +44,8 @@ class Ring(ABC):
         fetched: `[B, Hkv]` int64, entries fetched in the last step.
     """
 
-    # What has a row for each of the batch.
-    ROWS = ("positions", "budget", "filled", "pushed", "steps", "newest", "fetched")
+    # What has a row for each of the batch, but for the budget, which is the cache's.
+    ROWS = ("positions", "filled", "pushed", "steps", "newest", "fetched")
 
     def __init__(self, store: Store, budget: Tensor, slots: int | None = None) -> None:
         self._store = store
@@ -108,9 +108,6 @@ class Ring(ABC):
     ) -> Attended:
         """Attention `[B, Hq, D]` over the ring; then what follows the most attended entries is fetched.
 
-        A fetched token enters as a pushed one does, but it is not a step. With m fetched a step a ring has turned over
-        after K / (m + 1) steps without a refresh.
-
         Args:
             query: `[B, Hq, D]`, of the token pushed last.
             options: of the model.
@@ -122,17 +119,26 @@ class Ring(ABC):
             assert end is not None
             held = self.positions.gather(-1, best)
             after = (held != FREE) & (held + 1 < end[:, None, None])
-            self._reserve(self._most + successor)
-            self.fetched.copy_(self._insert(torch.where(after, held + 1, FREE)))
+            self.fetch(torch.where(after, held + 1, FREE))
         return attended
+
+    def fetch(self, positions: Tensor) -> None:
+        """Tokens of the store enter as pushed ones do, but those that are there already. It is not a step.
+
+        `positions` `[B, Hkv, m]` int32, distinct in a ring, `FREE` for none. With m fetched a step a ring has turned over
+        after K / (m + 1) steps without a refresh.
+        """
+        self._reserve(self._most + positions.shape[2])
+        self.fetched.copy_(self._insert(positions))
 
     def void(self) -> None:
         """What was selected is no longer true: the next step of every row is full."""
         self.filled.zero_()
         self.pushed.zero_()
+        self.positions.fill_(FREE)
 
     def take_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row `rows[i]`. `[B']` int64."""
+        """Row i becomes the old row `rows[i]`, `[B']` int64; `allow` says what K they have."""
         for name in self.ROWS:
             old = getattr(self, name)
             new = old.index_select(0, rows)
@@ -143,7 +149,7 @@ class Ring(ABC):
 
     def tensors(self) -> list[Tensor]:
         """All that a step reads and writes, but for the budget."""
-        return [getattr(self, name) for name in self.ROWS if name != "budget"]
+        return [getattr(self, name) for name in self.ROWS]
 
     @abstractmethod
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:

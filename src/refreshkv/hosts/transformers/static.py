@@ -30,7 +30,7 @@ from refreshkv.hosts.transformers.served import (
 from refreshkv.hosts.transformers.support import may_serve
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.stats import Stats
-from refreshkv.step import Algorithm, select_after_prompt
+from refreshkv.step import Algorithm, begin_decoding
 
 
 class StaticRefreshLayer(ServedLayer, StaticLayer):
@@ -101,11 +101,7 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
             return
         options, visible = self._prompt
         with without_autocast(self.keys.device):
-            if self._refresh.mode == "refresh":
-                select_after_prompt(self.inner, options, visible)
-            else:
-                self.inner.count_padding(visible)
-                self.inner.waiting = None  # the exact mode lets it wait again
+            begin_decoding(self.inner, options, visible)
         self._stay(self.inner.tensors() + self._stats.count_on(self.index, self.keys.device))
         self._prompt = None
 
