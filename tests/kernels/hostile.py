@@ -15,7 +15,7 @@ from refreshkv.kernels.backend import Backend
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE
-from tests.kernels.comparison import LAYOUTS, SPARE_ROWS, WHOLE, Case, in_float32, laid_out
+from tests.kernels.cases import LAYOUTS, SPARE_ROWS, WHOLE, Case, empty_stores, in_float32, laid_out
 
 NAN, INF = float("nan"), float("inf")
 FARTHEST = (-(2**63), -(2**31), -7, -1, 2**31, 2**40, 2**63 - 1)
@@ -69,23 +69,16 @@ def selections(count: int, longest: int = 70) -> Iterator[tuple[Tensor, Tensor, 
             "ends": one_of(None, integers((2,), length, gen)),
             "slots": one_of(None, None, None, length, length + 3, 1, 0, -1),
         }
-        usual, budget = (
-            torch.randint(1, length + 1, (2,), generator=gen),
-            integers((2,), length, gen),
-        )
-        yield any_scores((2, 2, length), gen), one_of(usual, budget), options
+        usual = torch.randint(1, length + 1, (2,), generator=gen)
+        budget = one_of(usual, integers((2,), length, gen))
+        yield any_scores((2, 2, length), gen), budget, options
 
 
 def check_select(select: Callable[..., Any], count: int = 150) -> None:
     """Equal to the definition, which is valid: the rest of what it says is in tests/test_selection.py."""
     for scores, budget, options in selections(count):
-        ours, theirs = (
-            select(scores, budget, **options),
-            selection.select(scores, budget, **options),
-        )
-        assert torch.equal(ours.filled, theirs.filled) and torch.equal(
-            ours.positions, theirs.positions
-        )
+        ours = select(scores, budget, **options)
+        assert all(map(torch.equal, ours, selection.select(scores, budget, **options)))
         for row in range(2):
             shown = torch.ones(scores.shape[-1], dtype=torch.bool)
             if options["visible"] is not None:
@@ -96,9 +89,8 @@ def check_select(select: Callable[..., Any], count: int = 150) -> None:
             for head in range(2):
                 found = ours.positions[row, head].tolist()
                 assert ours.filled[row, head] == filled == len({*found[:filled]})
-                assert shown[found[:filled]].all() and found[filled:] == [FREE] * (
-                    len(found) - filled
-                )
+                assert shown[found[:filled]].all()
+                assert found[filled:] == [FREE] * (len(found) - filled)
 
 
 def check_top_slots(top_slots: Callable[..., Tensor]) -> None:
@@ -208,10 +200,9 @@ def spoiled(case: Case, what: str, number: float) -> tuple[Tensor, Entries, Atte
 def check_attention(backend: Backend, case: Case, what: str, number: float) -> None:
     """One number that is none: the operations of one query, then those of several."""
     query, entries, options, starts = spoiled(case, what, number)
-    wide = in_float32(entries)
-    seen = torch.ones(1, 1, case.length, dtype=torch.bool)
-    if options.visible is not None:
-        seen = options.visible
+    wide, seen = in_float32(entries), options.visible
+    if seen is None:
+        seen = torch.ones(1, 1, case.length, dtype=torch.bool)
     one = query[:, :, -1]
     newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
     for reduction in ("max", "mean"):
@@ -248,17 +239,16 @@ def check_attention(backend: Backend, case: Case, what: str, number: float) -> N
             close_scores(voted.scores, scored.scores, every, case.dtype)
 
 
-def reached(starts: Tensor, case: Case, window: int | None = None) -> Tensor:
+def reached(starts: Tensor, case: Case) -> Tensor:
     """`[B, L]` bool, the positions that any of the queries sees."""
     first = starts.clamp(-5, case.length)[:, None]
-    positions = torch.arange(case.length)
-    seen = positions < first + 5
-    return seen if window is None else seen & (positions > first - window)
+    return torch.arange(case.length) < first + 5
 
 
-def check_one_query(backend: Backend, case: Case, query: Tensor, *given: Any, seed: int) -> None:
-    """The operations of one query over entries and options, with newest ones and counts of any size."""
-    entries, options = given
+def check_one_query(
+    backend: Backend, case: Case, query: Tensor, entries: Entries, options: AttendOptions, seed: int
+) -> None:
+    """The operations of one query, with newest ones and counts of any size."""
     wide = in_float32(entries)
     newest = integers(
         (case.rows, case.kv_heads), entries.count, torch.Generator().manual_seed(seed)
@@ -278,13 +268,34 @@ def check_one_query(backend: Backend, case: Case, query: Tensor, *given: Any, se
             assert torch.equal(best, reference.top_slots(scores, newest, count))
 
 
+def check_several(
+    backend: Backend,
+    case: Case,
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    **given: Any,
+) -> None:
+    """The operations of several queries; a row without votes may have any output and log-sum-exp."""
+    wide = query.float(), in_float32(entries), options
+    expected, scored = reference.verify(*wide, **given)
+    attended, voted = backend.verify(query, entries, options, **given)
+    counts = given.get("counts")
+    voting = slice(None) if counts is None else counts > 0
+    close(attended.output[voting], expected.output[voting], case.dtype)
+    close(attended.lse[voting], expected.lse[voting], case.dtype)
+    close(voted.scores, scored.scores, case.dtype)
+    if given.pop("window", None) is None:
+        voted = backend.vote(query, entries, options, **given)
+        close(voted.scores, scored.scores, case.dtype)
+
+
 def check_lengths(backend: Backend, case: Case) -> None:
     query, entries, options = case.inputs()
     for seed in range(6):
         gen = torch.Generator().manual_seed(seed)
-        lengths = integers((case.rows, case.kv_heads), case.length, gen)
-        given = entries, replace(options, lengths=lengths)
-        check_one_query(backend, case, query, *given, seed=seed)
+        kind = replace(options, lengths=integers((case.rows, case.kv_heads), case.length, gen))
+        check_one_query(backend, case, query, entries, kind, seed=seed)
 
 
 def check_indices(backend: Backend, case: Case) -> None:
@@ -307,65 +318,26 @@ def check_indices(backend: Backend, case: Case) -> None:
         kind = replace(options, visible=visible)
         check_one_query(backend, case, query, entries, kind, seed=seed)
         if positions is None:
-            expected, scored = reference.verify(
-                several.float(), in_float32(entries), kind, starts=starts
-            )
-            attended, voted = backend.verify(several, entries, kind, starts=starts)
-            close(attended.output, expected.output, case.dtype)
-            close(attended.lse, expected.lse, case.dtype)
-            close(voted.scores, scored.scores, case.dtype)
-            voted = backend.vote(several, entries, kind, starts=starts)
-            close(voted.scores, scored.scores, case.dtype)
+            check_several(backend, case, several, entries, kind, starts=starts)
 
 
 def check_causal(backend: Backend, case: Case) -> None:
     """Where queries start, how many of them vote, and how many positions count."""
     _, entries, options = case.inputs()
     query, _ = case.several()
-    wide = in_float32(entries)
     for seed in range(8):
-        gen = torch.Generator().manual_seed(seed)
-        given = {
-            "starts": integers((case.rows,), case.length, gen),
-            "counts": integers((case.rows,), 5, gen),
-        }
-        voting = given["counts"] > 0
-        kind = options
+        gen, kind = torch.Generator().manual_seed(seed), options
+        given = {"starts": integers((case.rows,), case.length, gen)}
+        given["counts"] = integers((case.rows,), 5, gen)
         if seed % 2:
-            lengths = integers((case.rows, case.kv_heads), case.length, gen)
-            kind = replace(options, lengths=lengths)
+            kind = replace(options, lengths=integers((case.rows, case.kv_heads), case.length, gen))
         for window in (None, 3, 2**62):
-            expected, scored = reference.verify(query.float(), wide, kind, **given, window=window)
-            attended, voted = backend.verify(query, entries, kind, **given, window=window)
-            close(attended.output[voting], expected.output[voting], case.dtype)
-            close(attended.lse[voting], expected.lse[voting], case.dtype)
-            close(voted.scores, scored.scores, case.dtype)
-            if window is None:
-                voted = backend.vote(query, entries, kind, **given)
-                close(voted.scores, scored.scores, case.dtype)
+            check_several(backend, case, query, entries, kind, **given, window=window)
     for window in (0, -3):
         with pytest.raises(ValueError, match=f"window must be at least 1; got {window}"):
             backend.verify(query, entries, options, **given, window=window)
     with pytest.raises(ValueError, match="pool_kernel must be an odd integer >= 1; got 4"):
         backend.select(torch.rand(1, 1, 9), torch.tensor([3]), pool_kernel=4)
-
-
-def empty_stores(dtype: torch.dtype) -> Iterator[tuple[int, Entries]]:
-    """How many rows, and entries for them that are none, whatever is missing."""
-    some = torch.randn(3, 2, 7, 64).to(dtype)
-    none = torch.zeros(2, 2, 4, dtype=torch.int32)
-    listed, blocks, rows = none[..., :3], none[:, 0], none[:, 0, 0]
-    yield 0, Entries(some[:0], some[:0])
-    yield 0, Entries(some, some, blocks[:0])
-    yield 2, Entries(some[:2, :, :0], some[:2, :, :0])
-    for kept in (some[:0], some[:, :, :0]):
-        yield 2, Entries(kept, kept, rows=rows)
-        yield 2, Entries(kept, kept, blocks)
-        yield 2, Entries(kept, kept, positions=listed, rows=rows)
-        yield 2, Entries(kept, kept, blocks, listed)
-    yield 2, Entries(some, some, blocks[:, :0])
-    yield 2, Entries(some, some, positions=listed[..., :0])
-    yield 2, Entries(some, some, positions=listed[:0], rows=rows)
 
 
 def check_nothing(backend: Backend, dtype: torch.dtype) -> None:
