@@ -42,7 +42,7 @@ class Driver:
         self.attention = attention or Attention(tokens.keys.shape[-1] ** -0.5)
         self.config = METHODS[method].config(**settings)
         self.stats = RowStats()
-        self.cache = LayerCache(self.config, index=layer, stats=self.stats)
+        self.cache = LayerCache(self.config.for_cache(), index=layer, stats=self.stats)
         make = METHODS[method].make
         self.algorithm = Algorithm() if make is None else make(self.config, layer, layers)
         self.chosen: Tensor | None = None

@@ -10,8 +10,8 @@ import torch
 
 from refreshkv.kernels import REFERENCE
 from refreshkv.methods import METHODS
-from refreshkv.methods.pyramidkv import layer_budget
-from refreshkv.methods.quest import PAGE, Quest
+from refreshkv.methods.pyramidkv import PyramidKVSettings, layer_budget
+from refreshkv.methods.quest import Quest
 from refreshkv.methods.rounded_keys import round_keys
 from refreshkv.step import Attention
 from tests.helpers import random_tokens
@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi-head": {"rows": 2, "kv_heads": 4, "group": 1, "dim": 32},
 }
 PROMPT, LENGTH = 60, 85
+PAGE = 16
 
 
 def check(driver: Driver, name: str, slow: Any = None) -> None:
@@ -91,7 +92,7 @@ def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
     driver = Driver(tokens, "pyramidkv", PROMPT, budget=40, layer=layer, layers=3)
 
     def slow(row: Row) -> Any:
-        row.budget = layer_budget(40, row.prompt, layer, 3, 32)
+        row.budget = layer_budget(40, row.prompt, layer, 3, PyramidKVSettings())
         return snapkv(32)(row)
 
     check(driver, "pyramidkv", slow)
@@ -103,7 +104,9 @@ def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
 def test_the_pyramid_falls_and_its_mean_is_the_budget(
     budget: int, tokens: int, layers: int
 ) -> None:
-    found = [layer_budget(budget, tokens, layer, layers, 32) for layer in range(layers)]
+    found = [
+        layer_budget(budget, tokens, layer, layers, PyramidKVSettings()) for layer in range(layers)
+    ]
     assert sum(found) == layers * budget
     assert found == sorted(found, reverse=True)
     assert min(found) >= min(budget, 32)
@@ -114,12 +117,12 @@ def test_the_pyramid_falls_and_its_mean_is_the_budget(
 
 def test_the_pyramid_of_the_paper() -> None:
     """A body of 480 falls from 2 * 480 - 24 to 480 / 20 = 24, on top of the window."""
-    found = [layer_budget(512, 16384, layer, 32, 32) for layer in range(32)]
+    found = [layer_budget(512, 16384, layer, 32, PyramidKVSettings()) for layer in range(32)]
     assert (found[0], found[-1]) == (936 + 32, 24 + 32)
     falls = [a - b for a, b in itertools.pairwise(found)]
     assert max(falls) - min(falls) <= 1
     # A prompt of 500 tokens can give the first layer 468 + 32: the surplus goes to the others.
-    short = [layer_budget(300, 500, layer, 32, 32) for layer in range(32)]
+    short = [layer_budget(300, 500, layer, 32, PyramidKVSettings()) for layer in range(32)]
     assert (short[0], short[-1]) == (500, 100)
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig, make_config
+from refreshkv.config import Budgeted, make_config
 from refreshkv.exact import ExactLayer, ExactWindowLayer
 from refreshkv.hosts.transformers.masks import newest_row
 from refreshkv.hosts.transformers.support import exact_reason, may_serve
@@ -255,14 +255,15 @@ class RefreshCache(Drafting, DynamicCache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        refresh: RefreshConfig | None = None,
+        refresh: Budgeted | None = None,
         *,
         stats: Stats | None = None,
         reserve: int = 0,
         method: Method | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.refresh = make_config() if refresh is None else refresh
+        settings = make_config() if refresh is None else refresh
+        self.refresh = settings.for_cache()
         self.stats = Stats() if stats is None else stats
         self.is_kept = True
         self.owner: object = None
@@ -276,7 +277,7 @@ class RefreshCache(Drafting, DynamicCache):
         for place, index in enumerate(served):
             inner = LayerCache(self.refresh, index=index, stats=self.stats, reserve=reserve)
             make = None if method is None else method.make
-            algorithm = Algorithm() if make is None else make(self.refresh, place, len(served))
+            algorithm = Algorithm() if make is None else make(settings, place, len(served))
             self.layers[index] = RefreshLayer(inner, algorithm, self._current)
         if self.refresh.mode == "exact" and exact_reason(config) is None:
             for index, layer in enumerate(self.layers):
