@@ -275,6 +275,3 @@ class Algorithm:
 
     def reset(self) -> None:
         """The cache is empty again."""
-
-
-Attention = AttendOptions

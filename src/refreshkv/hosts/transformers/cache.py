@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.store import DenseStore
-from refreshkv.config import RefreshConfig, make_config
+from refreshkv.config import Budgeted, make_config
 from refreshkv.hosts.transformers.masks import newest_row
 from refreshkv.hosts.transformers.served import Pass, ServedCache, ServedLayer, as_autocast
 from refreshkv.hosts.transformers.support import exact_reason, may_serve
@@ -172,14 +172,15 @@ class RefreshCache(ServedCache, DynamicCache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        refresh: RefreshConfig | None = None,
+        refresh: Budgeted | None = None,
         *,
         stats: Stats | None = None,
         reserve: int = 0,
         method: Method | None = None,
     ) -> None:
         super().__init__(config=config)
-        self._serve(config, make_config() if refresh is None else refresh, stats)
+        settings = make_config() if refresh is None else refresh
+        self._serve(config, settings.for_cache(), stats)
         last_mask = LastMask()
 
         def serve(index: int, algorithm: Algorithm, window: int | None = None) -> None:
@@ -194,7 +195,7 @@ class RefreshCache(ServedCache, DynamicCache):
         ]
         make = None if method is None else method.make
         for place, index in enumerate(full):
-            serve(index, Algorithm() if make is None else make(self.refresh, place, len(full)))
+            serve(index, Algorithm() if make is None else make(settings, place, len(full)))
         if self.refresh.mode == "exact" and exact_reason(config) is None:
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, DynamicSlidingWindowLayer):
