@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st

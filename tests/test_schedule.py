@@ -10,8 +10,8 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig, Schedule
 from refreshkv.kernels import reference
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy.triggers import FixedStride, LseDrop, Never, QueryDrift, Trigger, trigger_for
-from refreshkv.step import Attention
 from tests.helpers import Decoder, Step, Tokens, random_tokens
 
 KV_HEADS, GROUP, DIM = 2, 2, 4
@@ -195,7 +195,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
     tokens.keys[:, :, prompt] = 0  # and the new token speaks of neither
     config = RefreshConfig(budget=budget, pool_kernel=1)
     trigger = Watched(2.0)
-    decoder = Decoder(tokens, config, prompt, trigger=trigger, attention=Attention(1.0))
+    decoder = Decoder(tokens, config, prompt, trigger=trigger, options=AttendOptions(scale=1.0))
     step = decoder.step()
 
     assert trigger.fired[0].tolist() == [[False, True]]
@@ -203,7 +203,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
     assert len([p for p in first if p < half]) == budget - 1
     assert prompt in first  # the new token entered this ring
     assert all(p >= half for p in second)  # and this one was rebuilt
-    assert torch.equal(decoder.cache.partial.pushed, torch.tensor([[1, 0]]))
+    assert torch.equal(decoder.cache.ring.pushed, torch.tensor([[1, 0]]))
     torch.testing.assert_close(step.output[:, 2:], step.full[:, 2:])
     assert float((step.output[:, :2] - step.full[:, :2]).abs().max()) > 0.01
 
@@ -222,9 +222,11 @@ def test_a_fired_head_gives_full_attention_and_the_others_partial() -> None:
                 ring = step.held[row][head]
                 expected = reference.attend(
                     tokens.queries[row : row + 1, queries, now],
-                    tokens.keys[row : row + 1, head : head + 1, ring],
-                    tokens.values[row : row + 1, head : head + 1, ring],
-                    scale=decoder.attention.scale,
+                    Entries(
+                        tokens.keys[row : row + 1, head : head + 1, ring],
+                        tokens.values[row : row + 1, head : head + 1, ring],
+                    ),
+                    decoder.options,
                 ).output[0]
             torch.testing.assert_close(step.output[row, queries], expected)
     share = torch.stack(trigger.fired).float().mean()
@@ -240,9 +242,9 @@ def test_only_a_head_that_fires_remembers_anew() -> None:
         before = cache.reference.clone()
         decoder.step()
         fired = trigger.fired[-1]
-        options = decoder.attention.options(tokens.visible[:, None, : now + 1])
-        keys, values = tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1]
-        full = reference.attend(tokens.queries[:, :, now], keys, values, **options).lse
+        options = decoder.options.over(tokens.visible[:, None, : now + 1])
+        entries = Entries(tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1])
+        full = reference.attend(tokens.queries[:, :, now], entries, options).lse
         torch.testing.assert_close(cache.reference[fired], full.view_as(before)[fired])
         assert torch.equal(cache.reference[~fired], before[~fired])
         mixed += bool(fired.any()) and not bool(fired.all())
@@ -277,9 +279,9 @@ def test_a_stride_counts_from_the_refresh_that_a_drop_asked_for() -> None:
     tokens.queries[:, :, 22:] = torch.eye(8)[1] * 3  # the third step looks for the other topic
     tokens.keys[:, :, 20:] = 0
     config = RefreshConfig(budget=6, pool_kernel=1, trigger="lse-drop", drop=2.0, stride=4)
-    decoder = Decoder(tokens, config, 20, attention=Attention(1.0))
+    decoder = Decoder(tokens, config, 20, options=AttendOptions(scale=1.0))
     since = []
     for _ in range(9):
         decoder.step()
-        since.append(int(decoder.cache.partial.steps[0, 0]))
+        since.append(int(decoder.cache.ring.steps[0, 0]))
     assert since == [1, 2, 0, 1, 2, 3, 0, 1, 2]

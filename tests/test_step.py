@@ -34,6 +34,7 @@ DROP = replace(NEVER, trigger="lse-drop", drop=1.0)
 EVERY_OPTION = replace(
     DROP, budget=0.4, stride=6, recent=2, successor=2, window=8, anchor=0.34, group_reduction="mean"
 )
+BY_STRIDE: dict[str, Any] = {"trigger": "query", "drop": RefreshConfig().drop, "threshold": None}
 # Ours, past the paper.
 OPTIONS = {
     "recent": replace(FIXED, budget=14, recent=3),
@@ -50,7 +51,7 @@ OPTIONS = {
     "drop": DROP,
     "drop, capped": replace(DROP, drop=1.5, stride=4),
     "every option": EVERY_OPTION,
-    "every option, fixed stride": replace(EVERY_OPTION, trigger="query", threshold=None, stride=4),
+    "every option, fixed stride": replace(EVERY_OPTION, **BY_STRIDE, stride=4),
 }
 ALL = CONFIGS | OPTIONS
 SHAPES: dict[str, dict[str, Any]] = {
@@ -209,18 +210,26 @@ def test_a_window_of_32_votes_on_the_first_selection() -> None:
     check_against_slow(Decoder(tokens, config, 50), config, 50, 8, slow_ours)
 
 
+triggers = st.one_of(
+    st.just({"stride": None}),
+    st.fixed_dictionaries({"stride": st.integers(1, 6), "threshold": st.none()}),
+    st.fixed_dictionaries(
+        {
+            "trigger": st.just("lse-drop"),
+            "drop": st.sampled_from([0.25, 1.0, 2.0]),
+            "stride": st.none() | st.integers(1, 6),
+        }
+    ),
+)
 ours = st.builds(
-    RefreshConfig,
+    lambda by, **settings: RefreshConfig(**settings, **by),
+    by=triggers,
     budget=st.integers(1, 14),
-    stride=st.none() | st.integers(1, 6),
-    threshold=st.none(),
     pool_kernel=st.sampled_from([1, 3, 7]),
     recent=st.integers(0, 8),
     successor=st.integers(0, 4),
     window=st.integers(1, 20),
     anchor=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-    trigger=st.sampled_from(["query", "lse-drop"]),
-    drop=st.sampled_from([0.25, 1.0, 2.0]),
 )
 
 
@@ -345,8 +354,8 @@ def test_a_budget_for_every_token_is_full_attention(name: str, shape: str) -> No
         replace(FIXED, stride=1, threshold=1.0),
         replace(FIXED, stride=1, threshold=1.0, decide="head"),
         replace(EVERY_OPTION, stride=1),
-        replace(EVERY_OPTION, trigger="query", stride=1, threshold=1.0),
-        RefreshConfig(mode="full", stride=None),
+        replace(EVERY_OPTION, **BY_STRIDE | {"stride": 1, "threshold": 1.0}),
+        RefreshConfig(mode="full"),
     ],
     ids=[
         "stride 1",

@@ -41,7 +41,7 @@ FULL_BY = {
     "budget, every option": replace(EVERY_OPTION, budget=1000),
     "stride 1, every option": replace(EVERY_OPTION, budget=4, stride=1),
     "stride 1, threshold 1, every option": replace(
-        EVERY_OPTION, budget=4, stride=1, threshold=1.0, trigger="query"
+        EVERY_OPTION, budget=4, stride=1, threshold=1.0, trigger="query", drop=4.0
     ),
 }
 

@@ -62,12 +62,15 @@ class Look:
         """`[B, Hq, D]`: attention over the entries of `kept` `[B, Hkv, L]` bool."""
         return self.cache.store.attend(self.query, self._over(kept)).output
 
-    def scores(self, reduction: Reduction, *, keys: Tensor | None = None) -> Tensor:
-        """`[B, Hkv, L]` float32: the attention that each token receives.
+    def scores(
+        self, reduction: Reduction, *, keys: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """`[B, Hkv, L]` float32: the attention that each token, or each of `kept` `[B, Hkv, L]`, receives.
 
         `keys` `[B, Hkv, L, D]`: instead of the layer's own.
         """
-        options, store = self._over(over_heads(self.visible), reduction), self.cache.store
+        mask, store = over_heads(self.visible) if kept is None else kept, self.cache.store
+        options = self._over(mask, reduction)
         if keys is None:
             return store.score(self.query, options).scores[..., : self.length]
         return store.backend.score(self.query, Entries(keys), options).scores
