@@ -11,16 +11,19 @@ struct Strides {
   int64_t row, head, token;
 };
 
-// What entries.py fills in, field by field. Null: not given.
+// What entries.py fills in, field by field.
 struct Entries {
   const char *keys, *values;  // [R, Hkv, L, D], or pages [N, Hkv, P, D]; their own strides, values or null
-  const int32_t* blocks;      // [B, M] contiguous, or null
-  const int32_t* positions;   // [listed, Hkv, n] contiguous, or null
+  const int32_t* blocks;      // [B, M] contiguous
+  const int32_t* positions;   // [listed, Hkv, n] contiguous
   const int32_t* rows;        // [B], or null
-  int64_t kept, kv_heads, size, pages, listed, count;  // R or N, Hkv, L or P, M (1 without pages), rows of a list, n
+  int64_t kept, kv_heads, size;   // R or N, Hkv, L or P
+  int64_t pages, listed, count;   // M or -1, rows of a list or -1, n
   Strides key, value;
 
-  int64_t width() const { return size * pages; }
+  // Not whether there is an address: nothing has none.
+  bool paged() const { return pages >= 0; }
+  int64_t width() const { return paged() ? size * pages : size; }
   // Where what is kept for a row lies among `among` such rows; -1 where it does not.
   int64_t kept_row(int64_t row, int64_t among) const {
     if (rows) row = rows[row];
@@ -35,10 +38,10 @@ namespace {
 class Held {
  public:
   Held(const Entries& entries, int64_t row, int64_t head)
-      : entries_(entries), row_(entries.blocks ? -1 : entries.kept_row(row, entries.kept)), head_(head),
-        blocks_(entries.blocks ? entries.blocks + row * entries.pages : nullptr), listed_(nullptr),
-        there_(entries.blocks || row_ >= 0) {
-    if (!entries.positions) return;
+      : entries_(entries), row_(entries.paged() ? -1 : entries.kept_row(row, entries.kept)), head_(head),
+        blocks_(entries.paged() ? entries.blocks + row * entries.pages : nullptr), listed_(nullptr),
+        there_(entries.paged() || row_ >= 0) {
+    if (entries.listed < 0) return;
     const int64_t of_list = entries.kept_row(row, entries.listed);
     if (of_list < 0) there_ = false;
     else listed_ = entries.positions + (of_list * entries.kv_heads + head) * entries.count;

@@ -38,8 +38,8 @@ class Entries(ctypes.Structure):
         super().__init__(
             *map(address, self.made_of),
             *keys.shape[:3],
-            1 if blocks is None else blocks.shape[1],
-            0 if positions is None else len(positions),
+            -1 if blocks is None else blocks.shape[1],
+            -1 if positions is None else len(positions),
             entries.count,
             *strides(keys),
             *strides(values),
