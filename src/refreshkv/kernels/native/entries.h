@@ -48,7 +48,6 @@ class Held {
   }
 
   bool there() const { return there_; }
-  int64_t position(int64_t entry) const { return listed_ ? listed_[entry] : entry; }
 
   // Key and value at a position, `none` where there is none; the value `none` too where no values are given.
   void find(int64_t position, const char* none, const char*& key, const char*& value) const {
@@ -63,6 +62,31 @@ class Held {
     }
     key = at(entries_.keys, entries_.key, row, position);
     if (entries_.values) value = at(entries_.values, entries_.value, row, position);
+  }
+
+  // The same of the `n` entries from `first` on, those that are visible (or null: all). Whether that is all of them.
+  bool find(int64_t first, int64_t n, const uint8_t* visible, const char* none, const char** keys,
+            const char** values) const {
+    bool whole = true;
+    if (blocks_ || listed_) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t position = listed_ ? listed_[first + i] : first + i;
+        find(visible && !visible[i] ? -1 : position, none, keys[i], values[i]);
+        whole &= keys[i] != none;
+      }
+      return whole;
+    }
+    const char* key = at(entries_.keys, entries_.key, row_, first);
+    const char* value = entries_.values ? at(entries_.values, entries_.value, row_, first) : none;
+    const int64_t next_value = entries_.values ? entries_.value.token : 0;
+    for (int64_t i = 0; i < n; ++i) keys[i] = key + i * entries_.key.token;
+    for (int64_t i = 0; i < n; ++i) values[i] = value + i * next_value;
+    for (int64_t i = 0; visible && i < n; ++i)
+      if (!visible[i]) {
+        keys[i] = values[i] = none;
+        whole = false;
+      }
+    return whole;
   }
 
  private:

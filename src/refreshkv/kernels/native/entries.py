@@ -46,8 +46,9 @@ class Entries(ctypes.Structure):
         )
 
 
-def strides(tensor: Tensor | None) -> list[int]:
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Bytes from one row, head and token to the next."""
     if tensor is None:
-        return [0, 0, 0]
-    return [step * tensor.element_size() for step in tensor.stride()[:3]]
+        return (0, 0, 0)
+    (row, head, token, _), size = tensor.stride(), tensor.element_size()
+    return (row * size, head * size, token * size)

@@ -77,11 +77,7 @@ struct Part {
   // The block from `entry` on; how many it has.
   int64_t find(int64_t entry, Found& found) const {
     const int64_t n = std::clamp<int64_t>(end - entry, 0, kBlock);
-    found.whole = true;
-    for (int64_t i = 0; i < n; ++i) {
-      held.find(visible && !visible[entry + i] ? -1 : held.position(entry + i), kZeros, found.keys[i], found.values[i]);
-      found.whole &= found.seen(i);
-    }
+    found.whole = held.find(entry, n, visible ? visible + entry : nullptr, kZeros, found.keys, found.values);
     std::fill(found.keys + n, found.keys + padded(n), kZeros);
     std::fill(found.values + n, found.values + padded(n), kZeros);
     return n;

@@ -14,23 +14,18 @@ using Operand = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>
 int64_t rows_for(int64_t m) { return m <= 16 ? m : (m + 15) / 16 * 16; }
 int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
-// A register from `from` on, zeros behind the `left` numbers there are.
-template <typename Vector, typename T>
-inline Vector load_of(const T* from, int64_t left) {
-  if (left * sizeof(T) >= sizeof(Vector)) return load<Vector>(from);
-  T some[sizeof(Vector) / sizeof(T)] = {};
-  std::copy_n(from, left, some);
-  return load<Vector>(some);
-}
+// A register of words from number `d` on of a row that has `dim`, zeros behind them.
 template <typename T>
 inline Words words(const T* row, int64_t d, int64_t dim) {
-  if (d >= dim) return Words{};
-  if constexpr (!std::is_same_v<T, float16>) {
-    return load_of<Words>(row + d, dim - d);
-  } else {
-    const Halves some = load_of<Halves>(row + d, dim - d);
-    return (Words)widened(reinterpret_cast<const float16*>(&some));
+  constexpr int64_t count = kEach<Operand<T>> * kLanes;
+  T some[count] = {};
+  if (d + count > dim) {
+    std::copy_n(row + d, std::max<int64_t>(0, dim - d), some);
+    row = some;
+    d = 0;
   }
+  if constexpr (std::is_same_v<T, float16>) return (Words)widened(row + d);
+  else return load<Words>(row + d);
 }
 
 // Lanes and rows of a square that differ in one bit change places.

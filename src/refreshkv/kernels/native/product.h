@@ -34,22 +34,26 @@ class Ahead {
   void begin(const char* const* entries, int64_t count, int64_t bytes) {
     entry_ = entries;
     last_ = entries + count;
+    if (count > 0 && entries[count - 1] - entries[0] == (count - 1) * bytes) {  // as one, side by side
+      last_ = entries + 1;
+      bytes *= count;
+    }
     bytes_ = bytes;
-    if (count > 0) enter();
+    at_ = end_ = nullptr;
   }
   void fetch(int lines) {
-    for (; lines > 0 && entry_ < last_; --lines) {
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_) {
+        if (entry_ == last_) return;
+        end_ = *entry_ + bytes_;
+        at_ = *entry_ - reinterpret_cast<uintptr_t>(*entry_) % 64;
+        ++entry_;
+      }
       __builtin_prefetch(at_, 0, 2);
-      at_ += 64;
-      if (at_ >= end_ && ++entry_ < last_) enter();
     }
   }
 
  private:
-  void enter() {
-    at_ = *entry_ - reinterpret_cast<uintptr_t>(*entry_) % 64;
-    end_ = *entry_ + bytes_;
-  }
   const char *const *entry_ = nullptr, *const *last_ = nullptr;
   const char *at_ = nullptr, *end_ = nullptr;
   int64_t bytes_ = 0;
