@@ -16,6 +16,7 @@ Mode = Literal["refresh", "exact", "full"]
 TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
+RingName = Literal["copied", "indexed"]
 LARGEST = 2**31 - 1  # tokens or steps: more than any context, and still a number for every kernel
 T = TypeVar("T")
 
@@ -122,6 +123,8 @@ class Selection(Grouped):
         window: the last prompt queries that vote on the first selection (paper: 1; SnapKV: 32).
         anchor: share of the budget that stays with the best of the first selection through every refresh (ours;
             paper: 0).
+        ring: "copied": the partial cache is a copy, which a partial step reads in one piece; "indexed": a list of
+            positions, 4 bytes an entry, and a partial step reads the full cache there (ours).
     """
 
     pool_kernel: int = odd(7)
@@ -129,6 +132,7 @@ class Selection(Grouped):
     successor: int = at_least(0, 0)
     window: int = at_least(1, 1)
     anchor: float = setting(0.0, "is a share of the budget in [0, 1]", lambda a: 0.0 <= a <= 1.0)
+    ring: RingName = "copied"
 
 
 @dataclass(frozen=True, kw_only=True)

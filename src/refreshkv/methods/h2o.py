@@ -9,10 +9,10 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Grouped
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods.kept import Eviction, Look
 from refreshkv.methods.method import Method
 from refreshkv.policy.selection import reduce_group
-from refreshkv.step import Attention
 
 # Attention weights of the prompt made at once: larger blocks leave the processor's cache.
 _BLOCK = 1 << 21
@@ -21,12 +21,13 @@ _BLOCK = 1 << 21
 class H2O(Eviction):
     """K // 2 entries by the attention received so far, the other half the newest. `scores` is `[B, Hq, L]`."""
 
+    sees_prompt = True
     settings: Grouped
 
     def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> None:
-        super().observe(cache, queries, attention, visible)
+        super().observe(cache, queries, options, visible)
         length, count = cache.length, queries.shape[2]
         received = queries.new_zeros(*queries.shape[:2], length, dtype=torch.float32)
         if self.scores is not None:
@@ -35,7 +36,7 @@ class H2O(Eviction):
             count -= some.shape[2]
             end = length - count  # these queries see no later token
             seen = None if visible is None else visible[:, :end]
-            look = Look(cache, some[:, :, -1], attention, seen, end)
+            look = Look(cache, some[:, :, -1], options, seen, end)
             received[..., :end] += look.votes(some)
         self.scores = received
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted, Reduction
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy.selection import Selection, rank_keys
-from refreshkv.step import Algorithm, Attention, count_again, over_heads
+from refreshkv.step import Algorithm, count_again, over_heads
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,21 @@ class Look:
     Attributes:
         cache: the layer; after a prompt, its store holds one token more.
         query: `[B, Hq, D]`, that of the last of the tokens.
-        attention: scale, softcap, sinks.
+        options: scale, softcap and sinks of the model.
         visible: `[B, L]` bool, False for padding; `None` when there is none.
         length: L, how many tokens there are.
     """
 
     cache: LayerCache
     query: Tensor
-    attention: Attention
+    options: AttendOptions
     visible: Tensor | None
     length: int
 
     @property
     def keys(self) -> Tensor:
         """`[B, Hkv, L, D]`."""
-        return self.cache.store.keys[:, :, : self.length]
+        return self.cache.store.dense()[0][:, :, : self.length]
 
     @property
     def seen(self) -> Tensor:
@@ -59,19 +60,17 @@ class Look:
 
     def attend(self, kept: Tensor) -> Tensor:
         """`[B, Hq, D]`: attention over the entries of `kept` `[B, Hkv, L]` bool."""
-        store, options = self.cache.store, self.attention.options(kept)
-        return self.cache.backend.attend(self.query, store.keys, store.values, **options).output
+        return self.cache.store.attend(self.query, self._over(kept)).output
 
-    def scores(
-        self, reduction: Reduction, *, keys: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
-        """`[B, Hkv, L]` float32: the attention that each token, or each of `kept` `[B, Hkv, L]`, receives.
+    def scores(self, reduction: Reduction, *, keys: Tensor | None = None) -> Tensor:
+        """`[B, Hkv, L]` float32: the attention that each token receives.
 
-        `keys`: as the layer's own, which are asked otherwise.
+        `keys` `[B, Hkv, L, D]`: instead of the layer's own.
         """
-        options = self.attention.options(over_heads(self.visible) if kept is None else kept)
-        keys = self.keys if keys is None else keys
-        return self.cache.backend.score(self.query, keys, **options, reduction=reduction).scores
+        options, store = self._over(over_heads(self.visible), reduction), self.cache.store
+        if keys is None:
+            return store.score(self.query, options).scores[..., : self.length]
+        return store.backend.score(self.query, Entries(keys), options).scores
 
     def votes(self, queries: Tensor, kept: Tensor | None = None) -> Tensor:
         """The same from the newest T tokens, per query head: `[B, Hq, L]` float32, summed; NaN counts as 0.
@@ -79,21 +78,29 @@ class Look:
         Each of the `queries` `[B, Hq, T, D]` sees no later token than its own. The kernels give one score per KV head,
         so they are asked for one query head of every group at a time.
         """
-        groups, sinks = (self.cache.kv_heads, -1), self.attention.sinks
+        groups, sinks = (self.cache.kv_heads, -1), self.options.sinks
         starts = torch.full((len(queries),), self.length - queries.shape[2], device=queries.device)
-        seen, received = over_heads(self.visible) if kept is None else kept, list[Tensor]()
+        options = self._over(over_heads(self.visible) if kept is None else kept)
+        received = list[Tensor]()
         for member in queries.unflatten(1, groups).unbind(2):
             own = None if sinks is None else sinks.unflatten(0, groups)[:, len(received)]
-            options = replace(self.attention, sinks=own).options(seen)
-            found = self.cache.backend.vote(member, self.keys, starts=starts, **options)
-            received.append(found.scores)
+            votes = self.cache.store.vote(member, replace(options, sinks=own), starts=starts)
+            received.append(votes.scores[..., : self.length])
         return torch.stack(received, 2).flatten(1, 2).nan_to_num_(0.0) * queries.shape[2]
 
     def best(self, scores: Tensor, budget: Tensor | None = None, **options: Any) -> Tensor:
         """`[B, Hkv, L]` bool: the K tokens with the best `scores` `[B, Hkv, L]`; see `selection.select`."""
         budget = self.cache.budget if budget is None else budget
         options = {"pool_kernel": 1, "visible": self.visible, **options}
-        return mask_of(self.cache.backend.select(scores, budget, **options), self.length)
+        return mask_of(self.cache.store.backend.select(scores, budget, **options), self.length)
+
+    def _over(self, mask: Tensor | None, reduction: Reduction | None = None) -> AttendOptions:
+        """The options for the tokens of `mask` `[B, Hkv or 1, L]` bool, `None` for all, and none after them."""
+        if mask is None and self.length < self.cache.store.width:
+            mask = self.seen[:, None]
+        if mask is not None:
+            mask = F.pad(mask, (0, self.cache.store.width - self.length))
+        return self.options.over(mask, reduction=reduction)
 
 
 class KeptEntries(Algorithm, ABC):
@@ -126,17 +133,17 @@ class KeptEntries(Algorithm, ABC):
         return 0
 
     def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
-        if cache.pending is not None:
-            prompt = None if visible is None else visible[:, :-1]
-            cache.resolve_budget(prompt, cache.length - 1)
-            last = cache.pending[:, :, -1]
-            self.begin(Look(cache, last, attention, prompt, cache.length - 1))
-            cache.pending = None
+        if cache.waiting is not None:
+            assert cache.prompt is not None and cache.queries is not None
+            cache.resolve_budget(visible, cache.prompt)
+            last, prompt = cache.queries[:, :, -1], None if visible is None else visible[:, :-1]
+            self.begin(Look(cache, last, options, prompt, cache.length - 1))
+            cache.waiting = None
         elif cache.hidden is None:
             count_again(cache, visible)
-        now = Look(cache, query, attention, visible, cache.length)
+        now = Look(cache, query, options, visible, cache.length)
         kept = self.choose(now)
         output = now.attend(kept)
         cache.stats.record(
@@ -204,14 +211,14 @@ class Eviction(KeptEntries):
         return self.kept
 
     def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> None:
         if self.kept is not None:
             raise RuntimeError(
                 f"{type(self).__name__} has evicted entries, and another prompt, or a draft to verify, would see them"
                 " all: use a new cache for every prompt"
             )
-        super().observe(cache, queries, attention, visible)
+        super().observe(cache, queries, options, visible)
 
     def crop(self, length: int) -> None:
         raise RuntimeError(f"{type(self).__name__} cannot take tokens back: use a new cache")
@@ -222,4 +229,4 @@ def mask_of(selection: Selection, length: int) -> Tensor:
     positions = selection.positions
     mask = positions.new_zeros(*positions.shape[:2], length + 1, dtype=torch.bool)
     # Free slots all mark one column too many.
-    return mask.scatter_(-1, positions.where(positions >= 0, length), True)[..., :length]
+    return mask.scatter_(-1, positions.where(positions >= 0, length).long(), True)[..., :length]

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods.method import Method
-from refreshkv.step import Algorithm, Attention, decode_step, full_step, over_heads
+from refreshkv.step import Algorithm, decode_step, full_step, over_heads
 
 
 class NoReselection(Algorithm):
@@ -17,26 +18,27 @@ class NoReselection(Algorithm):
         pass
 
     def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
-        return decode_step(cache, query, attention, visible, attend_only)
+        return decode_step(cache, query, options, visible, attend_only)
 
 
 def attend_only(
     cache: LayerCache,
     query: Tensor,
-    attention: Attention,
+    options: AttendOptions,
     visible: Tensor | None,
     heads: Tensor | None,
 ) -> Tensor:
     """Attends to everything and re-selects nothing: the partial cache goes on as after a partial step."""
-    if cache.partial is None:  # after a crop there is nothing to go on with
-        return full_step(cache, query, attention, visible, heads)
+    ring = cache.ring
+    if ring is None or bool(
+        (ring.filled == 0).any()
+    ):  # after a crop there is nothing to go on with
+        return full_step(cache, query, options, visible, heads)
     if heads is None:  # else the partial step has let the new token in
-        cache.push_newest()
-    return cache.backend.attend(
-        query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
-    ).output
+        ring.push(cache.store.lengths - 1)
+    return cache.store.attend(query, options.over(over_heads(visible))).output
 
 
 _PAPER = (

@@ -37,8 +37,8 @@ class SnapKV(Eviction):
 
     def score_prompt(self, prompt: Look) -> Tensor:
         cache, settings = prompt.cache, self.settings
-        assert cache.pending is not None
-        scores = reduce_group(prompt.votes(cache.pending), cache.kv_heads, settings.group_reduction)
+        assert cache.queries is not None
+        scores = reduce_group(prompt.votes(cache.queries), cache.kv_heads, settings.group_reduction)
         first = prompt.length
         if settings.keep_window:
             first = max(0, first - settings.window)
