@@ -18,11 +18,11 @@ from refreshkv.kernels.options import AttendOptions, Entries
 class Store(NamedTuple):
     """Where entries lie. The tensors are those of `Entries`, and `<tensor>_<axis>` are strides in elements."""
 
-    keys: Tensor
-    values: Tensor | None
-    blocks: Tensor | None
-    positions: Tensor | None
-    rows: Tensor | None
+    keys_ptr: Tensor
+    values_ptr: Tensor | None
+    blocks_ptr: Tensor | None
+    positions_ptr: Tensor | None
+    rows_ptr: Tensor | None
     key_row: int  # of a page, with blocks
     key_head: int
     key_entry: int
@@ -54,10 +54,10 @@ class Options(NamedTuple):
 
     scale: float
     softcap: float | None
-    sinks: Tensor | None
-    visible: Tensor | None
-    lengths: Tensor | None
-    heads: Tensor | None
+    sinks_ptr: Tensor | None
+    visible_ptr: Tensor | None
+    lengths_ptr: Tensor | None
+    heads_ptr: Tensor | None
     visible_row: int
     visible_head: int
     length_row: int
@@ -144,14 +144,14 @@ def look_up(store, width, pages, row, kept, head, index, inside, PAGE: tl.conste
         inside: which of them are meant. Nothing is read of the others.
     """
     position = index
-    if store.positions is not None:
-        listed = store.positions + kept * store.position_row + head * store.position_head
+    if store.positions_ptr is not None:
+        listed = store.positions_ptr + kept * store.position_row + head * store.position_head
         position = tl.load(listed + index, mask=inside, other=-1)
     exists = inside & (position >= 0) & (position < width)
-    if store.blocks is None:
+    if store.blocks_ptr is None:
         page, entry = kept, position.to(tl.int64)
     else:
-        block = store.blocks + row * store.block_row + position // PAGE
+        block = store.blocks_ptr + row * store.block_row + position // PAGE
         page, entry = tl.load(block, mask=exists, other=-1).to(tl.int64), position % PAGE
         exists = exists & (page >= 0) & (page < pages)
     key = page * store.key_row + head * store.key_head + entry * store.key_entry
@@ -169,19 +169,19 @@ def asked_for(heads_ptr, row, head, kv_heads):
 
 
 @triton.jit
-def own_length(options, row, head, entries):
+def own_length(how, row, head, entries):
     """How many of the entries count for this head, int64."""
     length = tl.cast(entries, tl.int64)
-    if options.lengths is not None:
-        own = tl.load(options.lengths + row * options.length_row + head * options.length_head)
+    if how.lengths_ptr is not None:
+        own = tl.load(how.lengths_ptr + row * how.length_row + head * how.length_head)
         length = tl.minimum(length, tl.maximum(own.to(tl.int64), 0))
     return length
 
 
 @triton.jit
-def shown(options, row, head, index, inside):
+def shown(how, row, head, index, inside):
     """Which of the entries `inside` the mask lets through."""
-    if options.visible is not None:
-        visible = options.visible + row * options.visible_row + head * options.visible_head
+    if how.visible_ptr is not None:
+        visible = how.visible_ptr + row * how.visible_row + head * how.visible_head
         inside = inside & tl.load(visible + index, mask=inside, other=False)
     return inside

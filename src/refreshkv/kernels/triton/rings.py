@@ -37,7 +37,7 @@ def gather(
     """See `reference.gather`."""
     rows, kv_heads, slots = wanted.shape
     store, limits = store_of(replace(entries, positions=None))
-    assert store.values is not None
+    assert store.values_ptr is not None
     dim, value_dim = ring_keys.shape[-1], ring_values.shape[-1]
     block = max(1, _COPY_BYTES // (padded(max(dim, value_dim)) * ring_keys.itemsize))
     wanted = contiguous_rows(wanted)
@@ -157,7 +157,7 @@ def gather_kernel(
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if not asked_for(heads_ptr, row, head, tl.num_programs(1)):
         return
-    ring, kept = kept_row(rows_ptr, row, rings), kept_row(store.rows, row, kept)
+    ring, kept = kept_row(rows_ptr, row, rings), kept_row(store.rows_ptr, row, kept)
     if (ring < 0) | (kept < 0):
         return
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -167,10 +167,10 @@ def gather_kernel(
         store, width, pages, row, kept, head, wanted, slot < slots, PAGE
     )
     ring_keys_ptr += ring * ring_keys_row + head * ring_keys_head
-    copy(store.keys, key_at, ring_keys_ptr, slot * ring_keys_entry, exists, DIM, DIM_PAD)
+    copy(store.keys_ptr, key_at, ring_keys_ptr, slot * ring_keys_entry, exists, DIM, DIM_PAD)
     ring_values_ptr += ring * ring_values_row + head * ring_values_head
     slot_at = slot * ring_values_entry
-    copy(store.values, value_at, ring_values_ptr, slot_at, exists, VALUE_DIM, VALUE_PAD)
+    copy(store.values_ptr, value_at, ring_values_ptr, slot_at, exists, VALUE_DIM, VALUE_PAD)
 
 
 @triton.jit(do_not_specialize=LIMITS)
@@ -216,7 +216,7 @@ def insert_kernel(
     """A program looks through the positions of a ring and then writes: nothing is decided twice. Grid (Hkv, B)."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     entered_ptr += row * tl.num_programs(0) + head
-    ring, kept = kept_row(rows_ptr, row, rings), kept_row(store.rows, row, kept)
+    ring, kept = kept_row(rows_ptr, row, rings), kept_row(store.rows_ptr, row, kept)
     if (ring < 0) | (kept < 0):
         tl.store(entered_ptr, tl.cast(0, tl.int64))
         return
@@ -252,8 +252,8 @@ def insert_kernel(
     tl.store(entered_ptr, total)
     if ring_keys_ptr is not None:
         ring_keys_ptr += ring * ring_keys_row + head * ring_keys_head
-        copy(store.keys, key_at, ring_keys_ptr, slot * ring_keys_entry, written, DIM, DIM_PAD)
+        copy(store.keys_ptr, key_at, ring_keys_ptr, slot * ring_keys_entry, written, DIM, DIM_PAD)
     if ring_values_ptr is not None:
         ring_values_ptr += ring * ring_values_row + head * ring_values_head
         slot_at = slot * ring_values_entry
-        copy(store.values, value_at, ring_values_ptr, slot_at, written, VALUE_DIM, VALUE_PAD)
+        copy(store.values_ptr, value_at, ring_values_ptr, slot_at, written, VALUE_DIM, VALUE_PAD)

@@ -93,12 +93,12 @@ def attend_in_splits(
     output = None if values is None else lse.new_empty(*lse.shape, value_dim)
     logits = lse.new_empty(rows, heads * queries, entries.count) if keep_logits else None
     store, limits = store_of(entries)
-    told = options_of(options, rows, kv_heads)
+    how = options_of(options, rows, kv_heads)
     attend_kernel[(splits, kv_heads * tiles, rows)](
         query,
         store,
         *limits,
-        told,
+        how,
         starts,
         counts,
         output,
@@ -125,7 +125,7 @@ def attend_in_splits(
         lse,
         dtype=query.dtype if values is None else values.dtype,
         sinks=options.sinks,
-        heads=told.heads,
+        heads=how.heads_ptr,
         queries=queries,
     )
     return Attended(*(x.unflatten(1, (heads, queries)) for x in merged)), logits
@@ -162,7 +162,7 @@ def attend_kernel(
     width,
     kept,
     pages,
-    options,
+    how,
     starts_ptr,  # [B] int64, or None: every query sees everything
     counts_ptr,  # [B] int64, or None
     output_ptr,  # [B, Hq * T, S, Dv] float32, or None: the log-sum-exp alone is wanted
@@ -188,14 +188,14 @@ def attend_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     head, kv_heads = (tl.program_id(1) // TILES).to(tl.int64), tl.num_programs(1) // TILES
     row = tl.program_id(2).to(tl.int64)
-    if not asked_for(options.heads, row, head, kv_heads):
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
     member = tl.program_id(1) % TILES * TILE + tl.arange(0, TILE)  # head by head, query by query
     own = member < GROUP * QUERIES
     queries = (row * kv_heads + head) * GROUP * QUERIES + member
 
-    kept = kept_row(store.rows, row, kept)
-    end = tl.where(kept >= 0, own_length(options, row, head, entries), 0)
+    kept = kept_row(store.rows_ptr, row, kept)
+    end = tl.where(kept >= 0, own_length(how, row, head, entries), 0)
     begin = end * 0
     last = member * 0
     if starts_ptr is not None:
@@ -220,16 +220,16 @@ def attend_kernel(
     for block in tl.range(begin + first, begin + stop, BLOCK):
         index = block + tl.arange(0, BLOCK)
         inside = index < begin + stop
-        seen = shown(options, row, head, index, inside)
+        seen = shown(how, row, head, index, inside)
         key_at, value_at, seen = look_up(store, width, pages, row, kept, head, index, seen, PAGE)
         # What is not seen is not read: it may hold anything.
         keys = tl.load(
-            store.keys + key_at[:, None] + dims[None, :],
+            store.keys_ptr + key_at[:, None] + dims[None, :],
             mask=seen[:, None] & (dims < DIM)[None, :],
             other=0.0,
         )
         products = tl.dot(query, tl.trans(keys), input_precision="ieee")
-        logits = finished_logits(products, options.scale, options.softcap)
+        logits = finished_logits(products, how.scale, how.softcap)
         counted = seen[None, :]
         if starts_ptr is not None:
             counted = seen_by(last[:, None], index[None, :], counted, window)
@@ -241,9 +241,9 @@ def attend_kernel(
                 mask=own[:, None] & inside[None, :],
             )
         values = None
-        if store.values is not None:
+        if store.values_ptr is not None:
             values = tl.load(
-                store.values + value_at[:, None] + value_dims[None, :],
+                store.values_ptr + value_at[:, None] + value_dims[None, :],
                 mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
                 other=0.0,
             )
@@ -251,7 +251,7 @@ def attend_kernel(
 
     lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
     tl.store(lse_ptr + queries * splits + split, lse, mask=own)
-    if store.values is not None:
+    if store.values_ptr is not None:
         acc /= tl.where(mass == 0, 1.0, mass)[:, None]
         tl.store(
             output_ptr + (queries * splits + split)[:, None] * VALUE_DIM + value_dims[None, :],

@@ -112,7 +112,7 @@ def _attended(
 def group_weights(
     logits_ptr,  # [B, Hq, n] float32
     lse_ptr,  # [B, Hq] float32
-    options,
+    how,
     row,
     head,
     index,
@@ -121,7 +121,7 @@ def group_weights(
     MEAN: tl.constexpr,
 ):
     """What each entry received from the query heads of a KV head, their mean or maximum; 0 beyond the length."""
-    length = own_length(options, row, head, entries)
+    length = own_length(how, row, head, entries)
     group = (row * tl.num_programs(1) + head) * GROUP
     reduced = tl.zeros(index.shape, tl.float32)
     for member in tl.static_range(GROUP):
@@ -133,8 +133,8 @@ def group_weights(
             other=float("-inf"),
         )
         weights = tl.exp(logits - tl.where(nothing, 0.0, lse))
-        if options.sinks is not None:
-            weights *= beside_sink(lse, tl.load(options.sinks + head * GROUP + member))
+        if how.sinks_ptr is not None:
+            weights *= beside_sink(lse, tl.load(how.sinks_ptr + head * GROUP + member))
         if MEAN:
             reduced += weights / GROUP
         else:
@@ -146,7 +146,7 @@ def group_weights(
 def score_kernel(
     logits_ptr,  # [B, Hq, n] float32
     lse_ptr,  # [B, Hq] float32
-    options,
+    how,
     scores_ptr,  # [B, Hkv, n] float32
     entries,
     GROUP: tl.constexpr,
@@ -155,10 +155,10 @@ def score_kernel(
 ):
     """Grid (blocks of entries, Hkv, B)."""
     head, kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    if not asked_for(options.heads, row, head, kv_heads):
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scores = group_weights(logits_ptr, lse_ptr, options, row, head, index, entries, GROUP, MEAN)
+    scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
     scores_ptr += (row * kv_heads + head) * entries
     tl.store(scores_ptr + index, scores, mask=index < entries)
 
@@ -176,7 +176,7 @@ def store_best(keys, best_ptr, COUNT: tl.constexpr, LAST: tl.constexpr):
 def candidates_kernel(
     logits_ptr,  # [B, Hq, n] float32
     lse_ptr,  # [B, Hq] float32
-    options,
+    how,
     newest_ptr,  # [B, Hkv] int64
     best_ptr,  # [B, Hkv, blocks, COUNT] int64
     entries,
@@ -189,10 +189,10 @@ def candidates_kernel(
     """The best of each block of entries, as keys in the order of `selection.rank_keys`; grid (blocks, Hkv, B)."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     head, kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    if not asked_for(options.heads, row, head, kv_heads):
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scores = group_weights(logits_ptr, lse_ptr, options, row, head, index, entries, GROUP, MEAN)
+    scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
     scores = tl.where(scores > 0, scores, 0.0)  # which a NaN is not
     own = row * kv_heads + head
     scores = tl.where(index == tl.load(newest_ptr + own), -1.0, scores)

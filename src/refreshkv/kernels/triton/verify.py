@@ -120,7 +120,7 @@ def vote_kernel(
     width,
     kept,
     pages,
-    options,
+    how,
     starts_ptr,  # [B] int64
     counts_ptr,  # [B] int64, or None
     lse_ptr,  # [B, Hq, T] float32
@@ -144,7 +144,7 @@ def vote_kernel(
     """What the queries of a group give to one block of keys; grid (blocks, Hkv, B)."""
     head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     row = tl.program_id(2).to(tl.int64)
-    if not asked_for(options.heads, row, head, kv_heads):
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scores_ptr += (row * kv_heads + head) * entries
@@ -153,18 +153,18 @@ def vote_kernel(
         voting = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), QUERIES)
     start = start_of(starts_ptr, row, QUERIES, entries)
     begin, end = reach(start, voting, entries, window)
-    kept = kept_row(store.rows, row, kept)
-    end = tl.where(kept >= 0, tl.minimum(end, own_length(options, row, head, entries)), 0)
+    kept = kept_row(store.rows_ptr, row, kept)
+    end = tl.where(kept >= 0, tl.minimum(end, own_length(how, row, head, entries)), 0)
     inside = (index >= begin) & (index < end)
     if (voting == 0) | (tl.max(inside.to(tl.int32), 0) == 0):
         tl.store(scores_ptr + index, tl.zeros([BLOCK], tl.float32), mask=index < entries)
         return
 
-    some = shown(options, row, head, index, inside)
+    some = shown(how, row, head, index, inside)
     at, _, some = look_up(store, width, pages, row, kept, head, index, some, PAGE)
     dims = tl.arange(0, DIM_PAD)
     keys = tl.load(
-        store.keys + at[:, None] + dims[None, :],
+        store.keys_ptr + at[:, None] + dims[None, :],
         mask=some[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
@@ -185,14 +185,14 @@ def vote_kernel(
         own_lse = (row * kv_heads * GROUP + own_head) * QUERIES + query
         lse = tl.load(lse_ptr + own_lse, mask=votes_here, other=0.0)
         products = tl.dot(keys, queries, input_precision="ieee")
-        logits = finished_logits(products, options.scale, options.softcap)
+        logits = finished_logits(products, how.scale, how.softcap)
         last = start + query
         seen = seen_by(last[None, :], index[:, None], some[:, None], window)
         seen = seen & votes_here[None, :]
         weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
         broken = tl.where(lse != lse, lse, 0.0)  # a NaN, which a maximum might not keep
-        if options.sinks is not None:
-            sink = tl.load(options.sinks + own_head, mask=votes_here, other=0.0)
+        if how.sinks_ptr is not None:
+            sink = tl.load(how.sinks_ptr + own_head, mask=votes_here, other=0.0)
             share = beside_sink(lse, sink)
             weights *= share[None, :]
             broken += share * 0
