@@ -168,8 +168,8 @@ def test_describe_a_group(run: Callable[..., Any], last_json: Callable[..., Any]
 
 
 def test_list(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
-    from refreshkv.evals.tasks import TASKS
     from refreshkv.methods import METHODS
+    from refreshkv.tasks import TASKS
 
     shown = run("eval", "--list").stdout
     found = last_json(run("eval", "--list", "--json"))

@@ -7,8 +7,8 @@ import torch
 
 from refreshkv.demo import MODEL_PATH, load
 from refreshkv.demo.prompts import TASKS, demo_task, make_prompt
-from refreshkv.evals.task import Example
-from refreshkv.evals.tasks import make_task
+from refreshkv.tasks import make_task
+from refreshkv.tasks.task import Example
 
 FILES = {
     "config.json",

@@ -13,7 +13,7 @@ from refreshkv.cli.locate import locate
 from refreshkv.config import PRESETS
 
 if TYPE_CHECKING:
-    from refreshkv.evals.task import Example, Task
+    from refreshkv.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refreshkv.evals.tasks import chain_of_key, html_to_tsv, key_value
-from refreshkv.evals.words import CONSONANTS, SYLLABLES, VOWELS
+from refreshkv.tasks import chain_of_key, html_to_tsv, key_value
+from refreshkv.tasks.words import CONSONANTS, SYLLABLES, VOWELS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

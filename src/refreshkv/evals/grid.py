@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from refreshkv.config import RefreshConfig
-from refreshkv.evals.task import Count, Example, Task
 from refreshkv.methods import find
+from refreshkv.tasks.task import Count, Example, Task
 
 Mode = Literal["free", "forced"]
 MODES: tuple[Mode, ...] = ("free", "forced")

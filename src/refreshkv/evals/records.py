@@ -18,7 +18,7 @@ from refreshkv.evals import decoding
 from refreshkv.evals.decoding import Fed, Output
 from refreshkv.evals.grid import Cell, Grid
 from refreshkv.evals.store import Record, RunError
-from refreshkv.evals.task import Example, Score, Task
+from refreshkv.tasks.task import Example, Score, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from refreshkv.evals.records import dtype_of, hash_of, records_of, settings_of, 
 from refreshkv.evals.report import write_report
 from refreshkv.evals.store import Record, RunDirectory, cannot_write
 from refreshkv.evals.summary import Summary, summarize, write_csv
-from refreshkv.evals.task import Example
 from refreshkv.stats import RowStats
+from refreshkv.tasks.task import Example
 from refreshkv.text import one_line
 
 if TYPE_CHECKING:
