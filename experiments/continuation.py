@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refreshkv import demo, weights
-from refreshkv.evals.decoding import Output, answer_tokens, generate
+from refreshkv.evals.decoding import Output, generate
+from refreshkv.evals.encoding import answer_tokens
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
 from refreshkv.hosts.transformers import attach

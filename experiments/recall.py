@@ -18,7 +18,8 @@ from torch import Tensor
 from refreshkv import demo
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.evals.decoding import answer_tokens, feed
+from refreshkv.evals.decoding import feed
+from refreshkv.evals.encoding import answer_tokens
 from refreshkv.evals.grid import parse_methods
 from refreshkv.evals.prefill import Prefills
 from refreshkv.hosts.transformers.attach import Session

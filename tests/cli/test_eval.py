@@ -219,7 +219,7 @@ BAD = [
     ),
     ({"task_option": "chain.keys=4"}, 2, "unknown task 'chain'"),
     ({"tasks": "perplexity", "task_option": None}, 2, "perplexity: no data; give perplexity.data"),
-    ({"chat": ""}, 2, "no chat template; leave out chat"),
+    ({"chat": ""}, 2, "no chat template; leave out --chat"),
     ({"describe": "chain-of-keys"}, 2, "unknown task 'chain-of-keys'; did you mean 'chain-of-key'"),
 ]
 

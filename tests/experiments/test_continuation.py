@@ -9,7 +9,7 @@ import pytest
 from experiments import continuation
 from refreshkv import demo
 from refreshkv.demo.prompts import make_prompt
-from refreshkv.evals.decoding import answer_tokens
+from refreshkv.evals.encoding import answer_tokens
 
 
 def test_the_lossless_mode_continues_as_full_attention_and_eviction_does_not(
