@@ -72,10 +72,13 @@ def decode_step(
     if partial is None or (cache.asks_device and bool(full.all())):
         output = (on_full or full_step)(cache, query, attention, visible, None)
         _count(cache, full=None, partial_read=None)
+        if cache.watch is not None:
+            cache.watch(cache, query, attention, visible, None)
         return output
 
     # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
     cache.push_newest()
+    attended = None if cache.watch is None else partial.positions.clone()
     used = partial.used
     output, lse = attend_partial(cache, query, attention, cache.length - 1)
     partial_read = (used + partial.fetched).masked_fill(full, 0).sum(-1)
@@ -87,6 +90,8 @@ def decode_step(
         per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
         output = torch.where(per_query_head[..., None], everything, output)
     _count(cache, full=full, partial_read=partial_read)
+    if cache.watch is not None and attended is not None:
+        cache.watch(cache, query, attention, visible, attended.masked_fill(full[..., None], FREE))
     return output
 
 
@@ -316,7 +321,13 @@ class Algorithm:
 
     A host calls `observe` for each pass of a prompt and `step` for each decoded token, and passes on whatever else
     happens to the cache. State of a derived class is its own; it follows the rows, and the length, of the `LayerCache`.
+
+    Class attributes:
+        sees_prompt: whether `observe` looks at the queries itself. Other algorithms learn of a prompt through the
+            cache alone, so several can go on from one prefill.
     """
+
+    sees_prompt = False
 
     def observe(
         self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None

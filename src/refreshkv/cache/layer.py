@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,11 @@ class LayerCache:
         hidden: `[B]` int64, padding tokens of each row.
         asks_device: whether a step may look at its flags and skip what no head wants; else the kernels do.
         slots: slots of the partial cache; `None`: as many as the largest budget.
+        watch: called after each step that selects, `(cache, query, attention, visible, positions)`: those `[B, Hkv, n]`
+            it attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
+
+    watch: Callable[..., None] | None = None
 
     asks_device = True
     slots: int | None = None

@@ -21,6 +21,8 @@ _BLOCK = (
 class H2O(Eviction):
     """K // 2 entries by the attention received so far, the other half the newest. `scores` is `[B, Hq, L]`."""
 
+    sees_prompt = True
+
     def observe(
         self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
     ) -> None:

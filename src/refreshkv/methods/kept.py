@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.policy.selection import Selection, rank_keys
+from refreshkv.policy.selection import FREE, Selection, rank_keys
 from refreshkv.step import Algorithm, Attention, count_again
 
 
@@ -65,6 +65,9 @@ class KeptEntries(Algorithm, ABC):
         output = cache.backend.attend(
             query, cache.store.keys, cache.store.values, **attention.options(kept)
         ).output
+        if cache.watch is not None:
+            positions = torch.arange(cache.length, device=query.device).where(kept, FREE)
+            cache.watch(cache, query, attention, visible, positions)
         assert cache.hidden is not None
         cache.stats.record(
             cache.index,

@@ -23,6 +23,8 @@ class SnapKV(Eviction):
 
     newcomer = math.inf  # new tokens are newer than the window: they leave last, in their order
 
+    sees_prompt = True
+
     def __init__(
         self,
         config: RefreshConfig,
