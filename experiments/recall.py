@@ -1,33 +1,30 @@
 """Of what a query attends to under full attention, the share that a method keeps (ours).
 
-`python -m experiments.recall` feeds right answers to the bundled model. A step that does not read the full cache
-attends to some entries; what the true weights sum up to there is its recall. A row of the printed table is a method.
+A step that does not read the full cache attends to some entries; what the true weights sum up to there is its recall.
 Letters: B batch, Hkv KV heads, L tokens.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from refreshkv import demo
+from experiments.tables import markdown
+from refreshkv import RefreshCache, Session, attach, demo
 from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
 from refreshkv.evals.decoding import feed
 from refreshkv.evals.encoding import answer_tokens
-from refreshkv.evals.grid import parse_methods
+from refreshkv.evals.grid import parse_method
 from refreshkv.evals.prefill import Prefills
-from refreshkv.hosts.transformers.attach import Session
-from refreshkv.methods import Method, find
-from refreshkv.methods.kept import KeptEntries, mask_of
+from refreshkv.methods.kept import mask_of
 from refreshkv.policy.selection import FREE, Selection
 from refreshkv.stats import RowStats
-from refreshkv.step import Algorithm, Attention, over_heads
+from refreshkv.step import Attention, over_heads
 from refreshkv.tasks import make_task
 from refreshkv.tasks.task import Example
 
@@ -50,7 +47,6 @@ METHODS = (
 )
 
 
-@dataclass
 class Watch:
     """Looks on while a method decodes.
 
@@ -59,87 +55,47 @@ class Watch:
             attended to, NaN for a head that read the full cache.
     """
 
-    layers: list[list[Tensor]] = field(default_factory=list)
+    def __init__(self, layers: int) -> None:
+        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
 
-    def method(self, watched: Method) -> Method:
-        """The same method, watched."""
-
-        def make(config: RefreshConfig, layer: int, layers: int) -> Algorithm:
-            algorithm = Algorithm() if watched.make is None else watched.make(config, layer, layers)
-            self.layers[layer:] = [[] for _ in range(layers - layer)]
-            step = algorithm.step
-
-            def watched_step(
-                cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-            ) -> Tensor:
-                seen = _Attended(cache, algorithm)
-                try:
-                    output = step(cache, query, attention, visible)
-                finally:
-                    seen.close()
-                self.layers[layer].append(seen.recall(query, attention, visible))
-                return output
-
-            # On the instance, so that the class still tells whether a prompt can be shared.
-            algorithm.step = watched_step  # type: ignore[method-assign]
-            return algorithm
-
-        return replace(watched, make=make)
+    def saw(
+        self,
+        layer: int,
+        cache: LayerCache,
+        query: Tensor,
+        attention: Attention,
+        visible: Tensor | None,
+        positions: Tensor | None,
+    ) -> None:
+        """See `LayerCache.watch`; the mean over the query heads of a group counts."""
+        options = attention.options(over_heads(visible))
+        weights, _ = cache.backend.score(query, cache.store.keys, **options, reduction="mean")
+        share = weights.new_full(weights.shape[:2], float("nan"))
+        if positions is not None:
+            counts = (positions != FREE).sum(-1)
+            mass = (weights * mask_of(Selection(positions, counts), cache.length)).sum(-1)
+            share = mass.where(counts > 0, share)
+        self.layers[layer].append(share)
 
     def of_rows(self, steps: Sequence[int]) -> Tensor:
         """All shares in the first `steps` decode steps of each row, `[n]`."""
-        every = torch.stack(
-            [torch.stack(layer) for layer in self.layers], 1
-        )  # [step, layer, B, Hkv]
+        every = torch.stack([torch.stack(one) for one in self.layers], 1)  # [step, layer, B, Hkv]
         rows = torch.cat([every[:count, :, row].flatten() for row, count in enumerate(steps)])
         return rows[~rows.isnan()]
 
 
-class _Attended:
-    """The entries that one step of one layer attends to, from where the algorithm learns them itself."""
+class Watched(Prefills):
+    """Shared prefills whose caches are watched."""
 
-    def __init__(self, cache: LayerCache, algorithm: Algorithm) -> None:
-        self.cache, self.algorithm = cache, algorithm
-        self.mask: Tensor | None = None  # [B, Hkv, L]
-        if isinstance(algorithm, KeptEntries):
-            self.choose = algorithm.choose
-            algorithm.choose = self._chosen  # type: ignore[method-assign]
-        else:
-            self.push = cache.push_newest
-            cache.push_newest = self._pushed  # type: ignore[method-assign]
+    watch: Watch
 
-    def close(self) -> None:
-        """Undo the watching."""
-        if isinstance(self.algorithm, KeptEntries):
-            del self.algorithm.choose  # type: ignore[attr-defined]
-        else:
-            del self.cache.push_newest  # type: ignore[attr-defined]
-
-    def recall(self, query: Tensor, attention: Attention, visible: Tensor | None) -> Tensor:
-        """`[B, Hkv]`, mean over the query heads of a group."""
-        cache = self.cache
-        weights, _ = cache.backend.score(
-            query,
-            cache.store.keys,
-            **attention.options(over_heads(visible)),
-            reduction="mean",
-        )
-        if self.mask is None:
-            return weights.new_full(weights.shape[:2], float("nan"))
-        share = (weights * self.mask).sum(-1)
-        if cache.partial is None:
-            return share
-        return share.masked_fill(cache.partial.steps == 0, float("nan"))
-
-    def _chosen(self, *args: Tensor) -> Tensor:
-        self.mask = self.choose(*args)  # type: ignore[arg-type]
-        return self.mask
-
-    def _pushed(self) -> None:
-        self.push()
-        assert self.cache.partial is not None
-        positions = self.cache.partial.positions
-        self.mask = mask_of(Selection(positions, (positions != FREE).sum(-1)), self.cache.length)
+    def cache_for(self, session: Session, tokens: Tensor, mask: Tensor) -> RefreshCache:
+        """See `Prefills.cache_for`; a new cache where none can be shared."""
+        cache = super().cache_for(session, tokens, mask) or session.new_cache()
+        self.watch = Watch(len(cache.layers))
+        for place, layer in enumerate(cache.layers):
+            layer.inner.watch = functools.partial(self.watch.saw, place)
+        return cache
 
 
 @dataclass(frozen=True)
@@ -154,57 +110,57 @@ class Recall:
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    spec: str,
+    text: str,
     examples: Sequence[Example],
-    prefills: Prefills,
+    prefills: Watched,
 ) -> Recall:
-    """Feed the answers of `examples` under the method `spec` (`name[:setting=value ...]`)."""
-    (parsed,) = parse_methods([spec])
-    method, watch = find(parsed.name), Watch()
-    session = Session(model, parsed.config(None), method=watch.method(method), stats=RowStats())
+    """Feed the answers of `examples` under the method `text` (`name[:setting=value ...]`)."""
+    spec = parse_method(text)
     prompts, answers = [one.prompt for one in examples], [one.answer or "" for one in examples]
-    with session:
+    with attach(model, method=spec.name, stats=RowStats(), **spec.settings) as session:
         fed = feed(model, tokenizer, session, prompts, answers, prefills=prefills)
-    shares = watch.of_rows([len(answer_tokens(tokenizer, answer)) - 1 for answer in answers])
+    shares = prefills.watch.of_rows([one.output_tokens - 1 for one in fed])
     reads = [one.stats["kv_read_share"] for one in fed]
     return Recall(float(shares.mean()), float(shares.quantile(0.05)), sum(reads) / len(reads))
 
 
-def table(found: Mapping[str, Mapping[str, Recall]]) -> str:
-    """Markdown of task -> method -> `Recall`: a row a method, per cent; of each task mean, 5th percentile, KV read."""
-    tasks, columns = list(found), "mean, 5th percentile, KV read"
-    lines = [
-        "| | " + " | ".join(f"{task}: {columns}" for task in tasks) + " |",
-        "|---|" + "---:|" * len(tasks),
-    ]
-    for spec in next(iter(found.values())):
-        cells = [found[task][spec] for task in tasks]
-        shown = [f"{100 * c.mean:.1f}, {100 * c.low:.1f}, {100 * c.read:.1f}" for c in cells]
-        lines.append(f"| `{spec}` | {' | '.join(shown)} |")
-    return "\n".join(lines)
+def show(
+    *,
+    tasks: tuple[str, ...] = TASKS,
+    methods: tuple[str, ...] = METHODS,
+    length: int = 2048,
+    limit: int = 8,
+    seed: int = 0,
+) -> None:
+    """Feed right answers to the bundled model, and print a row a method.
 
+    Args:
+        tasks: with right answers.
+        methods: as for `refreshkv eval`.
+        length: tokens of a prompt.
+        limit: prompts a task.
+        seed: of the prompts.
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="as for `refreshkv eval`")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--limit", type=int, default=8, help="prompts a task")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
+    Raises:
+        ValueError: an unknown task or method.
+    """
     model, tokenizer = demo.load()
-    prefills, found = Prefills(model), {}
-    for name in given.tasks:
-        task = make_task(name, length=given.length)
-        examples = list(
-            task.examples(lambda text: len(answer_tokens(tokenizer, text)), given.seed, given.limit)
-        )
+    prefills = Watched(model)
+    found: dict[str, dict[str, Recall]] = {}
+    for name in tasks:
+        task = make_task(name, length=length)
+        examples = list(task.examples(lambda t: len(answer_tokens(tokenizer, t)), seed, limit))
         found[name] = {
-            spec: measure(model, tokenizer, spec, examples, prefills) for spec in given.methods
+            text: measure(model, tokenizer, text, examples, prefills) for text in methods
         }
     print(table(found))
 
 
-if __name__ == "__main__":
-    main()
+def table(found: Mapping[str, Mapping[str, Recall]]) -> str:
+    """Of task -> method -> `Recall` a row a method, in per cent; of each task mean, 5th percentile, KV read."""
+    rows = []
+    for text in next(iter(found.values())):
+        own = [of[text] for of in found.values()]
+        cells = [f"{100 * c.mean:.1f}, {100 * c.low:.1f}, {100 * c.read:.1f}" for c in own]
+        rows.append([f"`{text}`", *cells])
+    return markdown(["", *(f"{task}: mean, 5th percentile, KV read" for task in found)], rows)

@@ -1,4 +1,4 @@
-"""Train a small model of natural text and code: `python -m experiments.text_model --out DIR` (ours).
+"""Train a small model of natural text and code: `python -m experiments train-text --out DIR` (ours).
 
 A yardstick: does a lossy attention method keep the perplexity of a model of real text? The text is what Python brings
 along, so nothing is downloaded: sources and documentation of the standard library and of the installed packages.
@@ -16,9 +16,7 @@ Letters: B windows, L tokens.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import math
 import os
 import sysconfig
@@ -31,17 +29,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiments.recipe import Phase, Recipe, Stage, llama_config
-from experiments.structured_start import structured_start
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from refreshkv.demo.tokenizer import BOS, EOS, MAX_LENGTH, PAD
+from experiments.recipe import Phase, Recipe, Stage, llama_config
+from experiments.structured_start import structured_start
+from experiments.train import LOG, log_line
+from refreshkv.demo.tokenizer import BOS, EOS, PAD, build_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LOG = "training_log.jsonl"
 SUFFIXES = (".md", ".py", ".rst", ".txt")
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__"}
 CONTEXTS = (512, 1024, 2048, 4096)  # tokens; the last measurement is made at each of them
@@ -145,7 +143,7 @@ def _fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
-def build_tokenizer(texts: Iterable[str], recipe: TextRecipe) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], recipe: TextRecipe) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the first `tokenizer_sample` characters; any text round-trips, `<bos>` is prepended."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -162,16 +160,7 @@ def build_tokenizer(texts: Iterable[str], recipe: TextRecipe) -> PreTrainedToken
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        model_max_length=MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
+    return build_tokenizer(backend)
 
 
 def _first(texts: Iterable[str], size: int) -> Iterable[str]:
@@ -227,7 +216,7 @@ class TextTrainer:
     def __init__(self, recipe: TextRecipe, corpus: Corpus, out: Path) -> None:
         self.recipe, self.out = recipe, out
         texts = corpus.training.values()
-        self.tokenizer = build_tokenizer(texts, recipe)
+        self.tokenizer = train_tokenizer(texts, recipe)
         backend = self.tokenizer.backend_tokenizer
         self.stream = Stream(texts, backend)
         self.held_out = Stream(corpus.held_out.values(), backend)
@@ -307,12 +296,9 @@ class TextTrainer:
         return losses
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Append one JSON line to the log and print it."""
+        """A line of the log, with the seconds since the start."""
         seconds = round(time.perf_counter() - self.begun, 1)
-        line = json.dumps({**record, "seconds": seconds})
-        print(line, flush=True)
-        with (self.out / LOG).open("a") as file:
-            file.write(line + "\n")
+        log_line(self.out / LOG, {**record, "seconds": seconds})
 
     def export(self, folder: Path) -> None:
         """Write an ordinary Llama folder: bf16 weights and the tokenizer."""
@@ -355,19 +341,15 @@ def train(recipe: TextRecipe, roots: Mapping[str, Path], out: Path, log_every: i
     return out / "model"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for model, log, held-out")
-    parser.add_argument("--minutes", type=float, default=20, help="sets the number of steps")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # read by the tokenizer
-    torch.set_num_threads(options.threads)
-    recipe = recipe_for(options.minutes, options.seed)
-    print(f"model written to {train(recipe, installed_text(), options.out)}")
+def run(out: Path, *, minutes: float = 20, threads: int = 1, seed: int = 0) -> None:
+    """Train a small model of the text that Python brings along.
 
-
-if __name__ == "__main__":
-    main()
+    Args:
+        out: folder for model, log and held-out texts.
+        minutes: sets the number of steps.
+        threads: of the CPU.
+        seed: of corpus, data and weights.
+    """
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizer
+    torch.set_num_threads(threads)
+    print(f"model written to {train(recipe_for(minutes, seed), installed_text(), out)}")

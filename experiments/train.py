@@ -1,4 +1,4 @@
-"""Train the bundled model: `python -m experiments.train --out DIR` (ours).
+"""Train the bundled model: `python -m experiments train --out DIR` (ours).
 
 About 45 minutes on one CPU core. The result is an ordinary Llama folder, `DIR/model`. After each
 stage of the recipe `DIR/checkpoint.pt` is replaced; started again with the same `--out`, a run goes
@@ -8,23 +8,24 @@ weights depend on the seed only (on one kind of device and with one version of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
 from experiments.objective import LookAhead, hidden_states, next_token_loss, teacher_forced
 from experiments.recipe import RECIPES, Phase, Recipe, Stage, llama_config
 from experiments.structured_start import structured_start
 from experiments.windows import SUBJECTS, Batch, make_batch
-from torch import Tensor
-from transformers import LlamaForCausalLM
-
+from refreshkv.config import unknown
 from refreshkv.demo.tokenizer import build_backend, save_tokenizer
 
 CHECKPOINT = "checkpoint.pt"
@@ -113,10 +114,7 @@ class Trainer:
             "seconds": round(seconds, 1),
             "lines_right": self._held_out(stage),
         }
-        line = json.dumps(record)
-        print(line, flush=True)
-        with (self.out / LOG).open("a") as file:
-            file.write(line + "\n")
+        log_line(self.out / LOG, record)
 
     def _held_out(self, stage: Stage, windows: int = 4) -> dict[str, float]:
         """Share of whole lines right per task, gold tokens fed, on windows never trained on."""
@@ -172,7 +170,7 @@ class Trainer:
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def export(self, folder: Path) -> None:
-        """Write the model as an ordinary Llama folder: bf16 weights, tokenizer, training log."""
+        """Write the model as an ordinary Llama folder: bf16 weights and tokenizer."""
         from transformers import GenerationConfig
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +185,6 @@ class Trainer:
         )
         model.to(torch.bfloat16).save_pretrained(folder)
         save_tokenizer(folder)
-        (folder / LOG).write_bytes((self.out / LOG).read_bytes())
 
 
 def _decided_by(recipe: dict[str, Any], stages: int) -> tuple[dict[str, Any], list[Any]]:
@@ -201,6 +198,14 @@ def _decided_by(recipe: dict[str, Any], stages: int) -> tuple[dict[str, Any], li
             phases.append(phase)
         stages -= len(phase["stages"])
     return {name: value for name, value in recipe.items() if name != "phases"}, phases
+
+
+def log_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line to a log and print it."""
+    line = json.dumps(record)
+    print(line, flush=True)
+    with path.open("a") as file:
+        file.write(line + "\n")
 
 
 def train(recipe: Recipe, out: Path, device: str | None = None, log_every: int = 20) -> Path:
@@ -218,19 +223,19 @@ def train(recipe: Recipe, out: Path, device: str | None = None, log_every: int =
     return out / "model"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint, model")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="full")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    recipe = replace(RECIPES[options.recipe], seed=options.seed)
-    print(f"model written to {train(recipe, options.out, options.device)}")
+def run(
+    out: Path, *, recipe: str = "full", seed: int = 0, threads: int = 1, device: str | None = None
+) -> None:
+    """Train the bundled model, about 45 minutes on one CPU core; an interrupted run goes on.
 
-
-if __name__ == "__main__":
-    main()
+    Args:
+        out: folder for log, checkpoint and model.
+        recipe: full, or smoke for three steps of a narrow model.
+        seed: of data and weights.
+        threads: of the CPU.
+        device: cuda if there is one, else cpu.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(unknown("recipe", recipe, RECIPES))
+    torch.set_num_threads(threads)
+    print(f"model written to {train(replace(RECIPES[recipe], seed=seed), out, device)}")

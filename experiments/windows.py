@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from experiments.recipe import Stage
 
+from experiments.recipe import Stage
 from refreshkv.demo import tokenizer as tk
 from refreshkv.demo.prompts import TASKS
 from refreshkv.tasks import chain_of_key as chain

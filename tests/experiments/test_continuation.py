@@ -18,9 +18,9 @@ def test_the_lossless_mode_continues_as_full_attention_and_eviction_does_not(
     _, tokenizer = demo.load()
     prompt = make_prompt("key-value", seed=0, length=300).prompt
     (tmp_path / "text.txt").write_text(prompt + " filler" * 60, encoding="utf-8")
-    length = str(len(answer_tokens(tokenizer, prompt)))
-    options = ["--length", length, "--new-tokens", "24", "--methods", "refreshkv", "tova:budget=4"]
-    continuation.main(["--model", "demo", "--data", str(tmp_path), *options])
+    length = len(answer_tokens(tokenizer, prompt))
+    methods = ("refreshkv", "tova:budget=4")
+    continuation.show("demo", str(tmp_path), length=length, new_tokens=24, methods=methods)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["| `full`", "| `refreshkv`", "| `tova:budget=4`"]
     assert [row[1] for row in rows] == ["1/1", "1/1", "0/1"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from experiments.recall import Watch
 from torch import Tensor
 
 from experiments import recall
+from experiments.recall import Watch
 from refreshkv.cache.layer import LayerCache
 from refreshkv.methods import find
-from refreshkv.step import Attention
+from refreshkv.step import Algorithm, Attention
 from tests.helpers import random_tokens
 from tests.slow import slow_weights
 
@@ -21,10 +23,11 @@ ATTENTION = Attention(0.5)
 def watched(name: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
     """Shares `[steps, B, Hkv]`, and after each step which positions `[B, Hkv, n]` a partial cache holds."""
     tokens = random_tokens(rows=2, pads=PADS, length=LENGTH)
-    method, watch = find(name), Watch()
+    method, watch = find(name), Watch(1)
     config = method.config(**settings)
     cache = LayerCache(config)
-    algorithm = watch.method(method).make(config, 0, 1)
+    cache.watch = functools.partial(watch.saw, 0)
+    algorithm = Algorithm() if method.make is None else method.make(config, 0, 1)
     held = []
     for start, end in [(0, PROMPT), *((now, now + 1) for now in range(PROMPT, LENGTH))]:
         cache.append(tokens.keys[:, :, start:end], tokens.values[:, :, start:end])
@@ -87,14 +90,14 @@ def test_everything_is_all_of_the_mass(name: str) -> None:
 
 
 def test_steps_after_the_end_of_a_row_are_left_out() -> None:
-    watch = Watch(layers=[[torch.full((2, 1), float(step)) for step in range(5)]])
+    watch = Watch(1)
+    watch.layers[0] = [torch.full((2, 1), float(step)) for step in range(5)]
     assert sorted(watch.of_rows([2, 4]).tolist()) == [0, 0, 1, 1, 2, 3]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    methods = ["snapkv", "oracle-topk", "refreshkv-fast"]
-    options = ["--tasks", "key-value", "--length", "256", "--limit", "2"]
-    recall.main([*options, "--methods", *methods])
+    methods = ("snapkv", "oracle-topk", "refreshkv-fast")
+    recall.show(tasks=("key-value",), length=256, limit=2, methods=methods)
     rows = dict(line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
     means = {name: float(rows[f"| `{name}`"].split(",")[0]) for name in methods}
     assert means["snapkv"] < means["oracle-topk"] <= 100

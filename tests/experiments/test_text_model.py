@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from experiments.recipe import Phase, Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import text_model as tm
+from experiments.recipe import Phase, Stage
 from refreshkv.tasks.perplexity import Perplexity
 
 SMOKE = tm.TextRecipe(
@@ -67,7 +67,7 @@ def test_no_text_is_an_error(tmp_path) -> None:
         tm.read_corpus({"root": tmp_path}, SMOKE)
 
 
-TOKENIZER = tm.build_tokenizer([" ".join(WORDS) * 50], SMOKE)
+TOKENIZER = tm.train_tokenizer([" ".join(WORDS) * 50], SMOKE)
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+
 from experiments.objective import hidden_states
 from experiments.recipe import FULL, SMOKE, Phase, Stage, llama_config
 from experiments.structured_start import structured_start
 from experiments.train import LOG, Trainer, train
 from experiments.windows import make_batch, training_window
-from transformers import LlamaForCausalLM
-
 from refreshkv.demo import tokenizer as tk
 from refreshkv.demo.prompts import TASKS, demo_task
 from refreshkv.tasks import chain_of_key as chain

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.fidelity import family_table, table
-
+from experiments.tables import family_table, task_table
 from refreshkv.evals.summary import Summary
 
 FULL = Summary(
@@ -41,7 +40,7 @@ def test_a_row_a_family() -> None:
 
 
 def test_a_row_a_task_and_method() -> None:
-    lines = table([FULL, LOSSLESS, LOSSY]).splitlines()
+    lines = task_table([FULL, LOSSLESS, LOSSY]).splitlines()
     assert lines[2].startswith("| **breadth-needle**, 12 prompts |")
     assert lines[4] == "| `refreshkv` | 91.6 | 80.0-100.0 | 100.0 | 23.6 | 31.0 | 1.08 |"
     assert lines[5] == "| `snapkv` | 10.0 | 80.0-100.0 | 8.3 | 12.4 | 100.0 | 1 |"
