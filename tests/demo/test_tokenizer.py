@@ -70,8 +70,9 @@ def test_prompt_and_answer_tokenise_the_same_together_and_apart(task: str) -> No
 
 
 def test_saved_tokenizer_loads_with_auto_tokenizer(tmp_path) -> None:
-    from experiments.recipe import SMOKE, llama_config
     from transformers import AutoConfig, AutoTokenizer
+
+    from experiments.recipe import SMOKE, llama_config
 
     tk.save_tokenizer(tmp_path)
     llama_config(SMOKE).save_pretrained(tmp_path)
