@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from refreshkv.tasks.task import Count, Example, Score, Task, fit
-from refreshkv.tasks.texts import HubSet, cuts, is_local, read
+from refreshkv.tasks.task import Count, Example, Score, Task, check_integers, fit
+from refreshkv.tasks.texts import HubSet, cuts, documents
 
 LOCAL = 'a folder of text files, a text file, or JSONL with "text"'
-_HUB_DOCUMENTS = 100  # the paper's number
 
 
 def _of_slimpajama(name: str) -> HubSet:
@@ -58,23 +57,13 @@ class Perplexity(Task):
     data: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 32), ("scored", 32)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{self.name}: {name} must be an integer >= {least}; got {value!r}"
-                )
+        check_integers(self, length=32, scored=32)
 
     def examples(self, count: Count, seed: int, limit: int | None) -> Iterator[Example]:
         """See `Task.examples`."""
-        if self.data is None:
-            raise ValueError(
-                f"{self.name}: no data; give {self.name}.data: {LOCAL}, or {', '.join(HUB)} from the hub"
-            )
-        if limit is None and not is_local(self.data):
-            limit = _HUB_DOCUMENTS
+        records, limit = documents(self.name, self.data, HUB, LOCAL, limit)
         seen = found = 0
-        for record in read(self.data, HUB, LOCAL):
+        for record in records:
             if found == limit:
                 return
             seen += 1

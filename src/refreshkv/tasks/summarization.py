@@ -9,8 +9,8 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from refreshkv.tasks.task import Count, Example, Score, Task, fit
-from refreshkv.tasks.texts import HubSet, cuts, is_local, read
+from refreshkv.tasks.task import Count, Example, Score, Task, check_integers, fit
+from refreshkv.tasks.texts import HubSet, cuts, documents, is_local
 
 LOCAL = 'JSONL with "document", "summary" and, where a question is asked, "query"'
 INTRO = "Read this document. A summary of it is asked for at the end.\n\n"
@@ -20,7 +20,6 @@ QUERY_ASK = (
     "\n\nAnswer from the document alone, in a few sentences.\nQuestion: {query}\n\nAnswer:\n"
 )
 LEFT_OUT = "\n[...]\n"
-_HUB_DOCUMENTS = 100  # the paper's number
 _NEW_TOKENS = 512
 
 _LONGBENCH = {"document": "context", "summary": "answers"}
@@ -65,27 +64,19 @@ class Summarization(Task):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("length", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is None and name == "max_new_tokens":
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self.name}: {name} must be an integer >= 1; got {value!r}")
+        least = {"length": 1} if self.max_new_tokens is None else {"length": 1, "max_new_tokens": 1}
+        check_integers(self, **least)
 
     def examples(self, count: Count, seed: int, limit: int | None) -> Iterator[Example]:
         """See `Task.examples`. Documents come in the order of the data; the seed changes nothing."""
-        if self.data is None:
-            raise ValueError(
-                f"{self.name}: no data; give {self.name}.data: {LOCAL}, or {', '.join(HUB)} from the hub"
-            )
+        records, limit = documents(self.name, self.data, HUB, LOCAL, limit)
         _scorer()  # rather now than after an hour of generation
-        local = is_local(self.data)
-        if limit is None and not local:
-            limit = _HUB_DOCUMENTS
         new = self.max_new_tokens
         if new is None:
-            new = _NEW_TOKENS if local else _PAPER_TOKENS.get(self.data, _NEW_TOKENS)
-        for index, record in enumerate(islice(read(self.data, HUB, LOCAL), limit)):
+            assert self.data is not None
+            paper = None if is_local(self.data) else _PAPER_TOKENS.get(self.data)
+            new = paper or _NEW_TOKENS
+        for index, record in enumerate(islice(records, limit)):
             document, summary = record.text("document"), record.text("summary")
             asked = record.fields.get("query") is not None
             query = record.text("query", blank=True) if asked else ""

@@ -18,6 +18,7 @@ from refreshkv.text import reason
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_HUB_DOCUMENTS = 100  # the paper's number
 # Up to 16 characters of a word with the blanks before it: text without blanks can be cut as well.
 _PIECE = re.compile(r"\s{0,16}\S{1,16}|\s{1,16}")
 
@@ -83,6 +84,22 @@ def read(data: str, named: Mapping[str, HubSet], local: str) -> Iterator[Record]
     if not named or os.sep in data or path.suffix:
         raise ValueError(f"no such file or folder: {data!r}; give {local}")
     raise ValueError(f"{unknown('data set', data, named)}, and no file or folder of that name")
+
+
+def documents(
+    task: str, data: str | None, named: Mapping[str, HubSet], local: str, limit: int | None
+) -> tuple[Iterator[Record], int | None]:
+    """The documents of a task's `data`, and how many are wanted: without a limit all of a local set, 100 of the hub's.
+
+    Raises:
+        ValueError: no `data`, and as `read`.
+    """
+    if data is None:
+        known = ", ".join(named)
+        raise ValueError(f"{task}: no data; give {task}.data: {local}, or {known} from the hub")
+    if limit is None and not is_local(data):
+        limit = _HUB_DOCUMENTS
+    return read(data, named, local), limit
 
 
 def place(data: str) -> Path:
