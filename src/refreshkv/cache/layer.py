@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,11 @@ class LayerCache:
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
         hidden: `[B]` int64, padding tokens of each row; `None`: to be counted, by the next step.
+        watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]` it
+            attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
+
+    watch: Callable[..., None] | None = None
 
     # What has a row for each of the batch, beside the store and the ring.
     ROWS = ("queries", "waiting", "prompt", "anchors", "reference", "budget", "hidden")
@@ -120,6 +126,19 @@ class LayerCache:
         self.queries = torch.where(rows[:, None, None, None], last, self.queries)
         self.prompt = torch.where(rows, self.store.lengths, self.prompt)
         self.waiting = rows if self.waiting is None else rows | self.waiting
+
+    def go_on_from(self, other: LayerCache, length: int) -> None:
+        """Share the store of a cache with the same prompt, cut to `length` tokens, and wait with its last queries.
+
+        What `other` decodes from here on is lost, and so is what an earlier cache did that shares it too.
+        """
+        other.store.level(length)
+        self.store = other.store
+        wanted = self.config.window - 1  # and those of the token that follows
+        if wanted and other.queries is not None:
+            self.queries = other.queries[:, :, -wanted:].clone()
+            self.prompt = self.store.lengths.clone()
+            self.wait_again()
 
     def wait_again(self) -> None:
         """Every row selects from the last queries of its prompt (once more)."""
