@@ -11,7 +11,7 @@ import torch
 import refreshkv
 from refreshkv.bench import decode, roofline, variants
 from refreshkv.bench.decode import WrongResultError
-from refreshkv.bench.exact import Exact, kept
+from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 import refreshkv
 from refreshkv.bench import record as records
 from refreshkv.bench import roofline, variants
-from refreshkv.bench.exact import Exact, kept
+from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.report import LEFT_OUT, report
 from refreshkv.bench.shapes import build, config_of, outline
 from refreshkv.bench.timing import WARM_UP, captured, milliseconds, read_bandwidth
