@@ -12,17 +12,18 @@ import torch
 
 from refreshkv.bench import kernels
 from refreshkv.bench.decode import WrongResultError
+from refreshkv.bench.job import Job
 from refreshkv.bench.record import read
 from refreshkv.kernels import CPU, Backend
 from refreshkv.policy.selection import Selection
 
-JOB = kernels.Job("demo", 96, 2, 16, 3, torch.device("cpu"), torch.float32, 1)
+SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
+JOB = Job(**SMALL)
 
 
 def test_every_kernel(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    options = {"context": 96, "batch": 2, "budget": 16, "draft": 3, "repeats": 1, "results": path}
-    found = kernels.run(shape="demo", dtype="float32", progress=False, **options)
+    found = kernels.run(**SMALL, steps=1, results=path, progress=False)
     assert [one["kernel"] for one in found["kernels"]] == list(kernels.KERNELS)
     for one in found["kernels"]:
         assert one["ms"] > 0 and one["rival_ms"] > 0 and one["relative_rms_error"] < 2e-6

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refreshkv.bench.roofline import tokens_per_pass
+from refreshkv.bench.job import Job
 from refreshkv.bench.timing import captured
-from refreshkv.bench.variants import Job, forward, take_back
+from refreshkv.bench.variants import forward, take_back
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.policy.speculation import accept_greedy
@@ -24,8 +24,13 @@ from refreshkv.policy.speculation import accept_greedy
 
 def kept(cycle: int, job: Job) -> int:
     """Tokens that this cycle commits, the mean rounded down or up."""
-    mean = tokens_per_pass(job.draft, job.acceptance)
+    mean = job.tokens_per_pass
     return math.floor((cycle + 1) * mean) - math.floor(cycle * mean)
+
+
+def drafts_on(scores: Tensor, confidence: float) -> bool:
+    """Whether `generate` would draft on: `[B, V]` float32 scores of a draft, read on the host, which waits for them."""
+    return bool((scores.softmax(-1).amax(-1) >= confidence).any())
 
 
 class Exact:
@@ -75,8 +80,7 @@ class Exact:
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead).float()
             tokens.append(scores.argmax(-1, keepdim=True))
-            # What `generate` looks at before it drafts on.
-            bool((scores.softmax(-1).amax(-1) >= confidence).any())
+            drafts_on(scores, confidence)  # asked as `generate` asks it, not obeyed
         logits = self.verify(torch.cat(tokens, 1))
         accept_greedy(torch.cat(tokens[1:], 1), logits.float().argmax(-1), self.counts)
         self._commit(kept)

@@ -6,8 +6,7 @@ them alike, and medians are reported beside the bytes that they had to move.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,15 @@ import refreshkv
 from refreshkv.bench import record as records
 from refreshkv.bench import roofline, variants
 from refreshkv.bench.cycle import Exact, kept
+from refreshkv.bench.job import WARM_UP, Job
 from refreshkv.bench.report import LEFT_OUT, report
 from refreshkv.bench.shapes import build, config_of, outline
-from refreshkv.bench.timing import WARM_UP, captured, milliseconds, read_bandwidth
-from refreshkv.bench.variants import Job
-from refreshkv.config import RefreshConfig
+from refreshkv.bench.timing import captured, milliseconds, read_bandwidth
 
 # Logits against those of another path, relative RMS. Measured on the demo shape: 4e-7 in float32, 1e-3 in float16. In
 # bfloat16 on the 1B shape: 0.005 for our full attention, 0.032 for a full step, which rounds the attention logits to
 # bfloat16 in each of 16 layers.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 0.05}
-# `(shape, device, dtype)` -> a model.
-Builder = Callable[[str, torch.device, torch.dtype], PreTrainedModel]
 # What full attention may be compared with, the most trusted first.
 _YARDSTICKS = ("static", "default", "flash", "own_dense")
 
@@ -42,75 +38,40 @@ class WrongResultError(RuntimeError):
 
 def run(
     *,
-    shape: str = "llama-3.2-1b",
-    context: int = 8192,
-    batch: int = 1,
-    budget: int | float = 0.125,
-    stride: int | None = 10,
-    draft: int = 8,
-    acceptance: float = 0.85,
-    device: str = "cpu",
-    dtype: str = "bfloat16",
-    steps: int = 20,
-    cycles: int = 4,
-    static: bool | None = None,
-    compiled: bool = False,
-    threads: int | None = None,
     skip: tuple[str, ...] = (),
     results: Path | None = None,
     progress: bool = True,
-    builder: Builder | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Check, then time; returns the record (`docs/bench.md`) and appends its row to `results` (CSV).
+    """Check, then time; returns the record (`docs/bench.md`).
 
     Args:
-        shape: a name in `shapes.SHAPES`.
-        context: tokens in the cache. `batch`: rows.
-        budget, stride: as in `RefreshConfig`; `stride=None` gives a mix of partial steps only.
-        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
-        steps, cycles: timed steps and cycles, after two for warming up.
-        static: our single steps on the static form of the cache; `None`: on a GPU, into CUDA graphs.
-        compiled: they are compiled as well, which takes a minute or more.
-        threads: CPU threads; `None` leaves torch's choice.
         skip: variants to leave out ("default" needs minutes at long contexts).
-        builder: makes the model; a cached one where several runs share it. `None` is `shapes.build`.
+        results: the CSV file that gets its row. `progress`: a bar on stderr.
+        settings: the fields of `Job`.
 
     Raises:
         ValueError: an unknown shape or variant, a number out of range, a file that holds other columns.
         WrongResultError: our logits are not those of full attention.
     """
     variants.check_names(skip)
-    roofline.tokens_per_pass(draft, acceptance)
-    job = Job(
-        shape=shape,
-        context=context,
-        batch=batch,
-        budget=RefreshConfig(budget=budget, stride=stride).resolve_budget(context),
-        stride=stride,
-        draft=draft,
-        acceptance=acceptance,
-        device=torch.device(device),
-        dtype=getattr(torch, dtype),
-        steps=steps,
-        cycles=cycles,
-        static=torch.device(device).type == "cuda" if static is None else static or compiled,
-        compiled=compiled,
-    )
-    sizes = roofline.sizes_of(outline(config_of(shape), job.dtype))
-    if results is not None:
-        records.check_file(results, records.flat(report(job, sizes), LEFT_OUT))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = (builder or build)(shape, job.device, job.dtype)
-    bandwidth = read_bandwidth(job.device)
+    job = Job(**settings)
+    sizes = roofline.sizes_of(outline(config_of(job.shape), job.dtype))
+    records.check_file(results, records.flat(report(job, sizes), LEFT_OUT))
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    model, bandwidth = build(job.shape, job.device, job.dtype), read_bandwidth(job.device)
     with torch.no_grad(), refreshkv.attach(model) as session:
         below = session.implementation_below
         turns = _Turns(model, below, variants.caches(model, job, skip), job)
         errors = turns.check()
         times = turns.time(progress)
     found = report(job, sizes, times, errors, bandwidth, turns.notes)
-    if results is not None:
-        records.append(results, [records.flat(found, LEFT_OUT)])
+    records.append(results, [records.flat(found, LEFT_OUT)])
+    if job.device.type == "cuda":
+        del turns
+        torch._dynamo.reset()  # compiled graphs hold on to the caches of this size
+        torch.cuda.empty_cache()
     return found
 
 
@@ -240,19 +201,3 @@ class _Turns:
                 f"{name}: logits differ from {other} by {error:.2g} (relative RMS)"
             )
         return error
-
-
-def run_sizes(
-    sizes: list[tuple[int, int]],
-    show: Callable[[Mapping[str, Any]], None],
-    *,
-    device: str,
-    **options: Any,
-) -> None:
-    """`run` for several `(batch, context)` with one model; each record goes to `show` as soon as it is there."""
-    builder = functools.cache(build)
-    for batch, context in sizes:
-        show(run(batch=batch, context=context, device=device, builder=builder, **options))
-        if torch.device(device).type == "cuda":
-            torch._dynamo.reset()  # compiled graphs hold on to the caches of this size
-            torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from refreshkv.bench import record as records
 from refreshkv.bench.decode import TOLERANCE, WrongResultError
+from refreshkv.bench.job import WARM_UP, Job
 from refreshkv.bench.rivals import attention_rivals
 from refreshkv.bench.shapes import config_of
-from refreshkv.bench.timing import WARM_UP, captured, copies_for, milliseconds, read_bandwidth
-from refreshkv.config import RefreshConfig, make_config
+from refreshkv.bench.timing import captured, copies_for, milliseconds, read_bandwidth
+from refreshkv.config import make_config
 from refreshkv.kernels import REFERENCE, Backend, backend_for
 
 # In 16-bit dtypes logits that are nearly the same may change places.
@@ -38,20 +39,6 @@ KERNELS = {
     "gather": "copy the selected keys and values",
     "verify": "full pass over s + 1 tokens, with scores",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One layer of `shape`: `batch` rows of `context` tokens, K = `budget`, `draft` drafts; `repeats` timed turns."""
-
-    shape: str
-    context: int
-    batch: int
-    budget: int
-    draft: int
-    device: torch.device
-    dtype: torch.dtype
-    repeats: int
 
 
 @dataclass(frozen=True)
@@ -86,47 +73,38 @@ class Case:
     rivals: dict[str, Callable[[Operands], Any]]
 
 
-def run(
-    *,
-    shape: str = "llama-3.2-1b",
-    context: int = 8192,
-    batch: int = 1,
-    budget: int | float = 0.125,
-    draft: int = 8,
-    device: str = "cpu",
-    dtype: str = "bfloat16",
-    repeats: int = 20,
-    threads: int | None = None,
-    results: Path | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
+def run(*, results: Path | None = None, progress: bool = True, **settings: Any) -> dict[str, Any]:
     """Check, then time; returns the record (`docs/bench.md`) and appends a row a kernel to `results` (CSV).
+
+    `settings` are fields of `Job`, of which `steps` are the timed turns of each kernel.
 
     Raises:
         ValueError: an unknown shape, a number out of range, a file that holds other columns.
         WrongResultError: a kernel disagrees with the reference.
     """
-    place, kind = torch.device(device), getattr(torch, dtype)
-    tokens = min(RefreshConfig(budget=budget).resolve_budget(context), context)
-    job = Job(shape, context, batch, tokens, draft, place, kind, repeats)
-    config_of(shape)
-    if results is not None:
-        records.check_file(results, _row(job, None, {"kernel": "attend"}))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    backend, bandwidth = backend_for(place), read_bandwidth(place)
+    job = Job(**settings)
+    job = replace(job, budget=min(job.budget, job.context))
+    records.check_file(results, _row(_settings(job), {}))
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
     with torch.inference_mode():
         cases, found = cases_of(job), []
         first = operands(job, seed=0)
-        errors = {name: check(name, case, backend, first, kind) for name, case in cases.items()}
+        errors = {
+            name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
+        }
         least, each = min(case.size for case in cases.values()), 2 * first.keys.nbytes
-        cold = [first, *(operands(job, seed) for seed in range(1, copies_for(least, each, place)))]
-        for name in tqdm(cases, desc="kernels", disable=not progress, leave=False):
-            some = cold[: copies_for(cases[name].size, each, place)]
-            found.append(_timed(name, cases[name], backend, some, job, bandwidth, errors[name]))
-    if results is not None:
-        records.append(results, [_row(job, bandwidth, one) for one in found])
-    return {**_settings(job, bandwidth), "backend": backend.name, "kernels": found}
+        copies = range(1, copies_for(least, each, job.device))
+        cold = [first, *(operands(job, seed) for seed in copies)]
+        for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
+            some = cold[: copies_for(case.size, each, job.device)]
+            numbers, about = _timed(case, backend, some, job, bandwidth)
+            numbers["relative_rms_error"] = errors[name]
+            found.append({"kernel": name, **records.rounded(numbers), **about})
+    record = _settings(job, bandwidth)
+    records.append(results, [_row(record, one) for one in found])
+    return {**record, "backend": backend.name, "kernels": found}
 
 
 def cases_of(job: Job) -> dict[str, Case]:
@@ -249,29 +227,16 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
 
 
 def _timed(
-    name: str,
-    case: Case,
-    backend: Backend,
-    cold: list[Operands],
-    job: Job,
-    bandwidth: float,
-    error: float,
-) -> dict[str, Any]:
-    """The record of one kernel; with several rivals it is compared with the fastest."""
+    case: Case, backend: Backend, cold: list[Operands], job: Job, bandwidth: float
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of one kernel, and what is said beside them; with several rivals it is compared with the fastest."""
     ms, graph = _median(lambda x: case.run(backend, x), cold, job)
     others = {rival: _median(call, cold, job)[0] for rival, call in case.rivals.items()}
     best = min(others, key=others.__getitem__)
-    return {
-        "kernel": name,
-        "ms": float(f"{ms:.5g}"),
-        "bytes": case.size,
-        "bandwidth_share": float(f"{case.size / (ms * 1e-3) / bandwidth:.4g}"),
-        "rival": best,
-        "rival_ms": float(f"{others[best]:.5g}"),
-        "rival_over_ours": float(f"{others[best] / ms:.4g}"),
-        "relative_rms_error": float(f"{error:.3g}"),
-        "cuda_graph": graph,
-    }
+    share = case.size / (ms * 1e-3) / bandwidth
+    numbers = {"ms": ms, "bandwidth_share": share}
+    numbers |= {"rival_ms": others[best], "rival_over_ours": others[best] / ms}
+    return numbers, {"bytes": case.size, "rival": best, "cuda_graph": graph}
 
 
 def _median(call: Callable[[Operands], Any], cold: list[Operands], job: Job) -> tuple[float, bool]:
@@ -283,34 +248,46 @@ def _median(call: Callable[[Operands], Any], cold: list[Operands], job: Job) -> 
 
     replay = captured(round_of_calls, job.device)
     turn = replay or round_of_calls
-    taken = [milliseconds(turn, job.device) for _ in range(WARM_UP + job.repeats)]
+    taken = [milliseconds(turn, job.device) for _ in range(WARM_UP + job.steps)]
     return statistics.median(taken[WARM_UP:]) / len(cold), replay is not None
 
 
-def _settings(job: Job, bandwidth: float | None) -> dict[str, Any]:
-    about = records.machine(job.device)
+def _settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
+    """What a record says of the run: a kernel has no stride and no cycles."""
     return {
-        "time": about["time"],
-        "shape": job.shape,
-        "context": job.context,
-        "batch": job.batch,
-        "budget": job.budget,
-        "draft": job.draft,
-        "device": about["device"],
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "threads": about["threads"],
-        "bandwidth": None if bandwidth is None else round(bandwidth),
-        "versions": about["versions"],
+        name: value for name, value in records.settings(job, bandwidth).items() if name in _KEPT
     }
 
 
-_COLUMNS = ("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours")
+_KEPT = (
+    "time",
+    "shape",
+    "context",
+    "batch",
+    "budget",
+    "draft",
+    "device",
+    "dtype",
+    "threads",
+    "bandwidth",
+    "versions",
+)
+_COLUMNS = (
+    "kernel",
+    "ms",
+    "bytes",
+    "bandwidth_share",
+    "rival",
+    "rival_ms",
+    "rival_over_ours",
+    "relative_rms_error",
+    "cuda_graph",
+)
 
 
-def _row(job: Job, bandwidth: float | None, found: dict[str, Any]) -> dict[str, Any]:
+def _row(record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """One kernel as a row; the columns are the same whatever was found."""
-    names = (*_COLUMNS, "relative_rms_error", "cuda_graph")
-    return {**records.flat(_settings(job, bandwidth)), **{name: found.get(name) for name in names}}
+    return {**records.flat(record), **{name: found.get(name) for name in _COLUMNS}}
 
 
 def _tensors(result: Any) -> Iterable[Tensor]:

@@ -8,10 +8,12 @@ Letters: L context, K budget, S stride, s drafts of a cycle. Source: ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from refreshkv.config import RefreshConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on the bundled model.
 DRAFT = 10  # tokens that the default preset drafts in a cycle
@@ -38,6 +40,48 @@ class Reads:
     def bytes(self, sizes: Sizes, rows: int) -> float:
         """Bytes that a token of every row moves."""
         return self.passes * sizes.weights + self.entries * rows * sizes.entry
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the bytes of a token depend on, beside the model.
+
+    Attributes:
+        context: tokens in each of `batch` rows.
+        budget: K; given as in `RefreshConfig`, in tokens afterwards.
+        stride: of the mix; `None` is partial steps only.
+        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    context: int = 8192
+    batch: int = 1
+    budget: int | float = 0.125
+    stride: int | None = 10
+    draft: int = 8
+    acceptance: float = 0.85
+
+    def __post_init__(self) -> None:
+        config = RefreshConfig(budget=self.budget, stride=self.stride)
+        object.__setattr__(self, "budget", config.resolve_budget(self.context))
+        tokens_per_pass(self.draft, self.acceptance)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Mean tokens that a full pass of the lossless mode yields."""
+        return tokens_per_pass(self.draft, self.acceptance)
+
+    def modes(self) -> dict[str, Reads]:
+        """What a token of each mode reads; "snapkv" is a partial step, and eviction that keeps as much."""
+        return {
+            "full": dense(self.context),
+            "snapkv": partial(self.context, self.budget),
+            "mix": mix(self.context, self.budget, self.stride),
+            "fast": fast(self.context, self.budget),
+            "exact": exact(self.context, self.budget, self.draft, self.acceptance),
+        }
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:

@@ -7,7 +7,6 @@ store with transformers' static cache, and every step is taken back, so that eac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
-from refreshkv.bench.timing import WARM_UP
+from refreshkv.bench.job import Job
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.hosts.transformers import RefreshCache
@@ -24,7 +23,6 @@ from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.step import Attention
 
-_SPARE = 8  # places beyond those that a run needs
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
 # What can be left out, in the order of the table.
@@ -53,40 +51,6 @@ PARTS = {
     },
 }
 MIX = {"mix": "partial and full steps, at the stride"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to time, resolved.
-
-    Attributes:
-        shape: a name in `shapes.SHAPES`. `dtype`, `device`: of its weights and the caches.
-        context: tokens in each of `batch` rows. `budget`: K in tokens.
-        stride: of the mix; `None` is partial steps only.
-        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
-        steps, cycles: timed turns of single steps, and of such cycles.
-        static: our single steps run on the static form of the cache, which a CUDA graph can hold.
-        compiled: they are compiled too, as transformers' static cache always is on a GPU.
-    """
-
-    shape: str
-    context: int
-    batch: int
-    budget: int
-    stride: int | None
-    draft: int
-    acceptance: float
-    device: torch.device
-    dtype: torch.dtype
-    steps: int
-    cycles: int
-    static: bool = False
-    compiled: bool = False
-
-    @property
-    def room(self) -> int:
-        """Places of a preallocated cache; transformers' static one is not taken back."""
-        return self.context + max(self.draft + 1, WARM_UP + self.steps) + _SPARE
 
 
 def check_names(skip: tuple[str, ...]) -> None:
