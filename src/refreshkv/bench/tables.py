@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -25,10 +25,10 @@ def cells(row: Row, columns: Mapping[str, Column]) -> list[str]:
     return [_cell(row.get(key), form, factor) for key, form, factor in columns.values()]
 
 
-def markdown(first: str, rows: Mapping[str, Row], columns: Mapping[str, Column]) -> str:
-    """A table whose first column, headed `first`, names the rows."""
+def markdown(first: str, rows: Iterable[tuple[str, Row]], columns: Mapping[str, Column]) -> str:
+    """A table of `(name, row)`, whose first column is headed `first`."""
     lines = [f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(cells(row, columns))} |" for name, row in rows.items()]
+    lines += [f"| {name} | {' | '.join(cells(row, columns))} |" for name, row in rows]
     return "\n".join(lines)
 
 
