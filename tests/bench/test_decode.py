@@ -78,11 +78,11 @@ def test_every_step_begins_at_the_context() -> None:
         caches = variants.caches(model, JOB, ("default",))
         dense = caches["own_dense"]
         turns = decode._Turns(model, session.implementation_below, caches, JOB)
-        first = turns._step("own_dense")
+        first = turns.step("own_dense")
         turns.check()
         turns.time(progress=False)
         assert dense.layers[0].inner.length == 128
-        assert torch.equal(turns._step("own_dense"), first)
+        assert torch.equal(turns.step("own_dense"), first)
         assert caches["snapkv"].layers[0].inner.length == 32
         assert caches["empty"].layers[0].inner.length == 1
     # The static cache and ours are one buffer.
@@ -111,7 +111,7 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
             for _ in range(2):
                 exact.cycle(token, 2)
                 exact.take_back()
-                exact.select()
+                cache.before_drafts()
                 drafts = [exact.draft(token + ahead, ahead).clone() for ahead in range(3)]
                 verified = exact.verify(torch.cat([token, token + 1, token + 2, token], 1)).clone()
                 exact.take_back()

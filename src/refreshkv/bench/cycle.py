@@ -6,6 +6,7 @@ given, and each timed cycle commits as many tokens as it asks for in the mean. L
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -61,9 +62,20 @@ class Exact:
         self.take_back()
         return found
 
-    def select(self) -> None:
-        """What comes before the drafts of a cycle; a growing cache does it in the first of them."""
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """What is timed, each to be taken back: a draft (after `begin`), a full pass, cycles that commit the mean."""
+        token = torch.ones_like(self.counts)[:, None]
+        tokens, turns = token.expand(-1, self.job.draft + 1), itertools.count()
+        return {
+            "draft": lambda: self.draft(token, 1),
+            "verify": lambda: self.verify(tokens),
+            "cycle": lambda: self.cycle(token, kept(next(turns), self.job)),
+        }
+
+    def begin(self) -> None:
+        """The selection, which a growing cache makes in the first draft of a cycle, and that draft."""
         self.cache.before_drafts()
+        self.draft(torch.ones_like(self.counts)[:, None], 0)
 
     def draft(self, token: Tensor, ahead: int) -> Tensor:
         """One draft pass over `[B, 1]`, `ahead` places after the context; logits `[B, V]`."""
@@ -76,7 +88,7 @@ class Exact:
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
         tokens, confidence = [token], self.cache.refresh.confidence
-        self.select()
+        self.cache.before_drafts()
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead).float()
             tokens.append(scores.argmax(-1, keepdim=True))

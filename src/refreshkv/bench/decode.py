@@ -6,6 +6,7 @@ them alike, and medians are reported beside the bytes that they had to move.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 import refreshkv
 from refreshkv.bench import record as records
 from refreshkv.bench import roofline, variants
-from refreshkv.bench.cycle import Exact, kept
+from refreshkv.bench.cycle import Exact
 from refreshkv.bench.job import WARM_UP, Job
 from refreshkv.bench.report import LEFT_OUT, report
 from refreshkv.bench.shapes import build, config_of, outline
@@ -81,18 +82,20 @@ class _Turns:
     def __init__(
         self, model: PreTrainedModel, below: str, caches: dict[str, Cache], job: Job
     ) -> None:
-        self.model, self.below, self.caches, self.job = model, below, caches, job
+        self.model, self.below, self.job = model, below, job
         self.notes: dict[str, str] = {}
-        # Where our stores end: at the context, or earlier in those that are shorter by nature.
-        self.ends = {
-            name: end
+        exact = caches.get("exact")
+        self.exact = None if exact is None else Exact(model, below, exact, job)
+        self.calls = {
+            name: variants.stepper(model, below, name, cache, job)
+            for name, cache in caches.items()
+            if name != "exact"
+        }
+        # Ours end where they did before: at the context, or earlier in those that are shorter by nature.
+        self.resets: dict[str, Callable[[], None]] = {
+            name: functools.partial(variants.take_back, cache, end)
             for name, cache in caches.items()
             if (end := variants.end_of(cache)) is not None
-        }
-        exact = caches.pop("exact", None)
-        self.exact = None if exact is None else Exact(model, below, exact, job)
-        self.steps = {
-            name: variants.stepper(model, below, name, cache, job) for name, cache in caches.items()
         }
 
     def check(self) -> dict[str, float]:
@@ -101,85 +104,65 @@ class _Turns:
         Raises:
             WrongResultError: more than the tolerance of the dtype.
         """
-        logits = {
-            name: found for name in list(self.steps) if (found := self._first(name)) is not None
-        }
+        logits: dict[str, Tensor] = {}
+        for name in list(self.calls):
+            try:
+                logits[name] = self.step(name)
+            except Exception as error:
+                if name in self.resets:
+                    raise
+                # One that is not ours cannot be had, for example for want of memory.
+                self.notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
+                del self.calls[name]
         trusted = next((name for name in _YARDSTICKS if name in logits), None)
         errors: dict[str, float] = {}
         for name in ("own_dense", "full"):
             if name in logits and trusted not in (None, name):
                 errors[name] = self._compare(name, logits[name], logits[trusted], trusted)
         if self.exact is not None:
-            errors["verify"] = self._check_exact()
+            errors["verify"] = self._compare("verify", *self._verified(self.exact), "single steps")
         return errors
 
     def time(self, progress: bool) -> dict[str, list[float]]:
         """Milliseconds of each timed turn."""
         job = self.job
-        calls = dict(self.steps)
-        for name in self.ends.keys() & calls.keys() if not job.compiled else ():
-            replay = captured(lambda name=name: self._step(name), job.device)
-            self._take_back(name)  # of a call that broke off
+        for name in self.resets.keys() & self.calls.keys() if not job.compiled else ():
+            replay = captured(functools.partial(self.step, name), job.device)
+            self.resets[name]()  # of a call that broke off
             if replay is not None:
-                calls[name], self.notes[name] = replay, "CUDA graph"
-        if self.exact is not None and self.exact.capture():
-            self.notes["exact"] = "CUDA graphs of a draft and of a full pass"
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        turns = range(WARM_UP + max(job.steps, job.cycles if self.exact else 0))
+                self.calls[name], self.notes[name] = replay, "CUDA graph"
+        counts = dict.fromkeys(self.calls, job.steps)
+        if self.exact is not None:
+            if self.exact.capture():
+                self.notes["exact"] = "CUDA graphs of a draft and of a full pass"
+            parts = self.exact.calls()
+            self.calls |= parts
+            self.resets |= dict.fromkeys(parts, self.exact.take_back)
+            counts |= dict.fromkeys(parts, job.cycles)
+        times: dict[str, list[float]] = {name: [] for name in counts}
+        turns = range(-WARM_UP, max(counts.values(), default=0))
         for turn in tqdm(turns, desc="steps", disable=not progress, leave=False):
-            if turn < WARM_UP + job.steps:
-                for name, call in calls.items():
-                    taken = milliseconds(call, job.device)
-                    self._take_back(name)
-                    if turn >= WARM_UP:
-                        times[name].append(taken)
-            if self.exact is not None and turn < WARM_UP + job.cycles:
-                for name, taken in self._exact_turn(self.exact, turn).items():
-                    if turn >= WARM_UP:
-                        times.setdefault(name, []).append(taken)
+            for name in [name for name, count in counts.items() if turn < count]:
+                if name == "draft" and self.exact is not None:
+                    self.exact.begin()  # which is a part of the cycle
+                taken = milliseconds(self.calls[name], job.device)
+                self._reset(name)
+                times[name] += [taken] if turn >= 0 else []
         return times
 
-    def _first(self, name: str) -> Tensor | None:
-        """Logits of the first step; `None` where one that is not ours cannot be had, for example for want of memory."""
-        try:
-            return self._step(name)
-        except Exception as error:
-            if name in self.ends:
-                raise
-            self.notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
-            del self.steps[name], self.caches[name]
-            return None
-
-    def _step(self, name: str) -> Tensor:
-        logits = self.steps[name]()
-        self._take_back(name)
+    def step(self, name: str) -> Tensor:
+        """The logits `[B, V]` of a variant's step, which is taken back."""
+        logits = self.calls[name]()
+        self._reset(name)
         return logits
 
-    def _take_back(self, name: str) -> None:
-        if name in self.ends:
-            variants.take_back(self.caches[name], self.ends[name])
+    def _reset(self, name: str) -> None:
+        if name in self.resets:
+            self.resets[name]()
 
-    def _exact_turn(self, exact: Exact, turn: int) -> dict[str, float]:
-        token = torch.ones(self.job.batch, 1, dtype=torch.int64, device=self.job.device)
-        tokens = token.expand(-1, self.job.draft + 1)
-        calls: dict[str, Callable[[], object]] = {
-            "draft": lambda: exact.draft(token, 1),
-            "verify": lambda: exact.verify(tokens),
-            "cycle": lambda: exact.cycle(token, kept(turn, self.job)),
-        }
-        times = {}
-        for name, call in calls.items():
-            if name == "draft":
-                exact.select()  # which is a part of the cycle
-                exact.draft(token, 0)
-            times[name] = milliseconds(call, self.job.device)
-            exact.take_back()
-        return times
-
-    def _check_exact(self) -> float:
-        """A full pass over random tokens against single steps over the same store."""
-        exact, job = self.exact, self.job
-        assert exact is not None
+    def _verified(self, exact: Exact) -> tuple[Tensor, Tensor]:
+        """Logits of a full pass over random tokens, and of single steps over the same store."""
+        job = self.job
         generator = torch.Generator(device=job.device).manual_seed(2)
         size, vocabulary = (job.batch, job.draft + 1), self.model.config.vocab_size
         tokens = torch.randint(vocabulary, size, generator=generator, device=job.device)
@@ -191,7 +174,7 @@ class _Turns:
             variants.forward(self.model, self.below, alone, token) for token in tokens.split(1, 1)
         ]
         variants.take_back(alone, job.context)
-        return self._compare("verify", verified, torch.cat(steps, 1), "single steps")
+        return verified, torch.cat(steps, 1)
 
     def _compare(self, name: str, ours: Tensor, expected: Tensor, other: str) -> float:
         expected = expected.float()

@@ -5,6 +5,7 @@ Letters: B rows, Hq query heads, Hkv KV heads, L context, D head dim, K budget, 
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,18 +28,6 @@ from refreshkv.kernels import REFERENCE, Backend, backend_for
 
 # In 16-bit dtypes logits that are nearly the same may change places.
 _SAME_INDICES = 0.9
-
-KERNELS = {
-    "attend": "partial step over the K entries of a partial cache",
-    "attend_and_rank": "the same, which also finds the most attended entries",
-    "attend_at": "the same over K places of the full cache, gathered on the way",
-    "attend_full": "plain dense decode over L entries",
-    "attend_and_score": "full step: output and scores",
-    "score": "scores from the keys alone",
-    "select": "pool and take the K best",
-    "gather": "copy the selected keys and values",
-    "verify": "full pass over s + 1 tokens, with scores",
-}
 
 
 @dataclass(frozen=True)
@@ -64,13 +53,16 @@ class Operands:
     out: Tensor
 
 
+Rivals = dict[str, Callable[[Operands], Any]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel: the call, the bytes that it must move, and what others offer for the same work."""
 
     run: Callable[[Backend, Operands], Any]
     size: int
-    rivals: dict[str, Callable[[Operands], Any]]
+    rivals: Rivals
 
 
 def run(*, results: Path | None = None, progress: bool = True, **settings: Any) -> dict[str, Any]:
@@ -84,27 +76,39 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
     """
     job = Job(**settings)
     job = replace(job, budget=min(job.budget, job.context))
-    records.check_file(results, _row(_settings(job), {}))
+    records.check_file(results, {**records.flat(_settings(job)), **dict.fromkeys(_COLUMNS)})
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
     with torch.inference_mode():
-        cases, found = cases_of(job), []
-        first = operands(job, seed=0)
+        cases, first = cases_of(job), operands(job, seed=0)
         errors = {
             name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
         }
-        least, each = min(case.size for case in cases.values()), 2 * first.keys.nbytes
-        copies = range(1, copies_for(least, each, job.device))
-        cold = [first, *(operands(job, seed) for seed in copies)]
+        found, each = [], 2 * first.keys.nbytes
+        copies = {name: copies_for(case.size, each, job.device) for name, case in cases.items()}
+        cold = [first, *(operands(job, seed) for seed in range(1, max(copies.values())))]
         for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
-            some = cold[: copies_for(case.size, each, job.device)]
-            numbers, about = _timed(case, backend, some, job, bandwidth)
+            numbers, about = _timed(case, backend, cold[: copies[name]], job)
+            numbers["bandwidth_share"] = case.size / (numbers["ms"] * 1e-3) / bandwidth
             numbers["relative_rms_error"] = errors[name]
             found.append({"kernel": name, **records.rounded(numbers), **about})
     record = _settings(job, bandwidth)
-    records.append(results, [_row(record, one) for one in found])
+    records.append(results, [{**records.flat(record), **one} for one in found])
     return {**record, "backend": backend.name, "kernels": found}
+
+
+_LEFT_OUT = ("stride", "acceptance", "tokens_per_pass", "steps", "cycles", "form")
+_COLUMNS = (
+    *("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours"),
+    *("relative_rms_error", "cuda_graph"),
+)
+
+
+def _settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
+    """What a record says of the run: a kernel has no stride and no cycles."""
+    found = records.settings(job, bandwidth)
+    return {name: value for name, value in found.items() if name not in _LEFT_OUT}
 
 
 def cases_of(job: Job) -> dict[str, Case]:
@@ -116,14 +120,13 @@ def cases_of(job: Job) -> dict[str, Case]:
     partial, full, weights = entry * job.budget, entry * job.context, 4 * heads * job.batch
     others = attention_rivals(job.device, job.batch)
 
-    def over_kept(call: Callable[..., Tensor]) -> Callable[[Operands], Tensor]:
-        return lambda x: call(x.query, x.kept, x.kept_values)
-
-    def over_all(call: Callable[..., Tensor]) -> Callable[[Operands], Tensor]:
-        return lambda x: call(x.query, x.keys, x.values)
-
-    short = {name: over_kept(call) for name, call in others.items()}
-    long = {name: over_all(call) for name, call in others.items()}
+    short: Rivals = {
+        name: lambda x, call=call: call(x.query, x.kept, x.kept_values)
+        for name, call in others.items()
+    }
+    long: Rivals = {
+        name: lambda x, call=call: call(x.query, x.keys, x.values) for name, call in others.items()
+    }
     rank = {"count": make_config("default").successor, **options}
     return {
         "attend": Case(
@@ -227,16 +230,14 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
 
 
 def _timed(
-    case: Case, backend: Backend, cold: list[Operands], job: Job, bandwidth: float
+    case: Case, backend: Backend, cold: list[Operands], job: Job
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of one kernel, and what is said beside them; with several rivals it is compared with the fastest."""
-    ms, graph = _median(lambda x: case.run(backend, x), cold, job)
+    """The times of one kernel and of the fastest rival, and what is said beside them."""
+    ms, graph = _median(functools.partial(case.run, backend), cold, job)
     others = {rival: _median(call, cold, job)[0] for rival, call in case.rivals.items()}
-    best = min(others, key=others.__getitem__)
-    share = case.size / (ms * 1e-3) / bandwidth
-    numbers = {"ms": ms, "bandwidth_share": share}
-    numbers |= {"rival_ms": others[best], "rival_over_ours": others[best] / ms}
-    return numbers, {"bytes": case.size, "rival": best, "cuda_graph": graph}
+    rival = min(others, key=others.__getitem__)
+    times = {"ms": ms, "rival_ms": others[rival], "rival_over_ours": others[rival] / ms}
+    return times, {"bytes": case.size, "rival": rival, "cuda_graph": graph}
 
 
 def _median(call: Callable[[Operands], Any], cold: list[Operands], job: Job) -> tuple[float, bool]:
@@ -250,44 +251,6 @@ def _median(call: Callable[[Operands], Any], cold: list[Operands], job: Job) -> 
     turn = replay or round_of_calls
     taken = [milliseconds(turn, job.device) for _ in range(WARM_UP + job.steps)]
     return statistics.median(taken[WARM_UP:]) / len(cold), replay is not None
-
-
-def _settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
-    """What a record says of the run: a kernel has no stride and no cycles."""
-    return {
-        name: value for name, value in records.settings(job, bandwidth).items() if name in _KEPT
-    }
-
-
-_KEPT = (
-    "time",
-    "shape",
-    "context",
-    "batch",
-    "budget",
-    "draft",
-    "device",
-    "dtype",
-    "threads",
-    "bandwidth",
-    "versions",
-)
-_COLUMNS = (
-    "kernel",
-    "ms",
-    "bytes",
-    "bandwidth_share",
-    "rival",
-    "rival_ms",
-    "rival_over_ours",
-    "relative_rms_error",
-    "cuda_graph",
-)
-
-
-def _row(record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """One kernel as a row; the columns are the same whatever was found."""
-    return {**records.flat(record), **{name: found.get(name) for name in _COLUMNS}}
 
 
 def _tensors(result: Any) -> Iterable[Tensor]:
