@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import rounded, settings
-from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes, dense, exact, tokens_per_pass
+from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes
 from refreshkv.bench.variants import MIX, PARTS, VARIANTS
 
 # Every time that is reported, in the order of the table.
@@ -102,16 +103,15 @@ def curve(job: Job, sizes: Sizes, ms: Mapping[str, float]) -> list[dict[str, flo
 
     A cycle costs the same however many drafts stand, so one timing gives the whole curve.
     """
-    full = dense(job.context).bytes(sizes, job.batch)
     found = []
     for acceptance in (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0):
-        tokens = tokens_per_pass(job.draft, acceptance)
-        cost = exact(job.context, job.budget, job.draft, acceptance)
+        other = replace(job, acceptance=acceptance)
+        moved = {mode: reads.bytes(sizes, job.batch) for mode, reads in other.modes().items()}
         point = {
             "acceptance": acceptance,
-            "tokens_per_pass": tokens,
-            "exact_over_own_dense": ms["own_dense"] * tokens / ms["cycle"],
-            "ideal": full / cost.bytes(sizes, job.batch),
+            "tokens_per_pass": other.tokens_per_pass,
+            "exact_over_own_dense": ms["own_dense"] * other.tokens_per_pass / ms["cycle"],
+            "ideal": moved["full"] / moved["exact"],
         }
         found.append(rounded(point))
     return found
