@@ -74,14 +74,14 @@ def shifted(*given: Any, **options: Any) -> Selection:
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> None:
-    case, given = kernels.cases_of(JOB)[name], kernels.operands(JOB, seed=0)
+    case, given = kernels.cases_of(JOB)[name], kernels.Operands(JOB, seed=0)
     assert kernels.check(name, case, CPU, given, torch.float32) < 2e-6
     with pytest.raises(WrongResultError, match=message):
         kernels.check(name, case, backend, given, torch.float32)
 
 
 def test_operands_differ_and_select_what_is_gathered() -> None:
-    first, second = kernels.operands(JOB, 0), kernels.operands(JOB, 1)
+    first, second = kernels.Operands(JOB, 0), kernels.Operands(JOB, 1)
     assert not torch.equal(first.keys, second.keys)
     row, head, slot = 1, 0, 3
     place = first.positions[row, head, slot]

@@ -30,27 +30,34 @@ from refreshkv.kernels import REFERENCE, Backend, backend_for
 _SAME_INDICES = 0.9
 
 
-@dataclass(frozen=True)
 class Operands:
-    """What the kernels are given; those that follow come from these by the reference.
+    """What the kernels are given: random, and what follows from that by the reference.
 
-    query `[B, Hq, D]`, queries `[B, Hq, s + 1, D]`, keys and values `[B, Hkv, L, D]`, scores `[B, Hkv, L]`, positions
-    `[B, Hkv, K]` int64, kept and kept_values `[B, Hkv, K, D]`, budget, starts `[B]`, newest `[B, Hkv]` int64; out
-    `[2, B, Hkv, K, D]`, NaN, for what is gathered.
+    queries `[B, Hq, s + 1, D]`, of which query `[B, Hq, D]` is the first; keys and values `[B, Hkv, L, D]`; scores
+    `[B, Hkv, L]`, by which positions `[B, Hkv, K]` int64 are selected; kept and kept_values `[B, Hkv, K, D]`, the
+    entries there; budget, starts `[B]`, newest `[B, Hkv]` int64; out `[2, B, Hkv, K, D]`, NaN, for what is gathered.
     """
 
-    query: Tensor
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    positions: Tensor
-    kept: Tensor
-    kept_values: Tensor
-    budget: Tensor
-    starts: Tensor
-    newest: Tensor
-    out: Tensor
+    def __init__(self, job: Job, seed: int) -> None:
+        config, device = config_of(job.shape), job.device
+        heads, dim = config.num_key_value_heads, config.head_dim
+        generator = torch.Generator(device=device).manual_seed(seed)
+
+        def noise(heads: int, tokens: int) -> Tensor:
+            size = (job.batch, heads, tokens, dim)
+            return torch.randn(*size, generator=generator, device=device, dtype=job.dtype)
+
+        self.queries = noise(config.num_attention_heads, job.draft + 1)
+        self.query = self.queries[:, :, 0].contiguous()
+        self.keys, self.values = noise(heads, job.context), noise(heads, job.context)
+        size = (job.batch, heads, job.context)
+        self.scores = torch.rand(size, generator=generator, device=device)
+        self.positions = self.scores.topk(job.budget, dim=-1).indices
+        self.kept, self.kept_values = _torch_gather(self)
+        self.budget = torch.full((job.batch,), job.budget, device=device)
+        self.starts = torch.full_like(self.budget, max(job.context - job.draft - 1, 0))
+        self.newest = torch.zeros(job.batch, heads, dtype=torch.int64, device=device)
+        self.out = torch.stack([self.kept, self.kept_values]).fill_(float("nan"))
 
 
 Rivals = dict[str, Callable[[Operands], Any]]
@@ -81,13 +88,13 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
     with torch.inference_mode():
-        cases, first = cases_of(job), operands(job, seed=0)
+        cases, first = cases_of(job), Operands(job, seed=0)
         errors = {
             name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
         }
         found, each = [], 2 * first.keys.nbytes
         copies = {name: copies_for(case.size, each, job.device) for name, case in cases.items()}
-        cold = [first, *(operands(job, seed) for seed in range(1, max(copies.values())))]
+        cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values())))]
         for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
             numbers, about = _timed(case, backend, cold[: copies[name]], job)
             numbers["bandwidth_share"] = case.size / (numbers["ms"] * 1e-3) / bandwidth
@@ -173,40 +180,6 @@ def cases_of(job: Job) -> dict[str, Case]:
             {"torch sdpa": _sdpa_verify},
         ),
     }
-
-
-def operands(job: Job, seed: int) -> Operands:
-    """Random operands; what selects and what is selected follow from them by the reference."""
-    config = config_of(job.shape)
-    heads, dim = config.num_key_value_heads, config.head_dim
-    generator = torch.Generator(device=job.device).manual_seed(seed)
-
-    def noise(heads: int, tokens: int) -> Tensor:
-        size = (job.batch, heads, tokens, dim)
-        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
-
-    queries = noise(config.num_attention_heads, job.draft + 1)
-    keys, values = noise(heads, job.context), noise(heads, job.context)
-    size = (job.batch, heads, job.context)
-    scores = torch.rand(size, generator=generator, device=job.device)
-    budget = torch.full((job.batch,), job.budget, device=job.device)
-    positions = scores.topk(job.budget, dim=-1).indices
-    places = positions[..., None].expand(-1, -1, -1, dim)
-    kept, kept_values = keys.gather(2, places), values.gather(2, places)
-    return Operands(
-        queries[:, :, 0].contiguous(),
-        queries,
-        keys,
-        values,
-        scores,
-        positions,
-        kept,
-        kept_values,
-        budget,
-        torch.full_like(budget, max(job.context - job.draft - 1, 0)),
-        torch.zeros(job.batch, heads, dtype=torch.int64, device=job.device),
-        torch.full((2, *kept.shape), float("nan"), device=job.device, dtype=job.dtype),
-    )
 
 
 def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch.dtype) -> float:

@@ -26,12 +26,12 @@ _STYLE = {
 }
 
 
-def check() -> None:
-    """Raises `ModuleNotFoundError`, with the remedy, where nothing can be plotted: to be asked before timing."""
+def check(path: Path) -> None:
+    """Raises `ValueError`, with the remedy, where nothing could be plotted to `path`: to be asked before timing."""
     if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install '.[eval]' in a checkout of refreshkv"
-        )
+        raise ValueError("plots need matplotlib: pip install '.[eval]' in a checkout of refreshkv")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot plot to {path}: there is no folder {path.parent}; make it first")
 
 
 def draw(path: Path, record: Mapping[str, Any]) -> None:
@@ -102,11 +102,8 @@ def _panel(axes: Axes, varied: str, record: Mapping[str, Any]) -> None:
     where = [point[varied] for point in points]
     for name, what in FITTED.items():
         (line,) = axes.plot(where, [point["ms"][name] for point in points], "o", label=what)
-        fit = record["fits"][name]
-        if fit["bytes_per_s"] is not None:
-            fitted = [
-                fit["fixed_ms"] + point["bytes"][name] / fit["bytes_per_s"] * 1e3
-                for point in points
-            ]
+        fixed, speed = (record["fits"][name][part] for part in ("fixed_ms", "bytes_per_s"))
+        if speed is not None:
+            fitted = [fixed + point["bytes"][name] / speed * 1e3 for point in points]
             axes.plot(where, fitted, "-", color=line.get_color(), linewidth=0.8)
     axes.set(xlabel=varied, ylabel="ms", ylim=(0, None))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,8 @@ def decode(stride: int | str, skip: str | None, **options: Any) -> None:
 
     A mix is what a fixed stride costs: its share of full steps with re-selection, the rest partial.
     """
-    from refreshkv.bench import decode as bench
-
     names = tuple(name.strip() for name in (skip or "").split(",") if name.strip())
-    timed("decode", bench.run, view.decode, **options, stride=fixed(stride), skip=names)
+    timed("decode", **options, stride=fixed(stride), skip=names)
 
 
 @command.command("kernels")
@@ -132,17 +131,20 @@ def decode(stride: int | str, skip: str | None, **options: Any) -> None:
 @machine
 def kernels(**options: Any) -> None:
     """Milliseconds of each kernel on one layer, with cold caches, against torch and whatever else is installed."""
-    from refreshkv.bench import kernels as bench
-
-    timed("kernels", bench.run, view.kernels, **options)
+    timed("kernels", **options)
 
 
 @command.command("scale")
 @shape
-@option("contexts", Numbers(), "Of tokens in the cache.", "1024,2048,4096,8192")
-@option("batches", Numbers(), "Of rows.", "1,2,4")
-@option("budgets", Numbers(), "Of tokens in the partial cache.", "256,512,1024")
-@option("strides", Numbers(), "Of mixes.", "10,2,5,20")
+@option(
+    "contexts",
+    Numbers(),
+    "Tokens in the cache, the base first.",
+    "1024,2048,4096,8192",
+)
+@option("batches", Numbers(), "Rows.", "1,2,4")
+@option("budgets", Numbers(), "Tokens in the partial cache.", "256,512,1024")
+@option("strides", Numbers(), "Of the mix.", "10,2,5,20")
 @count("steps", "Timed steps of each variant.", 10)
 @machine
 def scale(**options: Any) -> None:
@@ -150,9 +152,7 @@ def scale(**options: Any) -> None:
 
     The first value of each list is the base; one list at a time is varied.
     """
-    from refreshkv.bench import scale as bench
-
-    timed("scale", bench.run, view.scale, **options)
+    timed("scale", **options)
 
 
 @command.command("plan")
@@ -239,8 +239,6 @@ def sizes_of(model: str, dtype: str) -> Any:
 
 def timed(
     kind: str,
-    run: Callable[..., dict[str, Any]],
-    show: Callable[[Mapping[str, Any]], None],
     *,
     device: str,
     results: Path | None,
@@ -251,7 +249,7 @@ def timed(
     sizes: tuple[tuple[int, int], ...] | None = None,
     **options: Any,
 ) -> None:
-    """Run a benchmark, for each of `sizes`, and show it. What would be missing at the end is missed before.
+    """Run `refreshkv.bench.<kind>`, for each of `sizes`, and show it; what would be missing at the end is missed now.
 
     Raises:
         BadInput: a device that is not there, a plot that cannot be drawn, whatever the benchmark refuses.
@@ -262,25 +260,21 @@ def timed(
     quiet()
     place = str(pick_device(device))
     if plot is not None:
-        try:
-            plots.check()
-        except ModuleNotFoundError as error:
-            raise common.BadInput(str(error)) from error
-        if not plot.parent.is_dir():
-            raise common.BadInput(f"--plot {plot}: there is no folder {plot.parent}; make it first")
+        with common.bad_input():
+            plots.check(plot)
     if no_record:
         results = None
     elif results is None and RESULTS.is_dir():
         results = RESULTS / f"{kind}-{place.split(':')[0]}.csv"
     shown = sys.stderr.isatty() if progress is None else progress
     options |= {"device": place, "results": results, "progress": shown}
-    found: list[Mapping[str, Any]] = []
+    run, show = importlib.import_module(f"refreshkv.bench.{kind}").run, getattr(view, kind)
+    found: list[dict[str, Any]] = []
     for size in [{}] if sizes is None else [{"batch": b, "context": n} for b, n in sizes]:
         with common.bad_input():
             found.append(run(**{**options, **size}))
         show(found[-1])
-    last = found[-1]
     if plot is not None:
-        plots.draw(plot, last)
+        plots.draw(plot, found[-1])
     if as_json:
-        common.emit_json(last if sizes is None else {"runs": found, **last})
+        common.emit_json(({} if sizes is None else {"runs": found}) | found[-1])
