@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.bench.record import read, rounded
-from refreshkv.bench.roofline import Load, Reads, Sizes
+from refreshkv.bench.roofline import Load, Sizes
 from refreshkv.bench.scale import fit
 from refreshkv.bench.tables import Row
 from refreshkv.config import unknown
@@ -61,19 +61,18 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
         `speed_up` over full attention; `memory` in bytes: `weights`, `cache`, `partial`, their sum `total`,
         `available`, and whether it `fits`.
     """
-    moved = {name: reads.bytes(sizes, load.batch) for name, reads in load.modes().items()}
     ms = {
-        name: milliseconds(reads, moved[name], device.bandwidth, fixed_ms)
+        name: reads.ms(sizes, load.batch, device.bandwidth, fixed_ms)
         for name, reads in load.modes().items()
     }
     modes = {
         name: {
-            "ms": taken,
-            "tokens_per_s": load.batch * 1e3 / taken,
-            "bytes": moved[name],
-            "speed_up": ms["full"] / taken,
+            "ms": ms[name],
+            "tokens_per_s": load.batch * 1e3 / ms[name],
+            "bytes": moved,
+            "speed_up": ms["full"] / ms[name],
         }
-        for name, taken in ms.items()
+        for name, moved in load.bytes(sizes).items()
     }
     cache = load.batch * load.context * sizes.entry
     # A selection keeps copies of its entries.
@@ -93,11 +92,6 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
             "fits": total <= device.memory,
         },
     }
-
-
-def milliseconds(reads: Reads, moved: float, bandwidth: float, fixed_ms: float) -> float:
-    """A token: its share of the passes' fixed cost, and its bytes."""
-    return reads.passes * fixed_ms + moved / bandwidth * 1e3
 
 
 def check(path: Path, sizes_of: Callable[[str, str], Sizes]) -> dict[str, Any]:
@@ -134,15 +128,14 @@ def predictions(rows: Sequence[Row], sizes_of: Callable[[str, str], Sizes]) -> l
     for row in rows:
         load = Load(**{name: row[name] for name in _LOAD})
         sizes, fitted = sizes_of(row["shape"], row["dtype"]), _fit_of_others(row, rows)
-        modes = load.modes()
-        moved = {name: reads.bytes(sizes, load.batch) for name, reads in modes.items()}
+        modes, moved = load.modes(), load.bytes(sizes)
         for mode in _CHECKED:
             if row["ms.own_dense"] is None or row[f"ms.{mode}"] is None:
                 continue
             measured = row["ms.own_dense"] / row[f"ms.{mode}"]
             by_bytes, by_fit = moved["full"] / moved[mode], math.nan
             if fitted is not None:
-                full, ours = (milliseconds(modes[m], moved[m], *fitted) for m in ("full", mode))
+                full, ours = (modes[name].ms(sizes, load.batch, *fitted) for name in ("full", mode))
                 by_fit = full / ours
             ratios = {"measured": measured, "by_bytes": by_bytes, "by_fit": by_fit}
             errors = {

@@ -21,21 +21,18 @@ from refreshkv.bench.tables import Row
 from refreshkv.kernels import language
 from refreshkv.text import reason
 
+_SETTINGS = (
+    *("shape", "context", "batch", "budget", "stride", "draft", "acceptance"),
+    *("steps", "cycles"),
+)
+
 
 def settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
     """When, what and on what a run was made; the first columns of every file. `bandwidth` in bytes a second."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "shape": job.shape,
-        "context": job.context,
-        "batch": job.batch,
-        "budget": job.budget,
-        "stride": job.stride,
-        "draft": job.draft,
-        "acceptance": job.acceptance,
+        **{name: getattr(job, name) for name in _SETTINGS},
         "tokens_per_pass": round(job.tokens_per_pass, 3),
-        "steps": job.steps,
-        "cycles": job.cycles,
         "form": "compiled" if job.compiled else "static" if job.static else "growing",
         "device": device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),

@@ -11,23 +11,12 @@ from typing import Any
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import rounded, settings
 from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes
-from refreshkv.bench.variants import MIX, PARTS, VARIANTS
+from refreshkv.bench.variants import NAMES
 
-# Every time that is reported, in the order of the table.
-NAMES = {
-    **{name: what for name, what in VARIANTS.items() if name not in PARTS},
-    **{name: what for parts in PARTS.values() for name, what in parts.items()},
-    **MIX,
-    **{name: VARIANTS[name] for name in PARTS},
-}
 # What follows from other columns stays out of the CSV file.
 LEFT_OUT = (
-    "ms_range",
-    "tokens_per_s",
-    "over_own_dense",
-    "ideal_over_own_dense",
-    "share_of_ideal",
-    "notes",
+    *("ms_range", "tokens_per_s", "over_own_dense", "ideal_over_own_dense"),
+    *("share_of_ideal", "notes"),
 )
 # A variant that yields tokens -> the mode whose bytes it reads.
 _MODES = {
@@ -68,8 +57,8 @@ def report(
         notes: why a variant is missing, or how it ran.
     """
     times, errors = times or {}, errors or {}
-    ms, modes = _medians(job, times), job.modes()
-    moved = {name: modes[mode].bytes(sizes, job.batch) for name, mode in _MODES.items()}
+    ms, modes = _medians(job, times), job.bytes(sizes)
+    moved = {name: modes[mode] for name, mode in _MODES.items()}
     over_own = {name: ms["own_dense"] / ms[name] for name in moved}
     ideal = {name: moved["own_dense"] / size for name, size in moved.items()}
     share = {name: over_own[name] / ideal[name] for name in moved}
@@ -106,7 +95,7 @@ def curve(job: Job, sizes: Sizes, ms: Mapping[str, float]) -> list[dict[str, flo
     found = []
     for acceptance in (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0):
         other = replace(job, acceptance=acceptance)
-        moved = {mode: reads.bytes(sizes, job.batch) for mode, reads in other.modes().items()}
+        moved = other.bytes(sizes)
         point = {
             "acceptance": acceptance,
             "tokens_per_pass": other.tokens_per_pass,

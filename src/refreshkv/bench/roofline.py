@@ -41,6 +41,10 @@ class Reads:
         """Bytes that a token of every row moves."""
         return self.passes * sizes.weights + self.entries * rows * sizes.entry
 
+    def ms(self, sizes: Sizes, rows: int, bandwidth: float, fixed_ms: float) -> float:
+        """Milliseconds of it: its bytes at `bandwidth` (a second), and what a pass costs beside them."""
+        return self.passes * fixed_ms + self.bytes(sizes, rows) / bandwidth * 1e3
+
 
 @dataclass(frozen=True)
 class Load:
@@ -94,6 +98,10 @@ class Load:
             "fast": Reads(1, kept + FAST_FULL_SHARE * (context / 2 + kept)),
             "exact": Reads((self.draft + 1) / tokens, (self.draft * kept + context) / tokens),
         }
+
+    def bytes(self, sizes: Sizes) -> dict[str, float]:
+        """Bytes that a token of every row moves, by mode."""
+        return {mode: reads.bytes(sizes, self.batch) for mode, reads in self.modes().items()}
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:

@@ -25,32 +25,30 @@ from refreshkv.step import Attention
 
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
-# What can be left out, in the order of the table.
-VARIANTS = {
+# Every time that is reported, in the order of the table.
+NAMES = {
     "empty": "full attention over one token: weights and Python alone",
     "snapkv": "eviction: full attention over K tokens, what SnapKV leaves",
     "partial": "partial step",
     "full": "full step with re-selection",
-    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
-    "exact": "a token of the lossless mode: cycle / tokens per pass",
     "own_dense": "our full attention without selection",
     "static": "transformers StaticCache, compiled where there is a GPU",
     "flash": "transformers flash_attention_2 over its DynamicCache, on a GPU",
     "default": "transformers DynamicCache, the default of generate",
+    "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
+    "fast_full": "full step of fast, which reads keys only",
+    "draft": "one draft pass",
+    "verify": "one full pass over all drafts and the token before them",
+    "cycle": "selection, drafts, full pass, commit",
+    "mix": "partial and full steps, at the stride",
+    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
+    "exact": "a token of the lossless mode: cycle / tokens per pass",
 }
-# Those that are made of several timings.
-PARTS = {
-    "fast": {
-        "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
-        "fast_full": "full step of fast, which reads keys only",
-    },
-    "exact": {
-        "draft": "one draft pass",
-        "verify": "one full pass over all drafts and the token before them",
-        "cycle": "selection, drafts, full pass, commit",
-    },
-}
-MIX = {"mix": "partial and full steps, at the stride"}
+# Those that can be left out, with what they are made of.
+VARIANTS = (
+    *("empty", "snapkv", "partial", "full", "fast", "exact"),
+    *("own_dense", "static", "flash", "default"),
+)
 
 
 def check_names(skip: tuple[str, ...]) -> None:

@@ -59,7 +59,7 @@ _FOLDED = ("what", "fastest other")  # the others are never cut
 
 def decode(record: Record) -> None:
     """Milliseconds, bytes and what they allow, by variant; what each is; then the ratios and the curve."""
-    from refreshkv.bench.report import NAMES
+    from refreshkv.bench.variants import NAMES
 
     settings = "context batch budget stride draft acceptance dtype threads"
     parts = [column.key for column in _DECODE.values() if column.key in record]
