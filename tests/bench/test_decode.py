@@ -17,7 +17,7 @@ from refreshkv.bench.job import Job
 from refreshkv.bench.shapes import build
 from refreshkv.exact import ExactLayer
 from refreshkv.hosts.transformers.static import StaticRefreshCache
-from refreshkv.kernels import language
+from refreshkv.kernels.backend import language
 
 from .conftest import SMALL
 
@@ -86,7 +86,7 @@ def test_every_step_begins_at_the_context() -> None:
         assert caches["snapkv"].layers[0].inner.length == 32
         assert caches["empty"].layers[0].inner.length == 1
     # The static cache and ours are one buffer.
-    assert dense.layers[0].inner.store.keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
+    assert dense.layers[0].keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -14,7 +14,7 @@ from refreshkv.bench import kernels
 from refreshkv.bench.decode import WrongResultError
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import read
-from refreshkv.kernels import CPU, Backend
+from refreshkv.kernels.backend import CPU, Backend
 from refreshkv.policy.selection import Selection
 
 SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
@@ -56,18 +56,22 @@ def shifted(*given: Any, **options: Any) -> Selection:
 @pytest.mark.parametrize(
     "name, backend, message",
     [
-        ("gather", broken("gather", lambda *given: None), "gather: differs from the reference"),
+        (
+            "gather",
+            broken("gather", lambda *given, **ring: None),
+            "gather: differs from the reference",
+        ),
         ("select", broken("select", shifted), "select: .* of its indices"),
         (
             "attend_full",
-            broken("attend", lambda q, k, v, **options: CPU.attend(q * 1.01, k, v, **options)),
+            broken("attend", lambda query, *rest: CPU.attend(query * 1.01, *rest)),
             "attend_full: differs",
         ),
         (
             "verify",
             broken(
                 "verify",
-                lambda q, k, v, **o: CPU.verify(q, k, v, **{**o, "starts": o["starts"] - 1}),
+                lambda *given, starts: CPU.verify(*given, starts=starts - 1),
             ),
             "verify: differs",
         ),
@@ -82,7 +86,7 @@ def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> N
 
 def test_operands_differ_and_select_what_is_gathered() -> None:
     first, second = kernels.Operands(JOB, 0), kernels.Operands(JOB, 1)
-    assert not torch.equal(first.keys, second.keys)
+    assert not torch.equal(first.full.keys, second.full.keys)
     row, head, slot = 1, 0, 3
-    place = first.positions[row, head, slot]
-    assert torch.equal(first.kept[row, head, slot], first.keys[row, head, place])
+    position = first.positions[row, head, slot]
+    assert torch.equal(first.kept.keys[row, head, slot], first.full.keys[row, head, position])

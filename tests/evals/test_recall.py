@@ -23,7 +23,7 @@ def watched(name: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
     tokens = random_tokens(rows=2, pads=PADS, length=LENGTH)
     method, watch = find(name), Watch()
     config = method.config(**settings)
-    cache = LayerCache(config)
+    cache = LayerCache(config.for_cache())
     algorithm = watch.method(method).make(config, 0, 1)
     held = []
     for start, end in [(0, PROMPT), *((now, now + 1) for now in range(PROMPT, LENGTH))]:

@@ -28,7 +28,7 @@ def test_no_operation_asks_the_device(
     module: str, name: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CUDA graph does not allow it, and a tensor without data raises."""
-    kernel = importlib.import_module("refreshkv.kernels.triton_common").merge_kernel
+    kernel = importlib.import_module("refreshkv.kernels.triton.common").merge_kernel
     launched = []
     monkeypatch.setattr(type(kernel), "run", lambda kernel, *_, **__: launched.append(kernel))
     operation = getattr(importlib.import_module(f"refreshkv.kernels.{module}"), name)

@@ -20,18 +20,13 @@ from refreshkv.bench.timing import captured
 from refreshkv.bench.variants import forward, take_back
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.static import StaticRefreshCache
-from refreshkv.policy.speculation import accept_greedy
+from refreshkv.policy.speculation import DraftLength, accept_greedy
 
 
 def kept(cycle: int, job: Job) -> int:
     """Tokens that this cycle commits, the mean rounded down or up."""
     mean = job.tokens_per_pass
     return math.floor((cycle + 1) * mean) - math.floor(cycle * mean)
-
-
-def drafts_on(scores: Tensor, confidence: float) -> bool:
-    """Whether `generate` would draft on: `[B, V]` float32 scores of a draft, read on the host, which waits for them."""
-    return bool((scores.softmax(-1).amax(-1) >= confidence).any())
 
 
 class Exact:
@@ -49,9 +44,10 @@ class Exact:
     ) -> None:
         self.model, self.below, self.cache, self.job = model, below, cache, job
         self.counts = torch.full((job.batch,), job.draft, device=job.device)
+        self.drafts = DraftLength(job.draft, cache.refresh.confidence, self.counts)
         self.draft_pass = _Pass(self, "draft", 1)
         self.full_pass = _Pass(self, "verify", job.draft + 1)
-        for layer in cache.exact_layers:
+        for layer in cache.served:
             layer.begin_exact(None)
 
     def capture(self) -> bool:
@@ -73,7 +69,7 @@ class Exact:
         }
 
     def begin(self) -> None:
-        """The selection, which a growing cache makes in the first draft of a cycle, and that draft."""
+        """The selection of a cycle, and its first draft."""
         self.cache.before_drafts()
         self.draft(torch.ones_like(self.counts)[:, None], 0)
 
@@ -87,12 +83,14 @@ class Exact:
 
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
-        tokens, confidence = [token], self.cache.refresh.confidence
+        tokens = [token]
         self.cache.before_drafts()
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead).float()
             tokens.append(scores.argmax(-1, keepdim=True))
-            drafts_on(scores, confidence)  # asked as `generate` asks it, not obeyed
+            drafted = torch.full_like(self.counts, ahead + 1)
+            # Asked and read as `generate` does, but not obeyed.
+            bool(self.drafts.goes_on(drafted, self.counts, scores.softmax(-1)).any())
         logits = self.verify(torch.cat(tokens, 1))
         accept_greedy(torch.cat(tokens[1:], 1), logits.float().argmax(-1), self.counts)
         self._commit(kept)
@@ -100,12 +98,12 @@ class Exact:
     def take_back(self) -> None:
         """The end is that of the context again. The last votes stay: the next draft selects from them."""
         self._commit(0)  # of drafts without a full pass
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.exact.take_back(torch.full_like(self.counts, self.job.context))
         take_back(self.cache, self.job.context)
 
     def _commit(self, kept: int) -> None:
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.exact.commit(torch.full_like(self.counts, kept))
 
 

@@ -166,7 +166,7 @@ class _Turns:
         generator = torch.Generator(device=job.device).manual_seed(2)
         size, vocabulary = (job.batch, job.draft + 1), self.model.config.vocab_size
         tokens = torch.randint(vocabulary, size, generator=generator, device=job.device)
-        exact.draft(tokens[:, :1], 0)  # the first selection, which decides on the anchors
+        exact.begin()  # the first selection, which decides on the anchors
         verified = exact.verify(tokens)
         exact.take_back()
         alone = variants.over_same_store(exact.cache, self.model)

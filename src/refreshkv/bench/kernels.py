@@ -24,7 +24,8 @@ from refreshkv.bench.rivals import attention_rivals
 from refreshkv.bench.shapes import config_of
 from refreshkv.bench.timing import captured, copies_for, milliseconds, read_bandwidth
 from refreshkv.config import make_config
-from refreshkv.kernels import REFERENCE, Backend, backend_for
+from refreshkv.kernels.backend import REFERENCE, Backend, backend_for
+from refreshkv.kernels.options import AttendOptions, Entries
 
 # In 16-bit dtypes logits that are nearly the same may change places.
 _SAME_INDICES = 0.9
@@ -33,9 +34,10 @@ _SAME_INDICES = 0.9
 class Operands:
     """What the kernels are given: random, and what follows from that by the reference.
 
-    queries `[B, Hq, s + 1, D]`, of which query `[B, Hq, D]` is the first; keys and values `[B, Hkv, L, D]`; scores
-    `[B, Hkv, L]`, by which positions `[B, Hkv, K]` int64 are selected; kept and kept_values `[B, Hkv, K, D]`, the
-    entries there; budget, starts `[B]`, newest `[B, Hkv]` int64; out `[2, B, Hkv, K, D]`, NaN, for what is gathered.
+    queries `[B, Hq, s + 1, D]`, of which query `[B, Hq, D]` is the first; full: keys and values `[B, Hkv, L, D]`;
+    scores `[B, Hkv, L]`, by which positions `[B, Hkv, K]` int32 (index: int64) are selected; kept: copies of the
+    entries there; listed: those of full at the positions; budget, starts `[B]`, newest `[B, Hkv]` int64; ring: as kept,
+    of NaN, for what is gathered.
     """
 
     def __init__(self, job: Job, seed: int) -> None:
@@ -49,15 +51,17 @@ class Operands:
 
         self.queries = noise(config.num_attention_heads, job.draft + 1)
         self.query = self.queries[:, :, 0].contiguous()
-        self.keys, self.values = noise(heads, job.context), noise(heads, job.context)
+        self.full = Entries(noise(heads, job.context), noise(heads, job.context))
         size = (job.batch, heads, job.context)
         self.scores = torch.rand(size, generator=generator, device=device)
-        self.positions = self.scores.topk(job.budget, dim=-1).indices
-        self.kept, self.kept_values = _torch_gather(self)
+        self.index = self.scores.topk(job.budget, dim=-1).indices
+        self.positions = self.index.int()
+        self.kept = Entries(*_torch_gather(self))
+        self.listed = Entries(self.full.keys, self.full.values, positions=self.positions)
         self.budget = torch.full((job.batch,), job.budget, device=device)
         self.starts = torch.full_like(self.budget, max(job.context - job.draft - 1, 0))
         self.newest = torch.zeros(job.batch, heads, dtype=torch.int64, device=device)
-        self.out = torch.stack([self.kept, self.kept_values]).fill_(float("nan"))
+        self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
 
 
 Rivals = dict[str, Callable[[Operands], Any]]
@@ -92,7 +96,7 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
         errors = {
             name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
         }
-        found, each = [], 2 * first.keys.nbytes
+        found, each = [], 2 * first.full.keys.nbytes
         copies = {name: copies_for(case.size, each, job.device) for name, case in cases.items()}
         cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values())))]
         for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
@@ -122,45 +126,33 @@ def cases_of(job: Job) -> dict[str, Case]:
     """The kernels on the shape of one layer."""
     config = config_of(job.shape)
     heads, dim = config.num_key_value_heads, config.head_dim
-    item, options = job.dtype.itemsize, {"scale": dim**-0.5}
-    entry = 2 * dim * item * heads * job.batch
+    options = AttendOptions(scale=dim**-0.5)
+    entry = 2 * dim * job.dtype.itemsize * heads * job.batch
     partial, full, weights = entry * job.budget, entry * job.context, 4 * heads * job.batch
     others = attention_rivals(job.device, job.batch)
-
     short: Rivals = {
-        name: lambda x, call=call: call(x.query, x.kept, x.kept_values)
-        for name, call in others.items()
+        name: lambda x, call=call: call(x.query, *_both(x.kept)) for name, call in others.items()
     }
     long: Rivals = {
-        name: lambda x, call=call: call(x.query, x.keys, x.values) for name, call in others.items()
+        name: lambda x, call=call: call(x.query, *_both(x.full)) for name, call in others.items()
     }
-    rank = {"count": make_config("default").successor, **options}
+    count = make_config("default").successor
+
+    def rank(backend: Backend, x: Operands, entries: Entries) -> Any:
+        return backend.attend_and_rank(x.query, entries, options, newest=x.newest, count=count)
+
     return {
-        "attend": Case(
-            lambda b, x: b.attend(x.query, x.kept, x.kept_values, **options), partial, short
-        ),
-        "attend_and_rank": Case(
-            lambda b, x: b.attend_and_rank(x.query, x.kept, x.kept_values, newest=x.newest, **rank),
-            partial,
-            short,
-        ),
-        "attend_at": Case(
-            lambda b, x: b.attend_at(
-                x.query, x.keys, x.values, x.positions, newest=x.newest, **rank
-            ),
-            partial,
-            short,
-        ),
-        "attend_full": Case(
-            lambda b, x: b.attend(x.query, x.keys, x.values, **options), full, long
-        ),
+        "attend": Case(lambda b, x: b.attend(x.query, x.kept, options), partial, short),
+        "attend_and_rank": Case(lambda b, x: rank(b, x, x.kept), partial, short),
+        "attend_at": Case(lambda b, x: rank(b, x, x.listed), partial, short),
+        "attend_full": Case(lambda b, x: b.attend(x.query, x.full, options), full, long),
         "attend_and_score": Case(
-            lambda b, x: b.attend_and_score(x.query, x.keys, x.values, **options),
+            lambda b, x: b.attend_and_score(x.query, x.full, options),
             full + weights * job.context,
             long,
         ),
         "score": Case(
-            lambda b, x: b.score(x.query, x.keys, **options),
+            lambda b, x: b.score(x.query, x.full, options),
             full // 2 + weights * job.context,
             {"torch matmul and softmax": _matmul_scores},
         ),
@@ -169,13 +161,9 @@ def cases_of(job: Job) -> dict[str, Case]:
             weights * job.context + 2 * weights * job.budget,
             {"torch topk": lambda x: x.scores.topk(job.budget, dim=-1)},
         ),
-        "gather": Case(
-            _gather,
-            2 * partial,
-            {"torch gather": _torch_gather},
-        ),
+        "gather": Case(_gather, 2 * partial, {"torch gather": _torch_gather}),
         "verify": Case(
-            lambda b, x: b.verify(x.queries, x.keys, x.values, starts=x.starts, **options),
+            lambda b, x: b.verify(x.queries, x.full, options, starts=x.starts),
             full + weights * job.context,
             {"torch sdpa": _sdpa_verify},
         ),
@@ -189,7 +177,8 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
         WrongResultError: they differ.
     """
     largest = 0.0
-    given.out.fill_(float("nan"))
+    for ring in given.ring:
+        ring.fill_(float("nan"))
     found = [tensor.clone() for tensor in _tensors(case.run(backend, given))]
     for ours, expected in zip(found, _tensors(case.run(REFERENCE, given)), strict=True):
         if ours.is_floating_point():
@@ -241,24 +230,31 @@ def _overlap(one: Tensor, other: Tensor) -> float:
     return float(both.mean())
 
 
+def _both(entries: Entries) -> tuple[Tensor, Tensor]:
+    """Keys and values."""
+    assert entries.values is not None
+    return entries.keys, entries.values
+
+
 def _matmul_scores(given: Operands) -> Tensor:
-    packed = given.query.unflatten(1, (given.keys.shape[1], -1))
-    logits = packed @ given.keys.transpose(-1, -2) * given.keys.shape[-1] ** -0.5
+    packed, keys = given.query.unflatten(1, (given.full.kv_heads, -1)), given.full.keys
+    logits = packed @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5
     return F.softmax(logits, dim=-1, dtype=torch.float32).amax(2)
 
 
-def _gather(backend: Backend, given: Operands) -> tuple[Tensor, Tensor]:
-    backend.gather(given.keys, given.positions, given.out[0])
-    backend.gather(given.values, given.positions, given.out[1])
-    return given.out[0], given.out[1]
+def _gather(backend: Backend, given: Operands) -> list[Tensor]:
+    keys, values = given.ring
+    backend.gather(given.full, given.positions, ring_keys=keys, ring_values=values)
+    return given.ring
 
 
 def _torch_gather(given: Operands) -> tuple[Tensor, Tensor]:
-    places = given.positions[..., None].expand(-1, -1, -1, given.keys.shape[-1])
-    return given.keys.gather(2, places), given.values.gather(2, places)
+    keys, values = _both(given.full)
+    index = given.index[..., None].expand(-1, -1, -1, keys.shape[-1])
+    return keys.gather(2, index), values.gather(2, index)
 
 
 def _sdpa_verify(given: Operands) -> Tensor:
     """All tokens see everything: a causal mask would take torch off its fast path."""
-    packed = given.queries.unflatten(1, (given.keys.shape[1], -1)).flatten(2, 3)
-    return F.scaled_dot_product_attention(packed, given.keys, given.values)
+    packed = given.queries.unflatten(1, (given.full.kv_heads, -1)).flatten(2, 3)
+    return F.scaled_dot_product_attention(packed, *_both(given.full))

@@ -18,7 +18,7 @@ import transformers
 import refreshkv
 from refreshkv.bench.job import Job
 from refreshkv.bench.tables import Row
-from refreshkv.kernels import language
+from refreshkv.kernels.backend import language
 from refreshkv.text import reason
 
 _SETTINGS = (

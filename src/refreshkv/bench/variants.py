@@ -6,6 +6,7 @@ store with transformers' static cache, and every step is taken back, so that eac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.fallback import CACHES
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions
 
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
@@ -104,41 +105,30 @@ def _fill(
     for index in range(config.num_hidden_layers):
         keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
         queries = noise(config.num_attention_heads, kept)
-        shared = None
+        shared = DenseStore(job.room)
         for name in sorted(made, key=lambda name: name != "static"):  # its buffers are shared
             cache, tokens = made[name], shorter.get(name, job.context)
-            if isinstance(cache, StaticRefreshCache):
-                layer = cache.layers[index]
-                if "static" in made and name not in shorter:
-                    layer.share(made["static"].layers[index])
-                else:
-                    layer.update(keys[:, :, :tokens], values[:, :, :tokens])
-                layer.observe(queries, Attention(config.head_dim**-0.5), None)
-                layer.begin_decoding()
-                continue
-            if not isinstance(cache, RefreshCache):
+            if not isinstance(cache, CACHES):
                 cache.update(keys, values, index)
                 continue
-            inner = cache.layers[index].inner
-            if name in shorter:
-                inner.append(keys[:, :, :tokens], values[:, :, :tokens])
+            layer, static = cache.layers[index], made.get("static")
+            if name in shorter or (job.static and static is None):
+                into = layer.update if job.static else layer.inner.append
+                into(keys[:, :, :tokens], values[:, :, :tokens])
+            elif job.static:
+                layer.share(static.layers[index])
             else:
-                shared = shared or _shared_store(made.get("static"), index, keys, values, job)
-                inner.store = shared
-            inner.await_selection(queries)
-
-
-def _shared_store(
-    static: Cache | None, index: int, keys: Tensor, values: Tensor, job: Job
-) -> DenseStore:
-    """The full store of our variants: over the buffers of the static cache, where there is one."""
-    store = DenseStore(job.room)
-    if static is None:
-        store.append(keys, values)
-    else:  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
-        store._keys, store._values = static.layers[index].keys, static.layers[index].values
-        store.length = job.context
-    return store
+                if (
+                    static is not None
+                ):  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
+                    buffers = static.layers[index]
+                    shared = DenseStore.over(buffers.keys, buffers.values, job.context)
+                elif not shared.is_allocated:
+                    shared.append(keys, values)
+                layer.inner.store = copy.copy(shared)
+            layer.observe(queries, AttendOptions(scale=config.head_dim**-0.5), None)
+            if job.static:
+                layer.begin_decoding()
 
 
 def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
@@ -148,11 +138,12 @@ def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
         twin = StaticRefreshCache(config, full, max_cache_len=cache.layers[0].max_cache_len)
         for ours, theirs in zip(twin.layers, cache.layers, strict=True):
             ours.share(theirs)
-            ours.inner.resolve_budget(None, int(theirs.cumulative_length))
         return twin
     twin = RefreshCache(config, full)
     for ours, theirs in zip(twin.layers, cache.layers, strict=True):
-        ours.inner.store = theirs.inner.store
+        store = theirs.inner.store
+        ours.inner.store = copy.copy(store)
+        ours.inner.store.level(store.width)
     return twin
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from refreshkv.config import RefreshConfig
+from refreshkv.config import Budgeted
 from refreshkv.evals.task import Count, Example, Task
 from refreshkv.methods import find
 
@@ -29,7 +29,7 @@ class MethodSpec:
         common = {} if budget is None else {"budget": budget}
         return {**common, **self.settings}
 
-    def config(self, budget: int | float | None) -> RefreshConfig:
+    def config(self, budget: int | float | None) -> Budgeted:
         """What the method runs with.
 
         Raises:
@@ -190,7 +190,7 @@ def _for_mode(examples: Sequence[Example], mode: Mode) -> list[Example]:
 
 
 def _value(text: str) -> Any:
-    """A setting from the command line; what is no number stays text, for `RefreshConfig` to judge."""
+    """A setting from the command line; what is no number stays text, for the method to judge."""
     if text.lower() in _NONE:
         return None
     if text.lower() in ("true", "false"):

@@ -1,7 +1,7 @@
 """One prefill for all methods of a batch: each goes on from a cache that holds the prompts but for their last token.
 
 The prompts of a comparison are the same for every method, prefill does not depend on the method, and on long prompts it
-takes most of the time. A method that looks at prompt queries while they pass (H2O, SnapKV) runs its own.
+takes most of the time. A method that looks at all prompt queries while they pass (H2O) runs its own.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Prefills:
 
     @torch.no_grad()
     def _prefill(self, tokens: Tensor, mask: Tensor) -> RefreshCache:
-        with refreshkv.attach(self.model, mode="full", window=_WINDOW) as session:
+        with refreshkv.attach(self.model, mode="refresh", window=_WINDOW) as session:
             cache = session.new_cache(reserve=tokens.shape[1])
             with cache.prompt():
                 self.model(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refreshkv.config import Reduction
 from refreshkv.kernels.native.build import address, compiled, ready, whole
-from refreshkv.kernels.native.selection import gather, top_slots
-from refreshkv.kernels.reference import Attended, Scored, window_within
+from refreshkv.kernels.native.selection import top_slots
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored, window_within
 
 _WIDTH, _WIDEST = 32, 512  # a head dim is a multiple of the first, and at most the second
 _MOST_QUERIES = 1024  # of a row and KV head
@@ -31,18 +31,12 @@ class Job(ctypes.Structure):
     )  # fmt: skip
 
 
-def serves(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None = None,
-    *_: Tensor,
-    blocks: Tensor | None = None,
-    **__: Any,
-) -> bool:
+def serves(query: Tensor, entries: Entries, options: AttendOptions, **_: Any) -> bool:
     """Whether these kernels take such tensors here; they compute no gradients."""
+    keys, values = entries.keys, entries.values
     tensors = (query, keys) if values is None else (query, keys, values)
     return (
-        blocks is None
+        entries.blocks is None and entries.positions is None and entries.rows is None
         and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in tensors)
         and all(x.shape[-1] <= _WIDEST and not x.shape[-1] % _WIDTH for x in tensors)
         and query.shape[1] // keys.shape[1] * (query.shape[2] if query.dim() == 4 else 1) <= _MOST_QUERIES
@@ -51,86 +45,56 @@ def serves(
     )  # fmt: skip
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Attended:
+def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
     """See `reference.attend`."""
-    output, lse, _ = run(query[:, :, None], keys, values, scored=False, **options)
+    output, lse, _ = run(query[:, :, None], entries, options, scored=False)
     return Attended(output.squeeze(2), lse.squeeze(2))
 
 
 def attend_and_score(
-    query: Tensor, keys: Tensor, values: Tensor, **options: Any
+    query: Tensor, entries: Entries, options: AttendOptions
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
-    output, lse, scores = run(query[:, :, None], keys, values, **options)
+    output, lse, scores = run(query[:, :, None], entries, options)
     lse = lse.squeeze(2)
     return Attended(output.squeeze(2), lse), Scored(scores, lse)
 
 
-def score(query: Tensor, keys: Tensor, **options: Any) -> Scored:
+def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:
     """See `reference.score`."""
-    _, lse, scores = run(query[:, :, None], keys, None, **options)
+    _, lse, scores = run(query[:, :, None], replace(entries, values=None), options)
     return Scored(scores, lse.squeeze(2))
 
 
 def attend_and_rank(
-    query: Tensor, keys: Tensor, values: Tensor, *, newest: Tensor, count: int, **options: Any
+    query: Tensor, entries: Entries, options: AttendOptions, *, newest: Tensor, count: int
 ) -> tuple[Attended, Tensor]:
     """See `reference.attend_and_rank`."""
-    attended, scored = attend_and_score(query, keys, values, **options)
+    attended, scored = attend_and_score(query, entries, options)
     return attended, top_slots(scored.scores, newest, count)
 
 
-def attend_at(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    *,
-    heads: Tensor | None = None,
-    newest: Tensor | None = None,
-    count: int = 0,
-    blocks: None = None,
-    **options: Any,
-) -> tuple[Attended, Tensor]:
-    """See `reference.attend_at`; not over pages. The entries are copied out first."""
-    chosen = []
-    for stored in (keys, values):
-        copies = stored.new_zeros(*positions.shape, stored.shape[-1])
-        gather(stored, positions, copies, heads)
-        chosen.append(copies)
-    if newest is None:
-        newest = torch.zeros(positions.shape[:2], dtype=torch.int64)
-    stored = (positions >= 0) & (positions < keys.shape[2])
-    options |= {"visible": stored, "heads": heads}
-    return attend_and_rank(query, *chosen, newest=newest, count=count, **options)
-
-
-def verify(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> tuple[Attended, Scored]:
+def verify(
+    query: Tensor, entries: Entries, options: AttendOptions, **rows: Any
+) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
-    output, lse, scores = run(query, keys, values, **options)
+    output, lse, scores = run(query, entries, options, **rows)
     return Attended(output, lse), Scored(scores, lse)
 
 
-def vote(query: Tensor, keys: Tensor, **options: Any) -> Scored:
+def vote(query: Tensor, entries: Entries, options: AttendOptions, **rows: Any) -> Scored:
     """See `reference.vote`."""
-    _, lse, scores = run(query, keys, None, **options)
+    _, lse, scores = run(query, replace(entries, values=None), options, **rows)
     return Scored(scores, lse)
 
 
 def run(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
+    entries: Entries,
+    options: AttendOptions,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    visible: Tensor | None = None,
-    lengths: Tensor | None = None,
-    heads: Tensor | None = None,
     starts: Tensor | None = None,
     counts: Tensor | None = None,
-    reduction: Reduction = "max",
     window: int | None = None,
     scored: bool = True,
     threads: int | None = None,
@@ -141,6 +105,8 @@ def run(
     Without `starts` every query sees all places. Without `values` the output is empty, and without `scored` the scores.
     `threads`: as many as torch uses; `library`: another build of it. The rest as in `reference.verify`.
     """
+    keys, values = entries.keys, entries.values
+    visible, lengths, heads, sinks = options.visible, options.lengths, options.heads, options.sinks
     (rows, query_heads, queries, dim), (_, kv_heads, length, _) = query.shape, keys.shape
     value_dim = 0 if values is None else values.shape[-1]
     output = query.new_empty(rows, query_heads, queries, value_dim)
@@ -165,10 +131,10 @@ def run(
         *((0, 0) if lengths is None else lengths.stride()),
         *(
             window_within(window, length + queries) or 0,
-            reduction == "mean",
+            options.reduction == "mean",
             threads or torch.get_num_threads(),
         ),
-        *(scale, softcap or 0.0),
+        *(options.scale, options.softcap or 0.0),
     )
     if (library or compiled()).refreshkv_attend(ctypes.byref(job)):
         raise MemoryError(f"attention over {length} tokens: not enough memory for its weights")

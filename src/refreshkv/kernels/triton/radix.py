@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.triton_common import Config
+from refreshkv.kernels.triton.common import Config
 from refreshkv.policy.selection import FREE
 
 PLACE_BITS = tl.constexpr(25)

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.reference import Attended
-from refreshkv.kernels.triton_common import (
+from refreshkv.kernels.options import Attended
+from refreshkv.kernels.triton.common import (
     Config,
     for_every_head,
     group_weights,
@@ -21,7 +21,7 @@ from refreshkv.kernels.triton_common import (
     padded,
     strides,
 )
-from refreshkv.kernels.triton_split import attend_in_splits
+from refreshkv.kernels.triton.split import attend_in_splits
 
 RANK = Config(block=1024, warps=4, stages=1)
 _LOWEST = tl.constexpr(-(2**63))

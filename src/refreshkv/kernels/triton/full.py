@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.reference import Attended, Scored
-from refreshkv.kernels.triton_common import (
+from refreshkv.kernels.options import Attended, Scored
+from refreshkv.kernels.triton.common import (
     Config,
     for_every_head,
     group_weights,
@@ -24,7 +24,7 @@ from refreshkv.kernels.triton_common import (
     own_length,
     strides,
 )
-from refreshkv.kernels.triton_split import attend_in_splits
+from refreshkv.kernels.triton.split import attend_in_splits
 
 SCORES = Config(block=1024, warps=4, stages=1)
 

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from refreshkv.config import Reduction
-from refreshkv.kernels.reference import Attended, Scored, window_within
-from refreshkv.kernels.triton_causal import TILE, attend_causal, reach, seen_by, start_of
-from refreshkv.kernels.triton_common import (
+from refreshkv.kernels.options import Attended, Scored, window_within
+from refreshkv.kernels.triton.causal import TILE, attend_causal, reach, seen_by, start_of
+from refreshkv.kernels.triton.common import (
     Config,
     beside_sink,
     contiguous_rows,

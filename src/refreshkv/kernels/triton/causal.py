@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.reference import Attended, window_within
-from refreshkv.kernels.triton_common import (
+from refreshkv.kernels.options import Attended, window_within
+from refreshkv.kernels.triton.common import (
     Config,
     absorb,
     finished_logits,

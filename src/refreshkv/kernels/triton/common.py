@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.reference import Attended
+from refreshkv.kernels.options import Attended
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.triton_common import Config, on_its_device, padded, strides
-from refreshkv.kernels.triton_radix import BINS, DIGITS, LONGEST, largest
+from refreshkv.kernels.triton.common import Config, on_its_device, padded, strides
+from refreshkv.kernels.triton.radix import BINS, DIGITS, LONGEST, largest
 from refreshkv.policy.selection import Selection, pool_width, slot_count
 
 RANK = Config(block=4096, warps=8, stages=1)  # tokens

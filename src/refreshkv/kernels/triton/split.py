@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.triton_common import (
+from refreshkv.kernels.triton.common import (
     Config,
     absorb,
     contiguous_rows,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.triton_common import Config, contiguous_rows, on_its_device, padded
+from refreshkv.kernels.triton.common import Config, contiguous_rows, on_its_device, padded
 
 CONFIG = Config(block=1024, warps=4, stages=2)
 
