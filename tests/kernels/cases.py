@@ -168,6 +168,7 @@ def empty_stores(dtype: torch.dtype) -> Iterator[tuple[int, Entries]]:
         yield 2, Entries(kept, kept, positions=listed, rows=rows)
         yield 2, Entries(kept, kept, blocks, listed)
     yield 2, Entries(some, some, blocks[:, :0])
+    yield 2, Entries(some, some, blocks[:, :0], listed)
     yield 2, Entries(some, some, positions=listed[..., :0])
     yield 2, Entries(some, some, positions=listed[:0], rows=rows)
 

@@ -89,9 +89,9 @@ def _has_triton() -> bool:
 @functools.cache
 def triton_backend() -> Backend:
     """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
-    from refreshkv.kernels.triton import full, insert, partial, select, verify
+    from refreshkv.kernels.triton import rings, select, step, verify
 
-    return Backend.of("triton", partial, full, verify, select, insert)
+    return Backend.of("triton", step, verify, select, rings)
 
 
 def available() -> dict[str, str]:

@@ -38,16 +38,17 @@ class Entries(ctypes.Structure):
         super().__init__(
             *map(address, self.made_of),
             *keys.shape[:3],
-            1 if blocks is None else blocks.shape[1],
-            0 if positions is None else len(positions),
+            -1 if blocks is None else blocks.shape[1],
+            -1 if positions is None else len(positions),
             entries.count,
             *strides(keys),
             *strides(values),
         )
 
 
-def strides(tensor: Tensor | None) -> list[int]:
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Bytes from one row, head and token to the next."""
     if tensor is None:
-        return [0, 0, 0]
-    return [step * tensor.element_size() for step in tensor.stride()[:3]]
+        return (0, 0, 0)
+    (row, head, token, _), size = tensor.stride(), tensor.element_size()
+    return (row * size, head * size, token * size)

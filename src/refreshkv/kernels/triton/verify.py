@@ -4,31 +4,42 @@ A query's share of attention is known only with its log-sum-exp, after the last 
 a second time, which for T = 9, G = 4, D = 128 in 16 bits is 256 bytes a key beside the 512 of the first pass. Logits
 kept in float32 would be 288, and with more queries or heads in a group more still; in 16 bits they would be 144, and
 rounded.
-
-Same signatures as `reference.py`.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.config import Reduction
-from refreshkv.kernels.options import Attended, Scored, window_within
-from refreshkv.kernels.triton.causal import TILE, attend_causal, reach, seen_by, start_of
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored, window_within
+from refreshkv.kernels.reference.attention import without_list
 from refreshkv.kernels.triton.common import (
     Config,
     beside_sink,
-    contiguous_rows,
     finished_logits,
-    for_every_head,
     on_its_device,
     padded,
+)
+from refreshkv.kernels.triton.layout import (
+    LIMITS,
+    asked_for,
+    contiguous_rows,
+    kept_row,
+    look_up,
+    options_of,
+    own_length,
+    page_of,
+    shown,
+    store_of,
     strides,
 )
+from refreshkv.kernels.triton.layout import serves as serves
+from refreshkv.kernels.triton.split import TILE, attend_in_splits, reach, seen_by, start_of
 
-# By padded head dim and the bytes of an element, as in `triton_causal`.
+# By padded head dim and the bytes of an element, as in `split`.
 VOTE = {
     (64, 2): Config(block=128, warps=8, stages=1),
     (128, 2): Config(block=64, warps=8, stages=1),
@@ -42,80 +53,38 @@ VOTE = {
 @on_its_device
 def verify(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    entries: Entries,
+    options: AttendOptions,
     *,
     starts: Tensor,
     counts: Tensor | None = None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    visible: Tensor | None = None,
-    reduction: Reduction = "max",
     window: int | None = None,
 ) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
-    options = (*_of_rows(starts, counts), scale, softcap, sinks, visible, window)
-    query, keys, values = map(contiguous_rows, (query, keys, values))
-    attended = attend_causal(query, keys, values, *options)
-    return attended, _vote(query, keys, attended.lse, *options, reduction)
-
-
-@on_its_device
-def vote(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    starts: Tensor,
-    counts: Tensor | None = None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    visible: Tensor | None = None,
-    reduction: Reduction = "max",
-) -> Scored:
-    """See `reference.vote`."""
-    options = (*_of_rows(starts, counts), scale, softcap, sinks, visible, None)
-    query, keys = map(contiguous_rows, (query, keys))
-    return _vote(query, keys, attend_causal(query, keys, None, *options).lse, *options, reduction)
-
-
-def _vote(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    starts: Tensor,
-    counts: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    visible: Tensor | None,
-    window: int | None,
-    reduction: Reduction,
-) -> Scored:
+    starts, counts = starts.contiguous(), None if counts is None else counts.contiguous()
+    attended, _ = attend_in_splits(
+        query, without_list(entries), options, starts=starts, counts=counts, window=window
+    )
+    query, kv_heads = contiguous_rows(query), entries.kv_heads
     rows, heads, queries, dim = query.shape
-    kv_heads, length = keys.shape[1], keys.shape[2]
     group_pad = triton.next_power_of_2(heads // kv_heads)
-    kind = (padded(dim, least=64), keys.itemsize)
+    kind = (padded(dim, least=64), entries.keys.itemsize)
     config, tile = VOTE[kind], min(padded(group_pad * queries), TILE[kind])
-    shown = for_every_head(visible, rows, kv_heads)
-    scores = lse.new_empty(rows, kv_heads, length)
-    vote_kernel[(triton.cdiv(length, config.block), kv_heads, rows)](
+    scores = attended.lse.new_empty(rows, kv_heads, entries.count)
+    store, limits = store_of(replace(entries, values=None))
+    vote_kernel[(triton.cdiv(entries.count, config.block), kv_heads, rows)](
         query,
-        keys,
-        lse,
-        shown,
+        store,
+        *limits,
+        options_of(options, rows, kv_heads),
         starts,
         counts,
-        sinks,
+        attended.lse,
         scores,
-        length,
-        scale,
-        softcap,
-        window_within(window, length + queries),
+        entries.count,
+        window_within(window, entries.count + queries),
         *strides(query, 3),
-        *strides(keys, 3),
-        *strides(shown, 3),
+        PAGE=page_of(entries),
         GROUP=heads // kv_heads,
         GROUP_PAD=group_pad,
         QUERIES=queries,
@@ -124,41 +93,44 @@ def _vote(
         TILE=tile,
         TILES=triton.cdiv(group_pad * queries, tile),
         BLOCK=config.block,
-        MEAN=reduction == "mean",
+        MEAN=options.reduction == "mean",
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return Scored(scores, lse)
+    return attended, Scored(scores, attended.lse)
 
 
-def _of_rows(starts: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One number a row in memory, as the kernels read it; what comes in may be expanded."""
-    return starts.contiguous(), None if counts is None else counts.contiguous()
+@on_its_device
+def vote(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+) -> Scored:
+    """See `reference.vote`."""
+    return verify(query, replace(entries, values=None), options, starts=starts, counts=counts)[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LIMITS)
 def vote_kernel(
     query_ptr,  # [B, Hq, T, D]
-    keys_ptr,  # [B, Hkv, L, D]
-    lse_ptr,  # [B, Hq, T] float32
-    visible_ptr,  # [B, Hkv, L] bool, or None
+    store,
+    width,
+    kept,
+    pages,
+    how,
     starts_ptr,  # [B] int64
     counts_ptr,  # [B] int64, or None
-    sinks_ptr,  # [Hq], or None
+    lse_ptr,  # [B, Hq, T] float32
     scores_ptr,  # [B, Hkv, L] float32
-    length,
-    scale,
-    softcap,
+    entries,
     window,
     query_row,
     query_head,
-    query_place,
-    keys_row,
-    keys_head,
-    keys_place,
-    visible_row,
-    visible_head,
-    visible_place,
+    query_token,
+    PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -170,27 +142,30 @@ def vote_kernel(
     MEAN: tl.constexpr,
 ):
     """What the queries of a group give to one block of keys; grid (blocks, Hkv, B)."""
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scores_ptr += (row * kv_heads + head) * length
+    head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scores_ptr += (row * kv_heads + head) * entries
     voting = tl.full([], QUERIES, tl.int64)
     if counts_ptr is not None:
         voting = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), QUERIES)
-    start = start_of(starts_ptr, row, QUERIES, length)
-    begin, end = reach(start, voting, length, window)
-    shown = (places >= begin) & (places < end)
-    if (voting == 0) | (tl.max(shown.to(tl.int32), 0) == 0):
-        tl.store(scores_ptr + places, tl.zeros([BLOCK], tl.float32), mask=places < length)
+    start = start_of(starts_ptr, row, QUERIES, entries)
+    begin, end = reach(start, voting, entries, window)
+    kept = kept_row(store.rows_ptr, row, kept)
+    end = tl.where(kept >= 0, tl.minimum(end, own_length(how, row, head, entries)), 0)
+    inside = (index >= begin) & (index < end)
+    if (voting == 0) | (tl.max(inside.to(tl.int32), 0) == 0):
+        tl.store(scores_ptr + index, tl.zeros([BLOCK], tl.float32), mask=index < entries)
         return
 
-    if visible_ptr is not None:
-        shown_ptr = visible_ptr + row * visible_row + head * visible_head
-        shown = tl.load(shown_ptr + places * visible_place, mask=shown, other=0) != 0
+    some = shown(how, row, head, index, inside)
+    at, _, some = look_up(store, width, pages, row, kept, head, index, some, PAGE)
     dims = tl.arange(0, DIM_PAD)
     keys = tl.load(
-        keys_ptr + row * keys_row + head * keys_head + places[:, None] * keys_place + dims[None, :],
-        mask=shown[:, None] & (dims < DIM)[None, :],
+        store.keys_ptr + at[:, None] + dims[None, :],
+        mask=some[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
     votes = tl.zeros([BLOCK], tl.float32)
@@ -202,7 +177,7 @@ def vote_kernel(
             query_ptr
             + row * query_row
             + own_head[None, :] * query_head
-            + query[None, :] * query_place
+            + query[None, :] * query_token
             + dims[:, None],
             mask=votes_here[None, :] & (dims < DIM)[:, None],
             other=0.0,
@@ -210,14 +185,15 @@ def vote_kernel(
         own_lse = (row * kv_heads * GROUP + own_head) * QUERIES + query
         lse = tl.load(lse_ptr + own_lse, mask=votes_here, other=0.0)
         products = tl.dot(keys, queries, input_precision="ieee")
-        logits = finished_logits(products, scale, softcap)
+        logits = finished_logits(products, how.scale, how.softcap)
         last = start + query
-        seen = seen_by(last[None, :], places[:, None], shown[:, None], window)
+        seen = seen_by(last[None, :], index[:, None], some[:, None], window)
         seen = seen & votes_here[None, :]
         weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
         broken = tl.where(lse != lse, lse, 0.0)  # a NaN, which a maximum might not keep
-        if sinks_ptr is not None:
-            share = beside_sink(lse, tl.load(sinks_ptr + own_head, mask=votes_here, other=0.0))
+        if how.sinks_ptr is not None:
+            sink = tl.load(how.sinks_ptr + own_head, mask=votes_here, other=0.0)
+            share = beside_sink(lse, sink)
             weights *= share[None, :]
             broken += share * 0
         votes += tl.sum(broken, 0)
@@ -226,4 +202,4 @@ def vote_kernel(
         else:
             by_query = tl.reshape(weights, [BLOCK, TILE // GROUP_PAD, GROUP_PAD])
             votes += tl.sum(tl.max(by_query, 2), 1)
-    tl.store(scores_ptr + places, votes / voting, mask=places < length)
+    tl.store(scores_ptr + index, votes / voting, mask=index < entries)
