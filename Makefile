@@ -89,54 +89,18 @@ else
 GPU_PYTHON := PYTHONPATH=src $(PYTHON)
 endif
 
-# The reports of docs/evaluation.md: on two cores about 15 minutes; a higher LIMIT goes on from there.
-LIMIT ?= 16
-GRID := $(BIN)/torchrun --nproc_per_node 2 -m refreshkv.cli eval --device cpu --model demo --dtype bfloat16 \
-	--tasks chain-of-key,html-to-tsv --length 4096 --batch 8
-EVERY := full,oracle-topk,quest,token-select,refreshkv:budget=0.0625,refreshkv-fast,refreshkv-paper,$\
-	refreshkv-paper:stride=10,refreshkv-fixed:stride=2,refreshkv-fixed:stride=5,refreshkv-fixed:stride=10,$\
-	no-full-attention,no-reselection,no-refresh,snapkv-1,snapkv,pyramidkv,h2o,tova,streaming-llm
-FED := full,refreshkv-fast,refreshkv-paper,refreshkv-paper:stride=10,refreshkv-paper:threshold=0.5,$\
-	refreshkv-fixed:stride=5,refreshkv-fixed:stride=6,refreshkv-fixed:stride=7,no-full-attention,no-refresh
-report: $(STAMP)  ## evaluate every method on the bundled model again, into out/
-	OMP_NUM_THREADS=1 $(GRID) --methods $(EVERY) --limit $(LIMIT) --out out/demo-4096-free
-	OMP_NUM_THREADS=1 $(GRID) --methods $(FED) --limit $(LIMIT) --mode forced --out out/demo-4096-forced
+# What docs/evaluation.md and docs/fidelity.md report (experiments/grids.py); for `report` a higher LIMIT goes on.
+report: $(STAMP)  ## evaluate every method on the bundled model again, into out/ (15 minutes on two cores)
+	$(BIN)/python -m experiments report $(if $(LIMIT),--limit $(LIMIT))
 
-# The tables of docs/fidelity.md: on two cores about an hour. 200 prompts a task, then a few of many kinds.
-FRONT := full,refreshkv:budget=0.0625,refreshkv-fast,refreshkv-paper,refreshkv-paper:stride=1:threshold=0.5,$\
-	refreshkv-paper:stride=1:threshold=0.3,snapkv,quest,token-select,oracle-topk
-BREADTH := full,refreshkv:budget=0.25,refreshkv:budget=0.0625,refreshkv:budget=0.03125,refreshkv-fast,refreshkv-paper
-EVAL := $(BIN)/torchrun --nproc_per_node 2 -m refreshkv.cli eval --device cpu
-fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into out/
-	OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks chain-of-key,html-to-tsv,key-value --length 2048 --limit 200 \
-		--batch 20 --methods $(FRONT) --out out/fidelity-2048
-	OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks breadth --length 1024 --limit 12 --batch 12 --methods $(BREADTH) \
-		--out out/breadth-1024
-	$(BIN)/python -m refreshkv.evals.fidelity out/fidelity-2048 out/breadth-1024 --plots out/plots
+fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into out/ (an hour)
+	$(BIN)/python -m experiments fidelity
 
-# Few prompts each, the page's shorter tables: small copies of the keys, lengths of drafts, longer prompts, recall.
-SHORT := OMP_NUM_THREADS=1 $(EVAL) --model demo --tasks
-DRAFTS := full,refreshkv:draft=2,refreshkv:draft=4,refreshkv:draft=8,refreshkv:draft=16,refreshkv:draft=32,$\
-	refreshkv:confidence=0.5,refreshkv:confidence=0.3
-LONG := full,refreshkv:budget=0.0625,refreshkv-fast
-THREE := chain-of-key,html-to-tsv,key-value --length 2048
 fidelity-wide: $(STAMP)  ## the shorter tables of docs/fidelity.md, into out/
-	$(SHORT) $(THREE) --limit 20 --batch 20 --methods full,int4-keys:budget=0.0625,int2-keys:budget=0.0625 --out out/rounded-2048
-	$(SHORT) $(THREE) --limit 10 --batch 10 --methods $(DRAFTS) --out out/drafts-2048
-	$(SHORT) breadth --length 2048 --limit 1 --methods $(LONG) --out out/breadth-2048
-	$(SHORT) breadth --length 4096 --limit 1 --methods $(LONG) --out out/breadth-4096
-	$(BIN)/python -m refreshkv.evals.fidelity out/rounded-2048 out/drafts-2048 out/breadth-2048 out/breadth-4096
-	$(BIN)/python -m refreshkv.evals.recall --limit 4
+	$(BIN)/python -m experiments fidelity-wide
 
-# A model of natural text: about 20 minutes to train on one core, and as long to feed it 24 documents in six ways.
-TEXT := full,refreshkv-fast,refreshkv-paper,snapkv,streaming-llm,oracle-topk:budget=0.0625,int4-keys:budget=0.0625,$\
-	int2-keys:budget=0.0625
-fidelity-text: $(STAMP)  ## train the text model, perplexities and lossless texts, into out/
-	$(BIN)/python -m refreshkv.demo.text_model --out out/text
-	OMP_NUM_THREADS=1 $(BIN)/refreshkv eval --device cpu --model out/text/model --tasks perplexity --length 2048 \
-		--task-option perplexity.data=out/text/held-out --limit 24 --batch 8 --methods $(TEXT) --out out/text-2048
-	OMP_NUM_THREADS=1 $(BIN)/python -m refreshkv.evals.continuation --model out/text/model --data out/text/held-out \
-		--methods refreshkv refreshkv:confidence=0.5 refreshkv:confidence=0.3 refreshkv:confidence=0.1 refreshkv:confidence=0.0
+fidelity-text: $(STAMP)  ## train the text model, perplexities and lossless texts, into out/ (40 minutes)
+	$(BIN)/python -m experiments fidelity-text
 
 # A second environment, because kvpress wants a transformers of its own.
 CROSS := .venv-crosscheck/bin/python

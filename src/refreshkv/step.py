@@ -52,12 +52,14 @@ def decode_step(
     if ring is None or (not cache.fixed and bool(full.all())):
         output = (on_full or full_step)(cache, query, options, visible, None)
         _count(cache, full=None, partial_read=None)
+        if cache.watch is not None:
+            cache.watch(cache, query, options, visible, None)
         return output
 
     # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
     newest = cache.store.lengths - 1
     ring.push(newest)
-    used = ring.used
+    used, attended = ring.used, ring.positions if cache.watch is None else ring.positions.clone()
     output, lse = ring.attend(query, options, successor=cache.config.successor, end=newest)
     partial_read = (used + ring.fetched).masked_fill(full, 0).sum(-1)
     assert cache.reference is not None  # set with every selection
@@ -69,6 +71,8 @@ def decode_step(
         per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
         output = torch.where(per_query_head[..., None], everything, output)
     _count(cache, full=full, partial_read=partial_read)
+    if cache.watch is not None:
+        cache.watch(cache, query, options, visible, attended.masked_fill(full[..., None], FREE))
     return output
 
 

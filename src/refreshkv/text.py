@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 # C0, DEL and C1; marks that turn the direction of what follows; line and paragraph separators; half a surrogate pair.
@@ -30,3 +31,14 @@ def reason(error: BaseException) -> str:
         said = f"{type(error).__name__}: {error}" if of_python else str(error)
     said = one_line(said).rstrip(".:; ") or type(error).__name__
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+
+
+def setting_of(text: str) -> str | int | float | bool | None:
+    """A setting that was given as text: "none" and "never" are `None`; what is no number stays, for others to judge."""
+    words = {"none": None, "never": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -168,8 +168,8 @@ def test_describe_a_group(run: Callable[..., Any], last_json: Callable[..., Any]
 
 
 def test_list(run: Callable[..., Any], last_json: Callable[..., Any]) -> None:
-    from refreshkv.evals.tasks import TASKS
     from refreshkv.methods import METHODS
+    from refreshkv.tasks import TASKS
 
     shown = run("eval", "--list").stdout
     found = last_json(run("eval", "--list", "--json"))
@@ -219,7 +219,7 @@ BAD = [
     ),
     ({"task_option": "chain.keys=4"}, 2, "unknown task 'chain'"),
     ({"tasks": "perplexity", "task_option": None}, 2, "perplexity: no data; give perplexity.data"),
-    ({"chat": ""}, 2, "no chat template; leave out chat"),
+    ({"chat": ""}, 2, "no chat template; leave out --chat"),
     ({"describe": "chain-of-keys"}, 2, "unknown task 'chain-of-keys'; did you mean 'chain-of-key'"),
 ]
 

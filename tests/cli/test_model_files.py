@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
+from experiments import continuation
 from refreshkv import demo, weights
-from refreshkv.evals import continuation
 
 Weights = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"

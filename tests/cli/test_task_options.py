@@ -8,7 +8,7 @@ import pytest
 
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.task_options import make_tasks
-from refreshkv.evals.tasks import options_of
+from refreshkv.tasks import options_of
 
 
 def settings(names: str, *options: str, length: int = 500) -> list[dict[str, Any]]:

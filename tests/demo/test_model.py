@@ -7,8 +7,8 @@ import torch
 
 from refreshkv.demo import MODEL_PATH, load
 from refreshkv.demo.prompts import TASKS, demo_task, make_prompt
-from refreshkv.evals.task import Example
-from refreshkv.evals.tasks import make_task
+from refreshkv.tasks import make_task
+from refreshkv.tasks.task import Example
 
 FILES = {
     "config.json",
@@ -16,7 +16,6 @@ FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
-    "training_log.jsonl",
     "README.md",
 }
 
@@ -28,7 +27,7 @@ def bundled():
 
 def test_folder_is_complete_and_small() -> None:
     files = {path.name: path.stat().st_size for path in MODEL_PATH.iterdir()}
-    assert files.keys() >= FILES
+    assert files.keys() == FILES
     assert sum(files.values()) <= 16 * 2**20
 
 

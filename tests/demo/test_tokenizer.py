@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from refreshkv.demo import tokenizer as tk
 from refreshkv.demo.prompts import TASKS, make_prompt
-from refreshkv.evals.words import SYLLABLES
+from refreshkv.tasks.words import SYLLABLES
 
 TOKENIZER = tk.build_tokenizer()
 PIECES = [
@@ -72,7 +72,7 @@ def test_prompt_and_answer_tokenise_the_same_together_and_apart(task: str) -> No
 def test_saved_tokenizer_loads_with_auto_tokenizer(tmp_path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    from refreshkv.demo.recipe import SMOKE, llama_config
+    from experiments.recipe import SMOKE, llama_config
 
     tk.save_tokenizer(tmp_path)
     llama_config(SMOKE).save_pretrained(tmp_path)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import refreshkv
 from refreshkv import Session, demo
 from refreshkv.evals import decoding
-from refreshkv.evals.decoding import answer_tokens, feed, generate, lines_right
-from refreshkv.evals.tasks import make_task
+from refreshkv.evals.decoding import feed, generate
+from refreshkv.evals.encoding import answer_tokens, lines_right
 from refreshkv.stats import RowStats
+from refreshkv.tasks import make_task
 
 LENGTHS = (128, 200, 150)  # of the prompts: ragged
 CAPS = [9, 14, 11]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from refreshkv.evals import report
+from refreshkv.evals import plots, report
 from refreshkv.evals.summary import summarize
 from tests.evals import synthetic
 
@@ -132,7 +132,6 @@ def test_plots_of_every_kind(records: list[dict]) -> None:
     captions = [p.caption for p in report.all_plots(records, summarize(records))]
     assert "chain-of-key, free: quality against KV read" in captions
     assert "chain-of-key, forced: quality by position in the output" in captions
-    assert "steps per full step, free" in captions
     assert not any("perplexity" in c and "position" in c for c in captions)
 
 
@@ -167,12 +166,25 @@ def test_a_run_directory_gets_its_report(tmp_path: Path, records: list[dict]) ->
     assert [p.name for p in tmp_path.glob(".*")] == []
 
 
-def test_markdown_and_a_plot_of_its_own(tmp_path: Path, records: list[dict]) -> None:
-    table = report.markdown_table([s for s in summarize(records) if s.task == "chain-of-key"])
-    assert table.splitlines()[0] == "| | chain-of-key |"
-    assert len(table.splitlines()) == 2 + len(METHODS)
-    for name, magic in (("plot.svg", b"<?xml"), ("plot.png", b"\x89PNG")):
-        report.save_pareto(tmp_path / name, records, "chain-of-key", "free")
-        assert (tmp_path / name).read_bytes().startswith(magic)
-    with pytest.raises(ValueError, match="no results of nothing"):
-        report.save_pareto(tmp_path / "x.svg", records, "nothing", "free")
+def test_strides_are_sums_over_examples(records: list[dict], page: str) -> None:
+    (free, forced) = report.strides(records)
+    assert (free.mode, forced.mode) == ("free", "forced")
+    assert "full" not in dict(free.rows) and "refreshkv" in dict(free.rows)
+    own = [r for r in records if (r["method"], r["mode"]) == ("refreshkv", "free")]
+    for place, layer in enumerate(free.layers):
+        counts = [record["layers"][str(layer)] for record in own]
+        full, steps = (sum(one[name] for one in counts) for name in ("full_steps", "steps"))
+        text, shade = dict(free.rows)["refreshkv"][place]
+        assert text == ("never" if not full else f"{steps / full:.1f}")
+        assert 0 <= shade <= 1
+    assert "<h2>Steps per full step, free" in page
+
+
+@pytest.mark.parametrize(("kind", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_plot_as_a_file(records: list[dict], kind: str, magic: bytes) -> None:
+    own = [s for s in summarize(records) if (s.task, s.mode) == ("chain-of-key", "free")]
+    figure = plots.pareto(own, plots.styles(s.method for s in own), "chain-of-key")
+    assert figure is not None
+    assert plots.render(figure, kind).startswith(magic)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [s.method for s in sorted(own, key=lambda s: -s.score)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from refreshkv.evals.task import Count, Example, Score, Task, generator
-from refreshkv.evals.tasks.key_value import INTRO, request
-from refreshkv.evals.words import draw_word
+from refreshkv.tasks.key_value import INTRO, request
+from refreshkv.tasks.task import Count, Example, Score, Task, generator
+from refreshkv.tasks.words import draw_word
 
 
 @dataclass(frozen=True)

@@ -194,4 +194,4 @@ def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.Mon
     static = StaticDecoder(tokens, config, 24)
     for theirs in expected:
         torch.testing.assert_close(static.next(), theirs.output, atol=2e-5, rtol=1e-4)
-        assert held(static.cache.partial) == theirs.held
+        assert held(static.cache.ring) == theirs.held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,11 @@ class LayerCache:
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
         hidden: `[B]` int64, padding tokens of each row; `None`: to be counted, by the next step.
+        watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]`
+            it attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
+
+    watch: Callable[..., None] | None = None
 
     # What has a row for each of the batch, beside the store and the ring.
     ROWS = ("queries", "waiting", "prompt", "anchors", "reference", "budget", "hidden")
@@ -103,8 +109,8 @@ class LayerCache:
     def await_selection(self, queries: Tensor, rows: Tensor | None = None) -> None:
         """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them.
 
-        `rows` `[B]` bool: those that had a prompt; `None`: all. The others go on as they are; T is that of those which wait
-        already.
+        `rows` `[B]` bool: those that had a prompt; `None`: all. The others go on as they are; T is that of those which
+        wait already.
         """
         last = queries[:, :, -self.config.window :]
         every = torch.ones(self.rows, dtype=torch.bool, device=queries.device)
@@ -121,6 +127,19 @@ class LayerCache:
         self.prompt = torch.where(rows, self.store.lengths, self.prompt)
         self.waiting = rows if self.waiting is None else rows | self.waiting
 
+    def go_on_from(self, other: LayerCache, length: int) -> None:
+        """Share the store of a cache with the same prompt, cut to `length` tokens, and wait with its last queries.
+
+        What `other` decodes from here on is lost, and so is what an earlier cache did that shares it too.
+        """
+        other.store.level(length)
+        self.store = other.store
+        wanted = self.config.window - 1  # and those of the token that follows
+        if wanted and other.queries is not None:
+            self.queries = other.queries[:, :, -wanted:].clone()
+            self.prompt = self.store.lengths.clone()
+            self.wait_again()
+
     def wait_again(self) -> None:
         """Every row selects from the last queries of its prompt (once more)."""
         if self.queries is not None and self.prompt is not None:
@@ -129,7 +148,7 @@ class LayerCache:
     def resolve_budget(
         self, visible: Tensor | None, tokens: Tensor, rows: Tensor | None = None
     ) -> None:
-        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`; all later ones are.
+        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`; later ones all are.
 
         `visible` `[B, width]` bool; `None` when everything is. `rows` `[B]` bool: the others keep theirs; `None`: all.
         """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refreshkv.cli import common
-from refreshkv.evals.tasks import GROUPS, TASKS, expand, options_of, task_class
+from refreshkv.tasks import GROUPS, TASKS, expand, options_of, task_class
 
 if TYPE_CHECKING:
     from refreshkv.evals.summary import Summary

@@ -14,7 +14,7 @@ from refreshkv.text import visible
 
 if TYPE_CHECKING:
     from refreshkv import Session
-    from refreshkv.cli.decode import Output
+    from refreshkv.evals.decoding import Continued
 
 COLDEST = 1e-6  # logits that are divided by less leave the numbers of the model
 # The part of the statistics that is a contract (docs/cli.md); `Stats.as_dict` has more.
@@ -93,8 +93,11 @@ def command(
     asked = settings.asked(method, preset, given)
     prompt = prompts.read_prompt(text, prompt_file)
     loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    inputs = prompts.encode(loaded, prompt, chat)
-    prompt_tokens = inputs["input_ids"].shape[1]
+    from refreshkv.evals.encoding import encode, text_of
+
+    with common.bad_input():
+        tokens = encode(loaded.tokenizer, prompt, chat)
+    prompt_tokens = len(tokens)
     prompts.check_length(loaded, prompt_tokens, max_new_tokens)
 
     if explain:
@@ -105,27 +108,47 @@ def command(
     import torch
 
     import refreshkv
-    from refreshkv.cli.decode import decode
+    from refreshkv.evals.decoding import continue_rows
 
     torch.manual_seed(seed)
-    bar = inner = None
     if as_json:
         bar = common.progress_bar(max_new_tokens, "token", progress)
+        sampling["streamer"] = Ticks(bar)
     else:
-        inner = streamer(loaded.tokenizer)
+        sampling["streamer"] = streamer(loaded.tokenizer)
     with contextlib.ExitStack() as stack:
         with common.bad_input():
             session = stack.enter_context(refreshkv.attach(loaded.model, **asked))
-        output = decode(
-            loaded, inputs, inner=inner, bar=bar, max_new_tokens=max_new_tokens, **sampling
-        )
+        # A checkpoint may ask for beams, which cannot be streamed.
+        output = continue_rows(loaded.model, [tokens], [max_new_tokens], num_beams=1, **sampling)
     if as_json:
         bar.close()
+        text = text_of(loaded.tokenizer, output.tokens[0])
         common.emit_json(
-            {**record(output, prompt_tokens, session), "model": model, "method": method}
+            {
+                "text": text,
+                **record(output, prompt_tokens, session),
+                "model": model,
+                "method": method,
+            }
         )
     else:
         click.echo(summary(output, prompt_tokens, session), err=True)
+
+
+class Ticks:
+    """A streamer that moves a bar by a token at a time; the first `put` is the prompt."""
+
+    def __init__(self, bar: Any) -> None:
+        self.advance, self.bar = 0, bar
+
+    def put(self, value: Any) -> None:
+        """The prompt, then a token."""
+        self.bar.update(self.advance)
+        self.advance = 1
+
+    def end(self) -> None:
+        """No more tokens."""
 
 
 def streamer(tokenizer: Any) -> Any:
@@ -140,13 +163,12 @@ def streamer(tokenizer: Any) -> Any:
     return kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def record(output: Output, prompt_tokens: int, session: Session) -> dict[str, Any]:
+def record(output: Continued, prompt_tokens: int, session: Session) -> dict[str, Any]:
     """The machine-readable form (docs/cli.md)."""
     config, stats = session.config, session.stats.as_dict()
     resolved = None if config.mode == "full" else config.resolve_budget(prompt_tokens)
     return {
-        "text": output.text,
-        "new_tokens": output.new_tokens,
+        "new_tokens": len(output.tokens[0]),
         "prompt_tokens": prompt_tokens,
         "mode": config.mode,
         "budget_tokens": resolved,
@@ -156,12 +178,13 @@ def record(output: Output, prompt_tokens: int, session: Session) -> dict[str, An
     }
 
 
-def summary(output: Output, prompt_tokens: int, session: Session) -> str:
+def summary(output: Continued, prompt_tokens: int, session: Session) -> str:
     """The line for people."""
-    counts = f"{output.new_tokens} tokens after {prompt_tokens}"
+    new_tokens = len(output.tokens[0])
+    counts = f"{new_tokens} tokens after {prompt_tokens}"
     times = f"prefill {output.prefill_s:.2f} s, decode {output.decode_s:.2f} s"
-    if output.new_tokens > 1:
-        times += f", {(output.new_tokens - 1) / output.decode_s:.1f} tokens/s"
+    if new_tokens > 1:
+        times += f", {(new_tokens - 1) / output.decode_s:.1f} tokens/s"
     name = session.config.mode if session.method is None else session.method.name
     return f"[{name}: {counts}; {times}; {session.stats}]"
 

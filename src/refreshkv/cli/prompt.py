@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
@@ -63,28 +63,6 @@ def decode(data: bytes, name: str) -> str:
             f"{name} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start});"
             " convert it, for example with 'iconv -t utf-8'"
         ) from None
-
-
-def encode(loaded: Loaded, prompt: str, chat: bool) -> dict[str, Any]:
-    """Token ids and attention mask, `[1, tokens]` each, on the model's device. Nothing is truncated."""
-    tokenizer = loaded.tokenizer
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise BadInput(f"model {loaded.source.label!r} has no chat template; leave out --chat")
-        turn = [{"role": "user", "content": prompt}]
-        batch = tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        batch = tokenizer(prompt, return_tensors="pt")
-    if batch["input_ids"].shape[1] == 0:
-        raise BadInput("the prompt has no tokens; write something for the model to continue")
-    # Other entries (token types) are not for a decoder, and `generate` rejects them.
-    return {
-        key: batch[key].to(loaded.model.device)
-        for key in ("input_ids", "attention_mask")
-        if key in batch
-    }
 
 
 def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import refreshkv
 from refreshkv.cli.common import BadInput
-from refreshkv.cli.decode import decode
 from refreshkv.cli.loading import Loaded, load, load_config
 from refreshkv.cli.locate import locate
 from refreshkv.config import PRESETS
-
-if TYPE_CHECKING:
-    from refreshkv.evals.task import Example, Task
+from refreshkv.evals.decoding import GREEDY, continue_rows
+from refreshkv.evals.encoding import encode, text_of
+from refreshkv.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,23 @@ class Report:
     shown: tuple[Excerpt, ...]
 
 
+def check_room(tokens: int, says: str = "") -> None:
+    """Raise `BadInput` where the bundled model has fewer positions; what the tokens are besides a prompt, `says`."""
+    positions = load_config(locate("demo"))[0].max_position_embeddings
+    if tokens > positions:
+        raise BadInput(
+            f"--length makes a prompt of {tokens} tokens{says}, but the bundled model has {positions} positions; pass a"
+            " smaller length"
+        )
+
+
 def run(asked: Sequence[Asked], budget: int | float, bar: Any) -> Report:
     """Answer every prompt under every method; `bar` is advanced once per answer."""
     loaded = load("demo", device="cpu")
-    for prompt in asked:
-        check_length(loaded, prompt)
+    room = [
+        len(encode(loaded.tokenizer, a.example.prompt)) + a.example.max_new_tokens for a in asked
+    ]
+    check_room(max(room), " with the answer")
     rows: list[Row] = []
     shown: list[Excerpt] = []
     for task in dict.fromkeys(prompt.task.name for prompt in asked):
@@ -97,71 +109,44 @@ def run(asked: Sequence[Asked], budget: int | float, bar: Any) -> Report:
     return Report(tuple(rows), tuple(shown))
 
 
-def check_room(length: int) -> None:
-    """Raise `BadInput` before prompts are made that are longer than the model's positions."""
-    positions = load_config(locate("demo"))[0].max_position_embeddings
-    if length > positions:
-        raise BadInput(
-            f"--length makes a prompt of {length} tokens, but the bundled model has {positions} positions; pass a"
-            " smaller length"
-        )
-
-
-def check_length(loaded: Loaded, asked: Asked) -> None:
-    """Raise `BadInput` where a prompt and its answer do not fit the model."""
-    example = asked.example
-    tokens = len(loaded.tokenizer(example.prompt)["input_ids"]) + example.max_new_tokens
-    if loaded.positions is not None and tokens > loaded.positions:
-        raise BadInput(
-            f"--length makes a prompt of {tokens} tokens with the answer, but the bundled model has"
-            f" {loaded.positions} positions; pass a smaller length"
-        )
-
-
 def answer(
     loaded: Loaded, asked: Sequence[Asked], method: Compared, budget: int | float, bar: Any
 ) -> tuple[Row, list[str]]:
     """One method's answers to all prompts of one task."""
-    import refreshkv
-    from refreshkv.cli.prompt import encode
-
-    outputs, right, total = [], 0.0, 0
+    made, texts, parts = [], [], []
     settings = {"budget": budget, **method.settings}
     with refreshkv.attach(loaded.model, method=method.name, **settings) as session:
-        for prompt in asked:
-            inputs = encode(loaded, prompt.example.prompt, chat=False)
-            room = prompt.example.max_new_tokens
-            output = decode(loaded, inputs, max_new_tokens=room, do_sample=False)
-            parts = prompt.task.score(prompt.example, output.text).parts
-            right, total = right + sum(parts), total + len(parts)
-            outputs.append(output)
+        for one in asked:
+            tokens = encode(loaded.tokenizer, one.example.prompt)
+            made.append(
+                continue_rows(loaded.model, [tokens], [one.example.max_new_tokens], **GREEDY)
+            )
+            texts.append(text_of(loaded.tokenizer, made[-1].tokens[0]))
+            parts += one.task.score(one.example, texts[-1]).parts
             bar.update()
         stats = session.stats
     row = Row(
         task=asked[0].task.name,
         method=method.name,
-        lines_right=int(right),
-        lines_total=total,
-        output_tokens=sum(output.new_tokens for output in outputs),
+        lines_right=int(sum(parts)),
+        lines_total=len(parts),
+        output_tokens=sum(len(one.tokens[0]) for one in made),
         full_share=stats.full_share,
         kv_read_share=stats.kv_read_share,
         effective_stride=stats.effective_stride,
-        prefill_s=sum(output.prefill_s for output in outputs),
-        decode_s=sum(output.decode_s for output in outputs),
+        prefill_s=sum(one.prefill_s for one in made),
+        decode_s=sum(one.decode_s for one in made),
     )
-    return row, [output.text for output in outputs]
+    return row, texts
 
 
 def pick(asked: Sequence[Asked], texts: Mapping[str, Sequence[str]]) -> Excerpt:
     """The most telling example: full attention solves it if it solves any, and SnapKV misses most lines."""
 
-    def right(method: str, index: int) -> float:
-        prompt = asked[index]
-        return sum(prompt.task.score(prompt.example, texts[method][index]).parts)
-
     def telling(index: int) -> tuple[bool, float]:
-        full = asked[index].task.score(asked[index].example, texts["full"][index])
-        return full.value == 1, right("full", index) - right("snapkv", index)
+        one = asked[index]
+        full, cut = (one.task.score(one.example, texts[name][index]) for name in ("full", "snapkv"))
+        return full.value == 1, sum(full.parts) - sum(cut.parts)
 
     index = max(range(len(asked)), key=telling)  # the first of equals
     chosen = asked[index]

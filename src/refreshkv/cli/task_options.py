@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from refreshkv.cli.common import BadInput
 
 if TYPE_CHECKING:
-    from refreshkv.evals.task import Task
+    from refreshkv.tasks.task import Task
 
 
 def make_tasks(names: Sequence[str], length: int, options: Sequence[str]) -> tuple[Task, ...]:
@@ -22,7 +22,7 @@ def make_tasks(names: Sequence[str], length: int, options: Sequence[str]) -> tup
         ValueError: an unknown task or setting, a value of the wrong type or out of range, an option for a task that
             was not asked for.
     """
-    from refreshkv.evals import tasks
+    from refreshkv import tasks
 
     asked = tasks.expand(list(names))
     settings: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def _split(option: str) -> tuple[str, str, str]:
 
 def _value(task: str, name: str, text: str) -> Any:
     """Text as the setting wants it: JSON where it is no text. An unknown setting is for `make_task` to refuse."""
-    from refreshkv.evals.tasks import task_class
+    from refreshkv.tasks import task_class
 
     hint = get_type_hints(task_class(task)).get(name)
     kinds = get_args(hint) or (hint,)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from refreshkv.config import unknown
-from refreshkv.evals.task import Example, Task
-from refreshkv.evals.tasks import make_task
+from refreshkv.tasks import make_task
+from refreshkv.tasks.task import Example, Task
 
 TASKS = ("chain-of-key", "html-to-tsv", "key-value")
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refreshkv.evals.tasks import chain_of_key, html_to_tsv, key_value
-from refreshkv.evals.words import CONSONANTS, SYLLABLES, VOWELS
+from refreshkv.tasks import chain_of_key, html_to_tsv, key_value
+from refreshkv.tasks.words import CONSONANTS, SYLLABLES, VOWELS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -88,12 +88,15 @@ def build_backend() -> Tokenizer:
     return backend
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers uses it: left padding, text never parsed for special tokens."""
+def build_tokenizer(backend: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers uses it: left padding, text never parsed for special tokens.
+
+    `backend` is another one with the same three special tokens; `None`: `build_backend()`.
+    """
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=build_backend(),
+        tokenizer_object=build_backend() if backend is None else backend,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,

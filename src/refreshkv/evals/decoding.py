@@ -6,10 +6,10 @@ decode steps. Rows are padded on the left; no method sees the padding.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from refreshkv.evals.encoding import answer_tokens, check_room, encode, text_of
 from refreshkv.hosts.transformers.versions import CACHE
 
 if TYPE_CHECKING:
@@ -25,50 +26,71 @@ if TYPE_CHECKING:
     from refreshkv import RefreshCache, Session
     from refreshkv.evals.prefill import Prefills
 
+    # `(tokens, mask)` `[B, T]` -> a cache that holds their first columns, or `None` for a new one.
+    Start = Callable[[Tensor, Tensor], RefreshCache | None]
 
 _SMALL = 50_000_000  # parameters
+# Plain greedy, whatever the checkpoint recommends.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
-@dataclass(frozen=True)
-class Output:
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
     """What one prompt gave.
 
     Attributes:
-        tokens: the new tokens, end of sequence left out.
-        text: the same, decoded; without special tokens.
-        ended: the model stopped by itself; otherwise it was cut off.
+        text: of the new tokens, without special ones; fed, of the most probable ones.
         stats: `Stats.as_dict` of this row.
-        output_tokens: new tokens, end of sequence counted.
+        output_tokens: new tokens, end of sequence counted; fed, those of the answer.
         seconds: of the batch / its rows; a shared prefill counts where it was made.
     """
 
-    tokens: list[int]
     text: str
-    ended: bool
     stats: dict[str, Any]
     prompt_tokens: int
     output_tokens: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class Fed:
+@dataclass(frozen=True, kw_only=True)
+class Output(Decoded):
+    """What was generated.
+
+    Attributes:
+        tokens: the new tokens, end of sequence left out.
+        ended: the model stopped by itself; otherwise it was cut off.
+    """
+
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fed(Decoded):
     """What the model would have said at each place of an answer that was fed to it.
 
     Attributes:
         right: of each token of the answer, whether it was the most probable one.
         logprobs: of each token of the answer, its log-probability in nats.
-        text: the most probable tokens, decoded.
-        output_tokens: tokens of the answer. The rest is as in `Output`.
     """
 
     right: list[bool]
     logprobs: list[float]
-    text: str
-    stats: dict[str, Any]
-    prompt_tokens: int
-    output_tokens: int
-    seconds: float
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What `continue_rows` gave.
+
+    Attributes:
+        tokens: the new tokens of each row, its end of sequence included.
+        prefill_s: seconds until the first token, the first selection not included.
+        decode_s: seconds of all tokens after the first.
+    """
+
+    tokens: list[list[int]]
+    prefill_s: float
+    decode_s: float
 
 
 def generate(
@@ -93,47 +115,17 @@ def generate(
     Raises:
         ValueError: a prompt that does not fit the model with its continuation, or no chat template.
     """
-    rows = [encode(tokenizer, prompt, chat) for prompt in prompts]
-    for i, (row, room) in enumerate(zip(rows, max_new_tokens, strict=True)):
-        check_room(model, f"prompt {i}" if names is None else names[i], len(row), room)
-    pad = _pad_token(model, tokenizer)
-    tokens, mask = _left_padded(rows, pad, model.device)
-    width, started = tokens.shape[1], time.perf_counter()
+    rows = _rows(model, tokenizer, prompts, max_new_tokens, chat, names)
     session.stats.reset()
-    with _threads(model) as prompts_done:
-        cache = None if prefills is None else prefills.cache_for(session, tokens, mask)
-        sequences = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            **{CACHE: cache},
-            max_new_tokens=max(max_new_tokens),
-            stopping_criteria=[_OwnCap(width, max_new_tokens, model.device, prompts_done)],
-            pad_token_id=pad,
-            # Plain greedy, whatever the checkpoint recommends.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-        )
-    new = sequences[:, width:].tolist()  # waits for the device
-    seconds = (time.perf_counter() - started) / len(rows)
+    start = None if prefills is None else functools.partial(prefills.cache_for, session)
+    made = continue_rows(model, rows, max_new_tokens, start=start, **GREEDY)
     ends = _end_tokens(model)
     outputs = []
-    for i, (row, room) in enumerate(zip(rows, max_new_tokens, strict=True)):
-        own = new[i][:room]
-        stop = next((at for at, token in enumerate(own) if token in ends), None)
-        kept = own if stop is None else own[:stop]
-        count = len(kept) + (stop is not None)
-        outputs.append(
-            Output(
-                tokens=kept,
-                text=_text(tokenizer, kept),
-                ended=stop is not None,
-                stats=session.stats.row(i, count - 1).as_dict(),
-                prompt_tokens=len(row),
-                output_tokens=count,
-                seconds=seconds,
-            )
-        )
+    for i, new in enumerate(made.tokens):
+        ended = bool(new) and new[-1] in ends
+        tokens = new[:-1] if ended else new
+        own = _own(session, made, rows, i, len(new))
+        outputs.append(Output(tokens=tokens, ended=ended, text=text_of(tokenizer, tokens), **own))
     return outputs
 
 
@@ -159,96 +151,132 @@ def feed(
     """
     if session.config.mode == "exact":
         raise ValueError("the lossless mode cannot be fed an answer; let it generate freely")
-    rows = [encode(tokenizer, prompt, chat) for prompt in prompts]
     golds = [answer_tokens(tokenizer, answer) for answer in answers]
-    for i, (row, gold) in enumerate(zip(rows, golds, strict=True)):
-        name = f"prompt {i}" if names is None else names[i]
-        if not gold:
-            raise ValueError(f"{name}: the answer has no tokens; there is nothing to feed")
-        check_room(model, name, len(row), len(gold))
-    pad = _pad_token(model, tokenizer)
-    tokens, mask = _left_padded(rows, pad, model.device)
+    if [] in golds:
+        name = f"prompt {golds.index([])}" if names is None else names[golds.index([])]
+        raise ValueError(f"{name}: the answer has no tokens; there is nothing to feed")
+    rows = _rows(model, tokenizer, prompts, list(map(len, golds)), chat, names)
+    tokens, mask = _left_padded(rows, _pad_token(model), model.device)
     # A row whose answer has ended is fed padding, which no longer counts.
-    steps = max(map(len, golds))
-    gold_tokens = torch.tensor([gold + [pad] * (steps - len(gold)) for gold in golds])
-    gold_tokens = gold_tokens.to(model.device)
-    started = time.perf_counter()
+    padded = torch.tensor([gold + [0] * (max(map(len, golds)) - len(gold)) for gold in golds])
     session.stats.reset()
-    with _threads(model) as prompts_done:
+    with _Clock(model) as clock:
         cache = None if prefills is None else prefills.cache_for(session, tokens, mask)
-        logprobs, best = _feed_loop(model, session, tokens, mask, gold_tokens, cache, prompts_done)
-    seconds = (time.perf_counter() - started) / len(rows)
+        logprobs, best = _feed_loop(
+            model, session, tokens, mask, padded.to(model.device), cache, clock.prompts_done
+        )
+    made = Continued(golds, clock.prefill_s, clock.decode_s)
     fed = []
-    for i, (row, gold) in enumerate(zip(rows, golds, strict=True)):
+    for i, gold in enumerate(golds):
         said = best[i][: len(gold)]
+        right = [a == b for a, b in zip(said, gold, strict=True)]
+        own = _own(session, made, rows, i, len(gold))
         fed.append(
             Fed(
-                right=[a == b for a, b in zip(said, gold, strict=True)],
-                logprobs=logprobs[i][: len(gold)],
-                text=_text(tokenizer, said),
-                stats=session.stats.row(i, len(gold) - 1).as_dict(),
-                prompt_tokens=len(row),
-                output_tokens=len(gold),
-                seconds=seconds,
+                right=right, logprobs=logprobs[i][: len(gold)], text=text_of(tokenizer, said), **own
             )
         )
     return fed
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> list[int]:
-    """The tokens of a prompt, the tokenizer's special ones included.
+def continue_rows(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    caps: Sequence[int],
+    *,
+    start: Start | None = None,
+    **settings: Any,
+) -> Continued:
+    """Run `model.generate` on prompts of tokens and time it; row i ends at `caps[i]` new tokens at the latest.
 
-    Raises:
-        ValueError: `chat` without a chat template, or a prompt without tokens.
+    Args:
+        start: makes the cache; `None` leaves that to `model.generate`.
+        settings: of `model.generate`, such as `GREEDY`, or a streamer.
     """
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template; leave out chat")
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    # A template writes its special tokens itself. `verbose` would warn of what `check_room` refuses.
-    tokens = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
-    if not tokens:
-        raise ValueError("a prompt has no tokens; there is nothing to continue")
-    return tokens
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """The tokens of an answer, as they follow the prompt's."""
-    return tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def check_room(model: PreTrainedModel, name: str, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise `ValueError` where a prompt and what follows it are longer than the model's positions."""
-    positions = positions_in(model)
-    if positions is not None and prompt_tokens + new_tokens > positions:
-        raise ValueError(
-            f"{name}: {prompt_tokens} tokens of prompt and {new_tokens} of output make"
-            f" {prompt_tokens + new_tokens}, but the model has {positions} positions; lower the length of the task"
+    pad = _pad_token(model)
+    tokens, mask = _left_padded(rows, pad, model.device)
+    width = tokens.shape[1]
+    with _Clock(model) as clock:
+        if start is not None:
+            settings[CACHE] = start(tokens, mask)
+        sequences = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max(caps),
+            stopping_criteria=[_OwnCap(width, caps, model.device, clock.prompts_done)],
+            pad_token_id=pad,
+            **settings,
         )
+        new = sequences[:, width:].tolist()  # waits for the device
+    ends = _end_tokens(model)
+    own = []
+    for row, cap in zip(new, caps, strict=True):
+        stop = next((at + 1 for at, token in enumerate(row[:cap]) if token in ends), cap)
+        own.append(row[:stop])
+    return Continued(own, clock.prefill_s, clock.decode_s)
 
 
-def positions_in(model: PreTrainedModel) -> int | None:
-    """The longest sequence that a model was made for, where its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    room: Sequence[int],
+    chat: bool,
+    names: Sequence[str] | None,
+) -> list[list[int]]:
+    """The prompts as tokens, each with `room[i]` places for what follows it."""
+    rows = []
+    for i, (prompt, new) in enumerate(zip(prompts, room, strict=True)):
+        name = f"prompt {i}" if names is None else names[i]
+        rows.append(encode(tokenizer, prompt, chat))
+        check_room(model, name, len(rows[-1]), new)
+    return rows
 
 
-def lines_right(
-    tokenizer: PreTrainedTokenizerBase, answer: str, right: Sequence[bool]
-) -> list[bool]:
-    """Of each line of an answer, whether every token in it is right. A token may reach into several lines."""
-    lines: list[bool] = []
-    begun = 0  # the line in which the next token begins
-    for token, good in zip(answer_tokens(tokenizer, answer), right, strict=True):
-        pieces = tokenizer.decode([token], clean_up_tokenization_spaces=False).split("\n")
-        # A line break belongs to the line that it ends.
-        touched = len(pieces) if pieces[-1] or len(pieces) == 1 else len(pieces) - 1
-        for line in range(begun, begun + touched):
-            if line == len(lines):
-                lines.append(True)
-            lines[line] = lines[line] and good
-        begun += len(pieces) - 1
-    return lines
+def _own(
+    session: Session, made: Continued, rows: Sequence[Sequence[int]], row: int, new: int
+) -> dict[str, Any]:
+    """What `Decoded` says of one row, besides its text."""
+    return {
+        "stats": session.stats.row(row, new - 1).as_dict(),
+        "prompt_tokens": len(rows[row]),
+        "output_tokens": new,
+        "seconds": (made.prefill_s + made.decode_s) / len(rows),
+    }
+
+
+class _Clock:
+    """Times a batch, and lets a small model on a CPU decode with one thread.
+
+    Its steps gain nothing from a second, and wait for it on a busy machine (10 ms a token with one thread, 55 with two
+    on two cores of which another program held one); its prompts do gain.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.small = model.device.type == "cpu" and model.num_parameters() < _SMALL
+        self.on_gpu = model.device.type == "cuda"
+        self.first: float | None = None
+
+    def __enter__(self) -> _Clock:
+        self.threads = torch.get_num_threads()
+        self.begun = time.perf_counter()
+        return self
+
+    def prompts_done(self) -> None:
+        """The prompts are through, and the first token is chosen; later calls change nothing."""
+        if self.first is not None:
+            return
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.first = time.perf_counter()
+        if self.small:
+            torch.set_num_threads(1)
+
+    def __exit__(self, *exception: object) -> None:
+        end = time.perf_counter()
+        torch.set_num_threads(self.threads)
+        first = end if self.first is None else self.first
+        self.prefill_s, self.decode_s = first - self.begun, end - first
 
 
 class _OwnCap(StoppingCriteria):
@@ -268,25 +296,6 @@ class _OwnCap(StoppingCriteria):
         """`[B]` bool: done."""
         self.prompts_done()
         return self.ends <= input_ids.shape[1]
-
-
-@contextlib.contextmanager
-def _threads(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
-    """Yields what to call when the prompts are through: a small model on a CPU decodes with one thread.
-
-    Its steps gain nothing from a second, and wait for it on a busy machine; its prompts do gain.
-    """
-    before = torch.get_num_threads()
-    small = model.device.type == "cpu" and model.num_parameters() < _SMALL
-
-    def prompts_done() -> None:
-        if small:
-            torch.set_num_threads(1)
-
-    try:
-        yield prompts_done
-    finally:
-        torch.set_num_threads(before)
 
 
 def _feed_loop(
@@ -359,11 +368,7 @@ def _end_tokens(model: PreTrainedModel) -> set[int]:
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
-def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_token(model: PreTrainedModel) -> int:
     """Any token will do, for it is masked; `generate` wants one."""
-    known = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *_end_tokens(model))
+    known = (model.generation_config.pad_token_id, *_end_tokens(model))
     return next((token for token in known if token is not None), 0)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from refreshkv.config import Budgeted
-from refreshkv.evals.task import Count, Example, Task
 from refreshkv.methods import find
+from refreshkv.tasks.task import Count, Example, Task
+from refreshkv.text import setting_of
 
 Mode = Literal["free", "forced"]
 MODES: tuple[Mode, ...] = ("free", "forced")
-_NONE = ("none", "never")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def parse_method(text: str, budget: int | float | None = None) -> MethodSpec:
             raise ValueError(f"method {text!r}: write name:setting=value, not {part!r}")
         if key in settings:
             raise ValueError(f"method {text!r}: {key} is set twice; set it once")
-        settings[key] = _value(value)
+        settings[key] = setting_of(value)
     spec = MethodSpec(text, name, settings)
     try:
         spec.config(budget)
@@ -187,15 +186,3 @@ def _modes(task: Task, asked: str) -> Iterator[Mode]:
 
 def _for_mode(examples: Sequence[Example], mode: Mode) -> list[Example]:
     return [example for example in examples if mode == "free" or example.answer is not None]
-
-
-def _value(text: str) -> Any:
-    """A setting from the command line; what is no number stays text, for the method to judge."""
-    if text.lower() in _NONE:
-        return None
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text

@@ -1,4 +1,4 @@
-"""The plots of a run: quality against KV read, and quality by position in the output (strides: `stride_plot`).
+"""The plots of a run: quality against KV read, and quality by position in the output.
 
 A plot is a matplotlib `Figure` made without pyplot, so nothing stays open. Colours are the families of methods, from
 Okabe and Ito's palette, which colour-blind readers can tell apart; within a family the marker and the dashes differ.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 10  # of the output, where its length differs between examples
-WIDTH, _HEIGHT = 6.0, 3.9  # inches of a panel
-LABEL = 7.5  # points
-LINE = 1.32 * LABEL / 72  # inches a line of a label
-LETTER = 0.64 * LABEL / 72  # inches a letter, DejaVu Sans, on the wide side
+_SIZE = (6.6, 3.9)  # inches
+_LABEL = 32  # letters a line of a method's spec
+_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
 _RC = {
     "font.family": "sans-serif",
     "font.size": 8.5,
@@ -90,8 +90,8 @@ def pareto(summaries: Sequence[Summary], look: dict[str, Style], title: str) -> 
         return None
     with settings():
         factor = scale(points[0].task)
-        figure, axes, room = _panel([s.method for s in points], title)
-        for s in points:
+        figure, axes = _panel(title)
+        for s in sorted(points, key=lambda s: s.score, reverse=not is_perplexity(points[0].task)):
             style = look[s.method]
             axes.errorbar(
                 s.kv_read_share,
@@ -103,14 +103,14 @@ def pareto(summaries: Sequence[Summary], look: dict[str, Style], title: str) -> 
                 fmt=style.marker,
                 color=style.colour,
                 markersize=5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
                 elinewidth=0.9,
                 alpha=0.9,
+                label=textwrap.fill(s.method, _LABEL),
+                **_EDGE,
             )
         _axis_of_shares(axes, [s.kv_read_share for s in points if s.kv_read_share])
         _axis_of_scores(axes, points[0].task, points[0].metric, [factor * s.score for s in points])
-        _label(axes, room, look, [(s.method, s.kv_read_share, factor * s.score) for s in points])
+        _legend(figure)
         return figure
 
 
@@ -130,11 +130,12 @@ def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> 
     counted = len(lengths) == 1
     methods = [method for method in dict.fromkeys(r["method"] for r in records) if method in parts]
     with settings():
-        figure, axes, room = _panel(methods, title)
-        ends = []
+        figure, axes = _panel(title)
+        lines = {}
         for method in methods:
             rows = parts[method] if counted else [rebin(one, BINS) for one in parts[method]]
-            line = 100 * np.mean(np.array(rows, dtype=float), axis=0)
+            lines[method] = 100 * np.mean(np.array(rows, dtype=float), axis=0)
+        for method, line in sorted(lines.items(), key=lambda item: -item[1][-1]):
             places = np.arange(1, len(line) + 1) if counted else (np.arange(BINS) + 0.5) / BINS
             style = look[method]
             axes.plot(
@@ -145,10 +146,9 @@ def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> 
                 linewidth=1.4,
                 marker=style.marker,
                 markersize=4,
-                markeredgecolor="white",
-                markeredgewidth=0.4,
+                label=textwrap.fill(method, _LABEL),
+                **_EDGE,
             )
-            ends.append((method, places[-1], line[-1]))
         axes.set_xlabel("part of the output" if counted else "relative position in the output")
         if counted:
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -156,7 +156,7 @@ def positions(records: Sequence[Record], look: dict[str, Style], title: str) -> 
             axes.set_xlim(0, 1)
         axes.set_ylabel("parts right, %")
         axes.set_ylim(-4, 104)
-        _label(axes, room, look, ends)
+        _legend(figure)
         return figure
 
 
@@ -190,94 +190,19 @@ def settings() -> Any:
     return need("matplotlib").rc_context(_RC)
 
 
-def _panel(methods: Sequence[str], title: str) -> tuple[Figure, Axes, float]:
-    """A figure whose axes leave room for labels on the right; also that room in inches."""
-    longest = max(len(line) for method in methods for line in wrapped(method))
-    room = min(0.45 * WIDTH, longest * LETTER + 0.3)
-    lines = sum(len(wrapped(method)) for method in methods)
-    height = max(_HEIGHT, lines * LINE + 1.1)
-    figure = need("matplotlib.figure").Figure(figsize=(WIDTH, height))
-    left, bottom, top = 0.62, 0.52, 0.36
-    box = (
-        left / WIDTH,
-        bottom / height,
-        (WIDTH - left - room) / WIDTH,
-        (height - bottom - top) / height,
-    )
-    axes = figure.add_axes(box)
+def _panel(title: str) -> tuple[Figure, Axes]:
+    """A figure with its axes."""
+    figure = need("matplotlib.figure").Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
-    return figure, axes, room
+    return figure, axes
 
 
-def _label(
-    axes: Axes, room: float, look: dict[str, Style], ends: Sequence[tuple[str, float, float]]
-) -> None:
-    """Names in a column right of the axes, as near to the height of their points as they fit, with a line to them."""
-    figure = axes.figure
-    width, height = figure.get_size_inches() * axes.get_position().size
-    to_axes = axes.transData + axes.transAxes.inverted()
-    spots = [(method, *to_axes.transform((x, y))) for method, x, y in ends]
-    spots.sort(key=lambda spot: (spot[2], -ends.index(next(e for e in ends if e[0] == spot[0]))))
-    sizes = [len(wrapped(method)) * LINE / height for method, _, _ in spots]
-    wanted = [min(1.0, max(0.0, y)) for _, _, y in spots]
-    column = 1 + 0.22 / width
-    for (method, x, y), middle in zip(spots, spread(wanted, sizes), strict=True):
-        style = look[method]
-        axes.plot(
-            [x, 1 + 0.02 / width, column - 0.09 / width],
-            [y, middle, middle],
-            transform=axes.transAxes,
-            color=style.colour,
-            linewidth=0.5,
-            alpha=0.45,
-            clip_on=False,
-            zorder=1,
-        )
-        axes.plot(
-            [column - 0.04 / width],
-            [middle],
-            transform=axes.transAxes,
-            color=style.colour,
-            marker=style.marker,
-            markersize=4,
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            clip_on=False,
-        )
-        axes.text(
-            column + 0.03 / width,
-            middle,
-            "\n".join(wrapped(method)),
-            transform=axes.transAxes,
-            color=style.colour,
-            fontsize=LABEL,
-            verticalalignment="center_baseline",
-            linespacing=1.1,
-            parse_math=False,
-        )
-
-
-def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Middles of boxes of `sizes` that do not overlap, nearest to the ascending `wanted` and within [0, 1] if they fit.
-
-    Boxes that touch stand where the sum of squared distances is least: isotonic regression of the places less the
-    sizes of the boxes below.
-    """
-    below = np.concatenate([[0.0], np.cumsum(sizes)[:-1]]) + np.array(sizes) / 2
-    free = need("scipy.optimize").isotonic_regression(np.array(wanted) - below).x
-    slack = 1 - float(np.sum(sizes))
-    return list(np.clip(free, 0, slack) + below if slack > 0 else below + slack / 2)
-
-
-def wrapped(method: str) -> list[str]:
-    """A method's spec in lines of at most about 24 letters."""
-    lines: list[str] = []
-    for piece in method.split(":"):
-        if lines and len(lines[-1]) + 1 + len(piece) <= 24:
-            lines[-1] += f":{piece}"
-        else:
-            lines.append(f":{piece}" if lines else piece)
-    return lines
+def _legend(figure: Figure) -> None:
+    """The methods beside the axes, in the order in which they were drawn: the best first."""
+    legend = figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _axis_of_shares(axes: Axes, shares: Sequence[float]) -> None:

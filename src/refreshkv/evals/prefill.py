@@ -7,7 +7,7 @@ takes most of the time. A method that looks at all prompt queries while they pas
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from refreshkv import RefreshCache
 from refreshkv.evals.decoding import last_logits_only, positions_of
 from refreshkv.hosts.transformers.cache import RefreshLayer
 from refreshkv.hosts.transformers.versions import CACHE
-from refreshkv.methods.kept import Eviction
-from refreshkv.step import Algorithm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,9 +40,8 @@ class Prefills:
         `mask` `[B, T]` is 0 for padding.
         """
         cache = session.new_cache()
-        if tokens.shape[1] < 2 or not all(map(_can_share, cache.layers)):
-            return None
-        if session.config.window > _WINDOW:
+        own = any(layer.algorithm.sees_prompt for layer in cache.layers if _is_ours(layer))
+        if tokens.shape[1] < 2 or own or session.config.window > _WINDOW:
             return None
         if self._prompts is None or not _same(self._prompts, (tokens, mask)):
             self._base = None  # before the next one is made: both may not fit
@@ -53,10 +50,10 @@ class Prefills:
         assert self._base is not None
         for place, layer in enumerate(self._base.layers):
             ours = cache.layers[place]
-            if isinstance(layer, RefreshLayer) != isinstance(ours, RefreshLayer):
+            if _is_ours(layer) != _is_ours(ours):
                 return None  # a sliding layer, which is ours in the lossless mode only
-            if isinstance(ours, RefreshLayer):
-                _go_on(layer, ours, tokens.shape[1] - 1)
+            if _is_ours(ours):
+                ours.inner.go_on_from(layer.inner, tokens.shape[1] - 1)
             else:
                 cache.layers[place] = copy.deepcopy(layer)
         cache.is_kept = False
@@ -78,20 +75,8 @@ class Prefills:
         return cache
 
 
-def _can_share(layer: object) -> bool:
-    """Whether what drives the layer learns of a prompt only through the cache."""
-    if not isinstance(layer, RefreshLayer):
-        return True
-    return type(layer.algorithm).observe in (Algorithm.observe, Eviction.observe)
-
-
-def _go_on(base: RefreshLayer, layer: RefreshLayer, length: int) -> None:
-    """`layer` takes the store of `base`, cut to its prompt again, and as many of its last queries as it wants."""
-    base.inner.store.crop(length)
-    layer.inner.store = base.inner.store
-    wanted, queries = layer.inner.config.window - 1, base.inner.pending
-    assert queries is not None
-    layer.inner.pending = queries[:, :, -wanted:].clone() if wanted else None
+def _is_ours(layer: object) -> TypeGuard[RefreshLayer]:
+    return isinstance(layer, RefreshLayer)
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

@@ -14,11 +14,11 @@ import torch
 import transformers
 
 import refreshkv
-from refreshkv.evals import decoding
+from refreshkv.evals import decoding, encoding
 from refreshkv.evals.decoding import Fed, Output
 from refreshkv.evals.grid import Cell, Grid
 from refreshkv.evals.store import Record, RunError
-from refreshkv.evals.task import Example, Score, Task
+from refreshkv.tasks.task import Example, Score, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def records_of(
             "metric": metric,
             "prompt_tokens": output.prompt_tokens,
             "output_tokens": output.output_tokens,
-            "answer_tokens": None if gold is None else len(decoding.answer_tokens(tokenizer, gold)),
+            "answer_tokens": None if gold is None else len(encoding.answer_tokens(tokenizer, gold)),
             "ended": isinstance(output, Fed) or output.ended,
             "full_share": output.stats["full_share"],
             "kv_read_share": output.stats["kv_read_share"],
@@ -143,5 +143,5 @@ def _score(
     if cell.task.kind == "perplexity":
         return Score(-sum(output.logprobs) / len(output.logprobs)), cell.task.metric
     assert example.answer is not None
-    right = decoding.lines_right(tokenizer, example.answer, output.right)
+    right = encoding.lines_right(tokenizer, example.answer, output.right)
     return Score(sum(right) / len(right), tuple(map(int, right))), FED_METRIC

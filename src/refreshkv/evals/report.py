@@ -7,6 +7,7 @@ the direction of text are shown, not obeyed. The same records give the same byte
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from refreshkv.evals import plots
-from refreshkv.evals.stride_plot import strides
 from refreshkv.evals.summary import (
     Difference,
     Record,
@@ -24,7 +24,6 @@ from refreshkv.evals.summary import (
     differences,
     need,
     scale,
-    summarize,
     write_whole,
 )
 from refreshkv.stats import KV_READ_NOTE
@@ -54,6 +53,15 @@ class Table:
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Steps per full step of each layer; a row is a method, a cell its text and how dark it is, 0 to 1."""
+
+    mode: str
+    layers: tuple[int, ...]
+    rows: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ def render(
         warnings=[warning(found) for found in differences(records) if found.beats],
         tables=list(tables(records, summaries)),
         plots=list(all_plots(records, summaries)),
+        strides=list(strides(records)),
         summaries=[(s, _cell(s, best=False)) for s in summaries],
         share=_share,
         examples=list(examples(records)),
@@ -172,7 +181,7 @@ def tables(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[
 
 
 def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[Plot]:
-    """Quality against KV read, quality by position, stride by layer; free and fed beside each other."""
+    """Quality against KV read, quality by position; free and fed beside each other."""
     look = plots.styles(s.method for s in summaries)
     for task in dict.fromkeys(s.task for s in summaries):
         for mode in dict.fromkeys(s.mode for s in summaries if s.task == task):
@@ -187,10 +196,35 @@ def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterat
                 if figure is not None:
                     svg = plots.inline(figure, f"{task}-{mode}-{kind}")
                     yield Plot(svg, f"{name}: {what}")
-    for mode in dict.fromkeys(r["mode"] for r in records):
-        figure = strides([r for r in records if r["mode"] == mode], f"stride by layer, {mode}")
-        if figure is not None:
-            yield Plot(plots.inline(figure, f"stride-{mode}"), f"steps per full step, {mode}")
+
+
+def strides(records: Sequence[Record]) -> Iterator[Strides]:
+    """Of each mode the methods that mix full steps and others; steps and full steps are summed over examples."""
+    for mode in dict.fromkeys(record["mode"] for record in records):
+        counts: dict[str, dict[int, tuple[float, float]]] = {}
+        for record in records:
+            layers = counts.setdefault(record["method"], {}) if record["mode"] == mode else {}
+            for name, layer in record.get("layers", {}).items():
+                full, steps = layers.get(int(name), (0.0, 0.0))
+                layers[int(name)] = full + layer["full_steps"], steps + layer["steps"]
+        mixed = {
+            method: layers
+            for method, layers in counts.items()
+            if 0 < sum(full for full, _ in layers.values()) < sum(s for _, s in layers.values())
+        }
+        known = sorted({layer for layers in mixed.values() for layer in layers})
+        rows = tuple(
+            (m, tuple(_stride(*of.get(k, (0, 0))) for k in known)) for m, of in mixed.items()
+        )
+        if rows:
+            yield Strides(mode, tuple(known), rows)
+
+
+def _stride(full: float, steps: float) -> tuple[str, float]:
+    """As text, and its shade: none for every step, dark from one in a hundred on."""
+    if not full:
+        return ("never" if steps else "", float(bool(steps)))
+    return f"{steps / full:.1f}", min(1.0, math.log(steps / full, 100))
 
 
 def examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -214,34 +248,6 @@ def examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
             score = f"{scale(record['task']) * record['score']:.1f}"
             shown["outputs"].append((record["method"], score, text))
     yield from chosen.values()
-
-
-def markdown_table(summaries: Sequence[Summary], mode: str = "free") -> str:
-    """Methods by tasks in Markdown: score, interval, KV read."""
-    own = [s for s in summaries if s.mode == mode]
-    table = _table("", "", own)
-    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
-    for method, cells in table.rows:
-        shown = ("-" if c is None else f"{c.score} ({c.interval}), KV {c.read}" for c in cells)
-        lines.append(f"| {method} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def save_pareto(
-    path: str | os.PathLike[str], records: Sequence[Record], task: str, mode: str
-) -> None:
-    """The plot of one task as a file of its own, SVG or PNG by its name.
-
-    Raises:
-        ValueError: there is nothing to plot.
-    """
-    summaries = summarize(records)
-    look = plots.styles(s.method for s in summaries)
-    chosen = [s for s in summaries if s.task == task and s.mode == mode]
-    figure = plots.pareto(chosen, look, task) if chosen else None
-    if figure is None:
-        raise ValueError(f"no results of {task} ({mode}) to plot")
-    write_whole(path, plots.render(figure, Path(path).suffix.removeprefix(".")))
 
 
 def _safe(value: Any) -> Any:

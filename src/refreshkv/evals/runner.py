@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import refreshkv
-from refreshkv.evals import decoding
+from refreshkv.evals import encoding
 from refreshkv.evals.grid import MODES, Cell, Grid, batches, make_cells
 from refreshkv.evals.launch import Team
 from refreshkv.evals.prefill import Prefills
@@ -17,8 +17,8 @@ from refreshkv.evals.records import dtype_of, hash_of, records_of, settings_of, 
 from refreshkv.evals.report import write_report
 from refreshkv.evals.store import Record, RunDirectory, cannot_write
 from refreshkv.evals.summary import Summary, summarize, write_csv
-from refreshkv.evals.task import Example
 from refreshkv.stats import RowStats
+from refreshkv.tasks.task import Example
 from refreshkv.text import one_line
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def prepare(
     """
     team = Team() if team is None else team
     _check_lengths(model, grid)
-    cells = make_cells(grid, lambda text: len(decoding.answer_tokens(tokenizer, text)))
+    cells = make_cells(grid, lambda text: len(encoding.answer_tokens(tokenizer, text)))
     _check_prompts(model, tokenizer, grid, cells)
     for method in grid.methods:
         _attach(model, grid, method).detach()
@@ -200,7 +200,7 @@ def _check_lengths(model: PreTrainedModel, grid: Grid) -> None:
 
     Of texts that the user gives it is the most that is taken, and they may be shorter.
     """
-    positions = decoding.positions_in(model)
+    positions = encoding.positions_in(model)
     for task in grid.tasks:
         length = 0 if hasattr(task, "data") else getattr(task, "length", 0)
         if positions is not None and length > positions:
@@ -219,14 +219,14 @@ def _check_prompts(
     """Every prompt fits the model together with its output. No method changes either."""
     for cell in {(cell.task.name, cell.mode): cell for cell in cells}.values():
         for example in cell.examples:
-            tokens = len(decoding.encode(tokenizer, example.prompt, grid.chat))
+            tokens = len(encoding.encode(tokenizer, example.prompt, grid.chat))
             if cell.mode == "forced":
-                room = len(decoding.answer_tokens(tokenizer, example.answer or ""))
+                room = len(encoding.answer_tokens(tokenizer, example.answer or ""))
             else:
                 room = example.max_new_tokens
             if room < 1:
                 raise ValueError(f"{cell.title(example)}: nothing to decode; check its data")
-            decoding.check_room(model, cell.title(example), tokens, room)
+            encoding.check_room(model, cell.title(example), tokens, room)
 
 
 def _check_same_prompts(out: Path, cells: Sequence[Cell], done: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
@@ -36,16 +36,15 @@ from refreshkv.config import RefreshConfig, unknown
 from refreshkv.demo import MODEL_PATH
 from refreshkv.methods import find
 from refreshkv.stats import Stats
-from refreshkv.text import one_line
+from refreshkv.text import one_line, setting_of
 
 MODEL_TYPE = "refreshkv"
 DEFAULT_METHOD = "refreshkv"
 # Below lm-eval's logger, because that is the one it gives a handler and a level.
 logger = logging.getLogger(f"lm_eval.models.{MODEL_TYPE}")
 
-_FIELDS = get_type_hints(RefreshConfig)
+_FIELDS = [field.name for field in dataclasses.fields(RefreshConfig)]
 _OURS = (*_FIELDS, "method", "preset")
-_NONE = ("none", "never")
 # What the model's loader and its config take through `hf`'s **kwargs; its signature does not name them.
 _LOADER = (
     "attn_implementation",
@@ -67,7 +66,7 @@ _LOADER = (
 def parse_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split lm-eval's model arguments into ours (fields of `RefreshConfig`, `method`, `preset`) and those of `hf`.
 
-    Text becomes a number where the setting is one; "none" and "never" become `None` where a setting allows it.
+    Text is read as `text.setting_of` says.
 
     Raises:
         ValueError: an argument that neither of the two knows, with the nearest that one does.
@@ -77,24 +76,12 @@ def parse_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     for name in arguments:
         if name not in valid:
             raise ValueError(unknown("model argument", name, valid))
-    ours = {name: _parse(name, value) for name, value in arguments.items() if name in _OURS}
+    ours = {
+        name: setting_of(value) if name in _FIELDS and isinstance(value, str) else value
+        for name, value in arguments.items()
+        if name in _OURS
+    }
     return ours, {name: value for name, value in arguments.items() if name not in _OURS}
-
-
-def _parse(name: str, value: Any) -> Any:
-    """One setting; what cannot be parsed stays as it is, for `RefreshConfig` to refuse."""
-    if name not in _FIELDS or not isinstance(value, str):
-        return value
-    kinds = get_args(_FIELDS[name])
-    if type(None) in kinds and value.lower() in _NONE:
-        return None
-    for kind in (int, float):
-        if kind in kinds or _FIELDS[name] is kind:
-            try:
-                return kind(value)
-            except ValueError:
-                pass
-    return value
 
 
 def config_of(settings: Mapping[str, Any]) -> RefreshConfig:

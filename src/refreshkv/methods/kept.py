@@ -18,7 +18,7 @@ from torch import Tensor
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted, Reduction
 from refreshkv.kernels.options import AttendOptions, Entries
-from refreshkv.policy.selection import Selection, rank_keys
+from refreshkv.policy.selection import FREE, Selection, rank_keys
 from refreshkv.step import Algorithm, count_again, over_heads
 
 
@@ -149,6 +149,9 @@ class KeptEntries(Algorithm, ABC):
         now = Look(cache, query, options, visible, cache.length)
         kept = self.choose(now)
         output = now.attend(kept)
+        if cache.watch is not None:
+            positions = torch.arange(cache.length, device=query.device).where(kept, FREE)
+            cache.watch(cache, query, options, visible, positions)
         cache.stats.record(
             cache.index,
             kv_heads=cache.kv_heads,

@@ -1,0 +1,46 @@
+"""The tables of docs/fidelity.md, from summaries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments.tables import family_table, task_table
+from refreshkv.evals.summary import Summary
+
+FULL = Summary(
+    task="breadth-needle",
+    mode="free",
+    method="full",
+    metric="its task's",
+    score=0.916,
+    ci_low=0.8,
+    ci_high=1.0,
+    examples=12,
+    output_tokens=30.0,
+    answer_tokens=28.0,
+    kv_read_share=1.0,
+    full_share=1.0,
+    effective_stride=1.0,
+    kv_read_most=1.0,
+    same_as_full=1.0,
+    passes_per_token=None,
+)
+LOSSLESS = replace(
+    FULL, method="refreshkv", kv_read_share=0.236, kv_read_most=0.31, passes_per_token=1.084
+)
+LOSSY = replace(FULL, method="snapkv", score=0.1, kv_read_share=0.124, same_as_full=1 / 12)
+
+
+def test_a_row_a_family() -> None:
+    others = [replace(row, task="breadth-reversed", score=0.5) for row in (FULL, LOSSLESS, LOSSY)]
+    lines = family_table([FULL, LOSSLESS, LOSSY, *others]).splitlines()
+    assert lines[0] == "| | full solves | `refreshkv` | `snapkv` |"
+    assert lines[2] == "| needle | 92 | 100, 24, 1.08 | 8, 12 |"
+    assert lines[3] == "| reversed | 50 | 100, 24, 1.08 | 8, 12 |"
+
+
+def test_a_row_a_task_and_method() -> None:
+    lines = task_table([FULL, LOSSLESS, LOSSY]).splitlines()
+    assert lines[2].startswith("| **breadth-needle**, 12 prompts |")
+    assert lines[4] == "| `refreshkv` | 91.6 | 80.0-100.0 | 100.0 | 23.6 | 31.0 | 1.08 |"
+    assert lines[5] == "| `snapkv` | 10.0 | 80.0-100.0 | 8.3 | 12.4 | 100.0 | 1 |"
