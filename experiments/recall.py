@@ -21,10 +21,11 @@ from refreshkv.evals.decoding import feed
 from refreshkv.evals.encoding import answer_tokens
 from refreshkv.evals.grid import parse_method
 from refreshkv.evals.prefill import Prefills
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods.kept import mask_of
 from refreshkv.policy.selection import FREE, Selection
 from refreshkv.stats import RowStats
-from refreshkv.step import Attention, over_heads
+from refreshkv.step import over_heads
 from refreshkv.tasks import make_task
 from refreshkv.tasks.task import Example
 
@@ -63,13 +64,13 @@ class Watch:
         layer: int,
         cache: LayerCache,
         query: Tensor,
-        attention: Attention,
+        options: AttendOptions,
         visible: Tensor | None,
         positions: Tensor | None,
     ) -> None:
         """See `LayerCache.watch`; the mean over the query heads of a group counts."""
-        options = attention.options(over_heads(visible))
-        weights, _ = cache.backend.score(query, cache.store.keys, **options, reduction="mean")
+        everything = options.over(over_heads(visible), reduction="mean")
+        weights, _ = cache.store.score(query, everything)
         share = weights.new_full(weights.shape[:2], float("nan"))
         if positions is not None:
             counts = (positions != FREE).sum(-1)

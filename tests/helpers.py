@@ -12,11 +12,12 @@ from hypothesis import settings
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.cache.ring import PartialCache
+from refreshkv.cache.ring import Ring
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels import reference
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy.triggers import Trigger
-from refreshkv.step import Attention, decode_step
+from refreshkv.step import decode_step
 
 # The same examples every time: a test that fails only sometimes gets switched off.
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -39,11 +40,9 @@ def left_padding(pads: Sequence[int], length: int) -> Tensor:
     return torch.arange(length) >= torch.tensor(pads)[:, None]
 
 
-def held(partial: PartialCache) -> Held:
+def held(ring: Ring) -> Held:
     """The positions in every ring."""
-    return [
-        [sorted(p for p in head if p >= 0) for head in row] for row in partial.positions.tolist()
-    ]
+    return [[sorted(p for p in head if p >= 0) for head in row] for row in ring.positions.tolist()]
 
 
 @dataclass
@@ -110,10 +109,10 @@ class Decoder:
         prompt: int,
         *,
         trigger: Trigger | None = None,
-        attention: Attention | None = None,
+        options: AttendOptions | None = None,
     ) -> None:
         self.tokens = tokens
-        self.attention = attention or Attention(tokens.keys.shape[-1] ** -0.5)
+        self.options = options or AttendOptions(scale=tokens.keys.shape[-1] ** -0.5)
         self.cache = LayerCache(config)
         if trigger is not None:
             self.cache.trigger = trigger
@@ -124,15 +123,14 @@ class Decoder:
         now, tokens = self.cache.length, self.tokens
         self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
         seen, query = tokens.seen(now + 1), tokens.queries[:, :, now]
-        output = decode_step(self.cache, query, self.attention, seen)
+        output = decode_step(self.cache, query, self.options, seen)
         full = reference.attend(
             query,
-            tokens.keys[:, :, : now + 1],
-            tokens.values[:, :, : now + 1],
-            **self.attention.options(None if seen is None else seen[:, None]),
+            Entries(tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1]),
+            self.options.over(None if seen is None else seen[:, None]),
         ).output
-        partial = self.cache.partial
-        return Step(output, full, [] if partial is None else held(partial))
+        ring = self.cache.ring
+        return Step(output, full, [] if ring is None else held(ring))
 
     def run(self, steps: int) -> list[Step]:
         return [self.step() for _ in range(steps)]

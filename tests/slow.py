@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions
 from tests.helpers import Tokens
 
 
@@ -24,7 +24,7 @@ def slow_select(
     return [position for _, position in ranked][-budget:]
 
 
-def slow_logits(queries: Tensor, keys: Tensor, attention: Attention) -> Tensor:
+def slow_logits(queries: Tensor, keys: Tensor, attention: AttendOptions) -> Tensor:
     """Logits `[G, L]` of queries `[G, D]` over keys `[L, D]`, in float64."""
     logits = queries.double() @ keys.double().T * attention.scale
     if attention.softcap is not None:
@@ -33,7 +33,7 @@ def slow_logits(queries: Tensor, keys: Tensor, attention: Attention) -> Tensor:
 
 
 def slow_weights(
-    queries: Tensor, keys: Tensor, attention: Attention, members: Sequence[int]
+    queries: Tensor, keys: Tensor, attention: AttendOptions, members: Sequence[int]
 ) -> Tensor:
     """Attention weights `[G, L]`; `members` are the numbers of these query heads, for their sinks."""
     mass = slow_logits(queries, keys, attention).exp()
@@ -48,7 +48,12 @@ def first_visible(tokens: Tokens, row: int) -> int:
 
 
 def slow_head(
-    tokens: Tokens, row: int, head: int, config: RefreshConfig, prompt: int, attention: Attention
+    tokens: Tokens,
+    row: int,
+    head: int,
+    config: RefreshConfig,
+    prompt: int,
+    attention: AttendOptions,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The method for one KV head, to the end of the text: (positions held, output `[G, D]`) of every step."""
     pad, budget = first_visible(tokens, row), 0

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
+from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.policy.selection import FREE, Selection
-from refreshkv.step import Attention, decode_step
+from refreshkv.step import decode_step
 from tests.helpers import PROPERTY, Decoder, random_tokens
 
 HEADS = 2
@@ -27,7 +29,7 @@ def tokens(count: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def cache() -> LayerCache:
     """Two rows of three tokens."""
-    cache = LayerCache(RefreshConfig(budget=2), index=7, reserve=1000)
+    cache = LayerCache(RefreshConfig(budget=2), index=7, store=DenseStore(1000))
     cache.append(*tokens(3))
     return cache
 
@@ -58,22 +60,22 @@ def test_tokens_of_another_kind_are_refused(
 
 
 def test_a_refresh_without_a_budget_is_refused(cache: LayerCache) -> None:
-    everyone = Selection(torch.zeros(2, HEADS, 2).long(), torch.full((2, HEADS), 2))
+    everyone = Selection(torch.zeros(2, HEADS, 2).int(), torch.full((2, HEADS), 2))
     with pytest.raises(RuntimeError, match=r"^layer 7: resolve_budget before"):
         cache.refresh(everyone)
 
 
 def test_the_reserve_reaches_the_store(cache: LayerCache) -> None:
-    before = cache.store.keys.data_ptr()
+    before = cache.store.dense()[0].data_ptr()
     cache.append(*tokens(997))
-    assert cache.store.keys.data_ptr() == before
+    assert cache.store.dense()[0].data_ptr() == before
 
 
 def test_the_query_that_waits_is_a_copy(cache: LayerCache) -> None:
     queries = torch.zeros(2, HEADS, 3, 4)
     cache.await_selection(queries)
     queries.fill_(1)
-    assert float(cache.pending.abs().max()) == 0.0
+    assert float(cache.queries.abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("rows", [[], [-1], [0, 2]], ids=["none", "negative", "too large"])
@@ -89,7 +91,7 @@ def test_a_share_after_a_crop_before_any_decode_step_is_one_of_the_prompt() -> N
     cache.append(torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 9, 4))
     cache.crop(6)
     cache.append(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
-    decode_step(cache, torch.ones(1, 1, 4), Attention(scale=1.0))
+    decode_step(cache, torch.ones(1, 1, 4), AttendOptions(scale=1.0))
     assert cache.budget is not None and cache.budget.tolist() == [3]
 
 
@@ -98,9 +100,10 @@ def test_a_share_after_a_crop_before_any_decode_step_is_one_of_the_prompt() -> N
 def test_the_last_queries_wait_however_the_prompt_is_cut(window: int, chunks: list[int]) -> None:
     cache, queries = LayerCache(RefreshConfig(window=window)), torch.randn(2, 4, sum(chunks), 8)
     for chunk in queries.split(chunks, 2):
+        cache.append(torch.zeros(2, 2, chunk.shape[2], 8), torch.zeros(2, 2, chunk.shape[2], 8))
         cache.await_selection(chunk)
-    assert cache.pending is not None
-    assert torch.equal(cache.pending, queries[:, :, -window:])
+    assert cache.queries is not None
+    assert torch.equal(cache.queries, queries[:, :, -window:])
 
 
 ANCHORED = RefreshConfig(budget=8, anchor=0.5, stride=3, threshold=None)
@@ -137,10 +140,10 @@ def test_a_crop_forgets_the_anchors_behind_it(length: int) -> None:
 def test_a_reset_and_another_prompt_forget_the_anchors() -> None:
     cache, again = anchored(), anchored(seed=1)
     expected = again.anchors
-    cache.append(again.store.keys[:, :, :1], again.store.values[:, :, :1])
+    cache.append(*(x[:, :, :1] for x in again.store.dense()))
     cache.await_selection(torch.zeros(3, 4, 1, 16))  # attends to all alike: the newest are the best
-    cache.append(again.store.keys[:, :, :1], again.store.values[:, :, :1])
-    decode_step(cache, torch.zeros(3, 4, 16), Attention(1.0))
+    cache.append(*(x[:, :, :1] for x in again.store.dense()))
+    decode_step(cache, torch.zeros(3, 4, 16), AttendOptions(scale=1.0))
     assert cache.anchors is not None and cache.anchors.tolist() == [[[22, 21, 20, 19]] * 2] * 3
     assert not torch.equal(cache.anchors, expected)
     cache.reset()

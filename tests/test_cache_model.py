@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -90,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         return [[data.draw(some) for _ in range(HEADS)] for _ in self.rows]
 
     def select_and_refresh(self, scores: list[list[list[float]]], heads: Tensor | None) -> None:
-        selection = self.cache.backend.select(
+        selection = self.cache.store.backend.select(
             torch.tensor(scores),
             self.cache.budget,
             pool_kernel=POOL,
@@ -115,19 +114,19 @@ class CacheMachine(RuleBasedStateMachine):
         last = [row.tokens[-1] for row in self.rows]
         self.cache.await_selection(torch.tensor(last, dtype=torch.float32)[:, None, None, None])
         for row in self.rows:
-            row.pending, row.rings = row.tokens[-1], None
+            row.pending = row.tokens[-1]
 
     @precondition(lambda self: self.rows[0].pending is not None)
     @rule(data=st.data())
     def first_selection(self, data: st.DataObject) -> None:
         scores = self.scores(data)
         visible = torch.tensor([row.visible for row in self.rows])
-        self.cache.resolve_budget(visible, self.length)
+        self.cache.resolve_budget(visible, self.cache.store.lengths)
         for row in self.rows:
             row.budget = self.cache.config.resolve_budget(sum(row.visible))
             row.hidden = row.visible.count(False)
         self.select_and_refresh(scores, None)
-        self.cache.pending = None
+        self.cache.waiting = None
         self.cache.reference = torch.tensor(
             [[[float(row.tokens[-1])]] * HEADS for row in self.rows]
         )
@@ -140,8 +139,7 @@ class CacheMachine(RuleBasedStateMachine):
     def partial_steps(self, count: int) -> None:
         for _ in range(count):
             self.add(1, [[True]] * len(self.rows))
-            store = self.cache.store
-            self.cache.partial.push(store.keys[:, :, -1], store.values[:, :, -1], store.length - 1)
+            self.cache.ring.push(self.cache.store.lengths - 1)
             for row in self.rows:
                 for ring in row.rings:
                     ring.push(self.length - 1, row.budget)
@@ -153,15 +151,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.add(1, [[True]] * len(self.rows))
         mask = [[data.draw(st.booleans()) for _ in range(HEADS)] for _ in self.rows]
         heads = data.draw(st.sampled_from([None, torch.tensor(mask)]))
-        if self.cache.partial is None:
-            if heads is not None and not heads.all():
-                with pytest.raises(RuntimeError, match="every head"):
-                    self.select_and_refresh(self.scores(data), heads)
+        if self.rows[0].rings is None:
             heads = None
         scores = self.scores(data)
         self.select_and_refresh(scores, heads)
         for index, row in enumerate(self.rows):
-            row.rings = row.rings or [Ring([])] * HEADS
+            row.rings = row.rings or [Ring([]) for _ in range(HEADS)]
             row.rings = [
                 self.best(scores, index, head) if heads is None or mask[index][head] else ring
                 for head, ring in enumerate(row.rings)
@@ -174,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
         for row in self.rows:
             if length < len(row.tokens):
                 del row.tokens[length:], row.visible[length:]
-                row.rings = row.pending = row.reference = row.hidden = None
+                row.rings = row.pending = row.hidden = None
 
     @precondition(lambda self: self.length > 0)
     @rule(data=st.data())
@@ -192,37 +187,33 @@ class CacheMachine(RuleBasedStateMachine):
     def the_store_holds_every_token(self) -> None:
         assert self.cache.length == self.length
         if self.cache.store.is_allocated:
-            keys, values = tensors([row.tokens for row in self.rows])
-            assert torch.equal(self.cache.store.keys, keys.view(len(self.rows), HEADS, -1, 2))
-            assert torch.equal(self.cache.store.values, values.view(len(self.rows), HEADS, -1, 3))
+            expected = tensors([row.tokens for row in self.rows])
+            for there, wanted in zip(self.cache.store.dense(), expected, strict=True):
+                assert torch.equal(there, wanted.view(len(self.rows), HEADS, -1, wanted.shape[-1]))
 
     @invariant()
     def every_ring_holds_what_the_model_says(self) -> None:
-        partial = self.cache.partial
-        assert (partial is None) is (self.rows[0].rings is None)
-        if partial is None:
+        ring = self.cache.ring
+        if ring is None or self.rows[0].rings is None:
+            assert ring is None or not bool(ring.used.any())
+            assert self.rows[0].rings is None
             return
-        assert held(partial) == [
-            [sorted(ring.best + ring.newest) for ring in row.rings] for row in self.rows
+        assert held(ring) == [
+            [sorted(one.best + one.newest) for one in row.rings] for row in self.rows
         ]
-        taken = partial.positions != FREE
-        at = partial.positions.clamp(min=0)[..., None]
-        for copied, source in (
-            (partial.keys, self.cache.store.keys),
-            (partial.values, self.cache.store.values),
-        ):
+        taken = ring.positions != FREE
+        at = ring.positions.clamp(min=0).long()[..., None]
+        for copied, source in zip((ring.keys, ring.values), self.cache.store.dense(), strict=True):
             rows = source.gather(2, at.expand(-1, -1, -1, source.shape[-1]))
             assert torch.equal(copied[taken], rows[taken])
-        assert torch.equal(partial.used, taken.sum(-1))
-        counted = partial.entries()[2]
-        attended = taken[:, :, : partial.entries()[0].shape[2]]
-        assert torch.equal(attended.sum(-1), partial.used)
-        assert counted is not None or bool(attended.all())
+        assert torch.equal(ring.used, taken.sum(-1))
 
     @invariant()
     def the_state_beside_the_rings_follows_its_row(self) -> None:
+        waiting = None if self.cache.waiting is None else self.cache.queries
         for name in ("pending", "reference", "budget", "hidden"):
-            state, expected = getattr(self.cache, name), [getattr(row, name) for row in self.rows]
+            state = waiting if name == "pending" else getattr(self.cache, name)
+            expected = [getattr(row, name) for row in self.rows]
             if state is None:
                 assert expected == [None] * len(self.rows)
             else:

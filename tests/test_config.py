@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from refreshkv.config import PRESETS, SCHEDULE, RefreshConfig, make_config
+from refreshkv.config import (
+    PRESETS,
+    Exact,
+    RefreshConfig,
+    Schedule,
+    Selection,
+    make_config,
+    names_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,9 @@ def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
     ],
 )
 def test_the_edges_of_every_range_are_valid(setting: str, value: Any) -> None:
-    assert getattr(RefreshConfig(**{setting: value}), setting) == value
+    beside: dict[str, Any] = {"draft": {"mode": "exact"}, "drop": {"trigger": "lse-drop"}}
+    settings = {**beside.get(setting, {}), setting: value}
+    assert getattr(RefreshConfig(**settings), setting) == value
 
 
 @pytest.mark.parametrize(
@@ -109,8 +119,8 @@ def test_presets_are_read_only() -> None:
 
 def test_settings_replace_those_of_the_preset() -> None:
     assert make_config() == make_config("default")
-    changed = make_config("paper-qwen", stride=10, mode="full")
-    assert (changed.stride, changed.threshold, changed.mode) == (10, 0.95, "full")
+    changed = make_config("paper-qwen", stride=10, recent=3)
+    assert (changed.stride, changed.threshold, changed.recent) == (10, 0.95, 3)
     with pytest.raises(ValueError, match="budget"):
         make_config("paper-qwen", budget=0)
 
@@ -124,7 +134,6 @@ def test_settings_replace_those_of_the_preset() -> None:
         ("threshold", None),
         ("decide", "head"),
         ("trigger", "lse-drop"),
-        ("drop", 2.0),
         ("score_only", True),
         ("score_only", False),
     ],
@@ -132,13 +141,93 @@ def test_settings_replace_those_of_the_preset() -> None:
 def test_the_schedule_belongs_to_the_lossy_mode(setting: str, value: Any) -> None:
     """It asks for that mode where no preset is named, and has no place in the other."""
     assert make_config(**{setting: value}) == make_config("paper-llama", **{setting: value})
-    assert getattr(make_config("fast", **{setting: value}), setting) == value
     message = f"^{setting} has no effect in mode 'exact'; leave it out, or set mode='refresh'$"
     for lossless in ({"preset": "default"}, {"mode": "exact"}):
         with pytest.raises(ValueError, match=message):
             make_config(**lossless, **{setting: value})
     assert getattr(make_config("default", mode="refresh", **{setting: value}), setting) == value
-    assert getattr(make_config(mode="full", **{setting: value}), setting) == value
+
+
+NO_EFFECT = "{} has no effect {}; leave it out{}"
+LSE, QUERY, STRIDE = (
+    ("with trigger 'lse-drop'", ", or set trigger='query'"),
+    ("with trigger 'query'", ", or set trigger='lse-drop'"),
+    ("without a stride", ", or set one"),
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "why", "given"),
+    [
+        ("drop", QUERY, {"drop": 1.0}),
+        ("drop", QUERY, {"drop": 1.0, "stride": None}),
+        ("threshold", LSE, {"trigger": "lse-drop", "threshold": 0.5}),
+        ("threshold", LSE, {"trigger": "lse-drop", "threshold": None}),
+        ("decide", LSE, {"trigger": "lse-drop", "decide": "head", "stride": None}),
+        ("threshold", STRIDE, {"stride": None, "threshold": 0.5}),
+        ("decide", STRIDE, {"stride": None, "decide": "head"}),
+        ("decide", ("without a threshold", ", or set one"), {"threshold": None, "decide": "head"}),
+        *[
+            (name, ("in mode 'refresh'", ", or set mode='exact'"), {"mode": "refresh", name: value})
+            for name, value in {"draft": 3, "confidence": 0.5}.items()
+        ],
+        *[
+            (name, ("in mode 'full'", ""), {"mode": "full", name: value})
+            for name, value in {
+                **{"stride": 3, "threshold": None, "decide": "head", "trigger": "lse-drop"},
+                **{"drop": 2.0, "score_only": True, "draft": 3, "confidence": 0.5},
+                **{"pool_kernel": 1, "group_reduction": "mean", "recent": 1, "successor": 1},
+                **{"window": 8, "anchor": 0.5},
+            }.items()
+        ],
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(
+    setting: str, why: tuple[str, str], given: dict[str, Any]
+) -> None:
+    expected = NO_EFFECT.format(setting, *why)
+    for make in (RefreshConfig, make_config):
+        with pytest.raises(ValueError, match="no effect") as caught:
+            make(**given)
+        assert str(caught.value) == expected
+    if setting in names_of(Schedule) and "mode" not in given:  # the theme checks itself
+        with pytest.raises(ValueError, match="no effect"):
+            Schedule(**given)
+
+
+def test_what_is_given_counts_though_it_be_the_default() -> None:
+    """A constructor cannot tell; `make_config` can."""
+    assert RefreshConfig(mode="exact", stride=5) == RefreshConfig(mode="exact")
+    with pytest.raises(ValueError, match="stride has no effect in mode 'exact'"):
+        make_config(mode="exact", stride=5)
+    with pytest.raises(ValueError, match="threshold has no effect with trigger 'lse-drop'"):
+        make_config("fast", threshold=0.85)
+
+
+def test_a_preset_gives_way_to_what_replaces_it() -> None:
+    assert make_config("fast", trigger="query").drop == RefreshConfig().drop
+    assert make_config("default", mode="refresh") == RefreshConfig(
+        budget=0.0625, recent=16, successor=2, window=32, anchor=0.5
+    )
+    with pytest.raises(ValueError, match=r"^preset 'fast' has no effect in mode 'full'; leave it "):
+        make_config("fast", mode="full")
+
+
+def test_a_copy_that_would_not_be_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="stride has no effect in mode 'exact'"):
+        dataclasses.replace(RefreshConfig(stride=3), mode="exact")
+
+
+def test_the_themes_are_the_settings() -> None:
+    themes = [*names_of(Selection), *names_of(Schedule), *names_of(Exact)]
+    assert [*themes, "mode"] == names_of(RefreshConfig)
+    for theme in (Selection, Schedule, Exact):
+        assert isinstance(RefreshConfig(), theme)
+        assert {n: getattr(theme(), n) for n in names_of(theme)}.items() <= vars(
+            RefreshConfig()
+        ).items()
+    with pytest.raises(ValueError, match="drop is a number of nats"):
+        Schedule(trigger="lse-drop", drop=0)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +248,8 @@ def test_the_preset_that_is_meant_where_none_is_named(
 ) -> None:
     config = make_config(**given)
     assert (config.mode, config.budget) == (mode, budget)
-    assert config == make_config("paper-llama" if mode == "refresh" else "default", **given)
-
-
-def test_every_setting_of_the_schedule_is_one() -> None:
-    assert set(SCHEDULE) < {field.name for field in dataclasses.fields(RefreshConfig)}
+    if mode != "full":
+        assert config == make_config("paper-llama" if mode == "refresh" else "default", **given)
 
 
 def test_an_unknown_preset_names_its_nearest_neighbour() -> None:

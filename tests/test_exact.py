@@ -1,4 +1,4 @@
-"""The lossless mode of one layer: full passes are full attention whatever was drafted, and drafts leave no trace."""
+"""The exact mode of one layer: full passes are full attention whatever was drafted, and drafts leave no trace."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
 from refreshkv.exact import ExactLayer, ExactWindowLayer
 from refreshkv.kernels import reference
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.stats import RowStats, Stats
-from refreshkv.step import Attention, decode_step
+from refreshkv.step import decode_step
 
 from .helpers import Tokens, random_tokens
 
@@ -38,9 +39,9 @@ CONFIGS = {
     ),
 }
 ATTENTION = {
-    "plain": Attention(0.25),
-    "softcap": Attention(0.25, softcap=2.0),
-    "sinks": Attention(0.25, sinks=torch.tensor([0.5, 2.0, -1.0, 1.0])),
+    "plain": AttendOptions(scale=0.25),
+    "softcap": AttendOptions(scale=0.25, softcap=2.0),
+    "sinks": AttendOptions(scale=0.25, sinks=torch.tensor([0.5, 2.0, -1.0, 1.0])),
 }
 
 
@@ -56,18 +57,18 @@ class Run:
         self,
         tokens: Tokens,
         config: RefreshConfig = CONFIGS["plain"],
-        attention: Attention = ATTENTION["plain"],
+        options: AttendOptions = ATTENTION["plain"],
         window: int | None = None,
         stats: Stats | None = None,
     ) -> None:
-        self.tokens, self.attention = tokens, attention
+        self.tokens, self.options = tokens, options
         cache = LayerCache(config, stats=stats)
         cache.append(tokens.keys[:, :, :PROMPT], tokens.values[:, :, :PROMPT])
         if window is None:
             cache.await_selection(tokens.queries[:, :, :PROMPT])
-            self.layer = ExactLayer(cache, tokens.seen(PROMPT))
+            self.layer = ExactLayer(cache, options, tokens.seen(PROMPT))
         else:
-            self.layer = ExactWindowLayer(cache, tokens.seen(PROMPT), window)
+            self.layer = ExactWindowLayer(cache, options, tokens.seen(PROMPT), window)
 
     def at(self, what: Tensor, places: Tensor) -> Tensor:
         """`[B, H, T, D]`: of each row the `places` `[B, T]`."""
@@ -75,6 +76,8 @@ class Run:
         return what.gather(2, index)
 
     def draft(self) -> Tensor:
+        if not self.layer.drafted:
+            self.layer.select()
         places = (self.layer.ends + self.layer.drafted)[:, None]
         query, key, value = (
             self.at(what, places)[:, :, 0] + shift
@@ -84,7 +87,7 @@ class Run:
                 (self.tokens.values, 0.3),
             )
         )
-        return self.layer.draft(query, key, value, self.attention)
+        return self.layer.draft(query, key, value)
 
     def verify(self, counts: Tensor) -> Tensor:
         places = self.layer.ends[:, None] + torch.arange(int(counts.max()))
@@ -92,7 +95,7 @@ class Run:
             self.at(what, places)
             for what in (self.tokens.queries, self.tokens.keys, self.tokens.values)
         )
-        return self.layer.verify(*new, counts, self.attention)
+        return self.layer.verify(*new, counts)
 
     def cycle(self, drafted: Sequence[int], kept: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         outputs = [self.draft() for _ in range(max(drafted))]
@@ -108,18 +111,20 @@ class Run:
         seen = slice(first, place + 1)
         return reference.attend(
             self.tokens.queries[row : row + 1, :, place],
-            self.tokens.keys[row : row + 1, :, seen],
-            self.tokens.values[row : row + 1, :, seen],
-            **self.attention.options(None),
+            Entries(
+                self.tokens.keys[row : row + 1, :, seen],
+                self.tokens.values[row : row + 1, :, seen],
+            ),
+            self.options,
         ).output[0]
 
 
 def the_text_is_there(run: Run) -> bool:
     """Every row's store holds its text, bit by bit, up to its end."""
-    store, ends = run.layer.cache.store, run.layer.ends.tolist()
+    (keys, values), ends = run.layer.cache.store.dense(), run.layer.ends.tolist()
     return all(
-        torch.equal(store.keys[row, :, :end], run.tokens.keys[row, :, :end])
-        and torch.equal(store.values[row, :, :end], run.tokens.values[row, :, :end])
+        torch.equal(keys[row, :, :end], run.tokens.keys[row, :, :end])
+        and torch.equal(values[row, :, :end], run.tokens.values[row, :, :end])
         for row, end in enumerate(ends)
     )
 
@@ -140,21 +145,9 @@ def test_a_full_pass_is_full_attention(attention: str, config: str, window: int 
         assert the_text_is_there(run)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_drafts_do_not_touch_the_store(config: str) -> None:
-    run = Run(texts(), CONFIGS[config])
-    for drafted, kept in CYCLES:
-        store = run.layer.cache.store
-        before = store.keys.clone(), store.values.clone()
-        for _ in range(max(drafted)):
-            run.draft()
-        assert torch.equal(store.keys, before[0]) and torch.equal(store.values, before[1])
-        run.verify(torch.tensor(drafted) + 1)
-        run.layer.commit(torch.tensor(kept))
-
-
-def test_drafts_over_a_window_touch_nothing_before_the_end() -> None:
-    run = Run(texts(), window=WINDOW)
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
+def test_drafts_touch_nothing_before_the_end(window: int | None) -> None:
+    run = Run(texts(), window=window)
     for drafted, kept in CYCLES:
         for _ in range(max(drafted)):
             run.draft()
@@ -174,10 +167,10 @@ def test_what_is_left_after_the_ends_is_never_looked_at(config: str, window: int
         for row, count in enumerate(drafted):
             of_row = [verified[row, :, : count + 1] for _, verified in results]
             torch.testing.assert_close(*of_row, atol=0, rtol=0)
-        store = dirty.layer.cache.store
+        keys, values = dirty.layer.cache.store.dense()
         for row, end in enumerate(dirty.layer.ends.tolist()):
-            store.keys[row, :, end:] = 50.0
-            store.values[row, :, end:] = 1e9
+            keys[row, :, end:] = 50.0
+            values[row, :, end:] = 1e9
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -186,9 +179,9 @@ def test_a_selection_holds_tokens_before_the_end_of_its_row(config: str) -> None
     for drafted, kept in CYCLES:
         if max(drafted):
             run.draft()
-            partial, ends = run.layer.cache.partial, run.layer.ends
+            ring, ends = run.layer.cache.ring, run.layer.ends
             for row, end in enumerate(ends.tolist()):
-                for head in partial.positions[row].tolist():
+                for head in ring.positions[row].tolist():
                     found = sorted(p for p in head if p >= 0)
                     assert found[-1] == end  # the token just drafted
                     assert found[0] >= PADS[row] and len(set(found)) == len(found)
@@ -202,10 +195,10 @@ def test_a_row_that_sits_out_is_left_as_it_was() -> None:
     run = Run(texts(), stats=stats)
     run.cycle([2, 2, 2], [2, 3, 1])
     row, end = stats.row(1).as_dict(), int(run.layer.ends[1])
-    before = run.layer.cache.store.keys[1, :, :end].clone()
+    before = run.layer.cache.store.dense()[0][1, :, :end].clone()
     run.cycle([2, -1, 3], [1, 0, 4])
     assert int(run.layer.ends[1]) == end
-    assert torch.equal(run.layer.cache.store.keys[1, :, :end], before)
+    assert torch.equal(run.layer.cache.store.dense()[0][1, :, :end], before)
     assert stats.row(1).as_dict() == row
 
 
@@ -239,18 +232,15 @@ def test_drafts_attend_to_the_partial_cache_and_to_themselves() -> None:
     run.cycle([1, 1, 1], [2, 1, 1])
     for drafted in range(1, 4):
         output = run.draft()
-        partial = run.layer.cache.partial
-        assert (partial.positions >= 0).sum(-1).eq(4).all()
+        ring = run.layer.cache.ring
+        assert (ring.positions >= 0).sum(-1).eq(4).all()
         own = run.layer.ends[:, None, None] + torch.arange(drafted)
-        assert (partial.positions[..., None] == own[:, :, None]).any(2).all()
-        keys, values, used = partial.entries()
+        assert (ring.positions[..., None] == own[:, :, None]).any(2).all()
         places = (run.layer.ends + drafted - 1)[:, None]
         expected = reference.attend(
             run.at(run.tokens.queries, places)[:, :, 0],
-            keys,
-            values,
-            **run.attention.options(),
-            lengths=used,
+            Entries(ring.keys, ring.values),
+            run.options.over(lengths=ring.used),
         ).output
         torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 
@@ -268,7 +258,7 @@ def test_with_everything_in_the_partial_cache_a_draft_is_full_attention() -> Non
                 keys[:, :, -1] += 0.3
                 values[:, :, -1] += 0.3
                 query = run.tokens.queries[row : row + 1, :, place]
-                full = reference.attend(query, keys, values, **run.attention.options(None))
+                full = reference.attend(query, Entries(keys, values), run.options)
                 torch.testing.assert_close(output[row], full.output[0], atol=2e-6, rtol=1e-5)
 
 
@@ -279,9 +269,9 @@ def test_the_budget_is_that_of_the_prompt_without_a_draft_too() -> None:
     expected = [-(-(PROMPT - pad) // 2) for pad in PADS]
     assert with_draft.layer.cache.budget.tolist() == expected
     assert without.layer.cache.budget.tolist() == expected
-    assert without.layer.cache.partial is None
+    assert without.layer.cache.ring is None
     without.cycle([2, 2, 2], [1, 1, 1])
-    assert without.layer.cache.partial.used[:, 0].tolist() == expected
+    assert without.layer.cache.ring.used[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
@@ -292,15 +282,15 @@ def test_rows_are_taken_back_and_the_layer_is_closed(window: int | None) -> None
     assert run.layer.ends.tolist() == [PROMPT + 2, PROMPT + 1, PROMPT + 1]
     run.layer.close(PROMPT + 1)
     cache = run.layer.cache
-    assert cache.length == PROMPT + 1 and cache.partial is cache.pending is None
-    assert torch.equal(cache.store.keys, run.tokens.keys[:, :, : PROMPT + 1])
+    assert cache.length == PROMPT + 1 and cache.waiting is None
+    assert torch.equal(cache.store.dense()[0], run.tokens.keys[:, :, : PROMPT + 1])
     if window is None:  # and a step of a loop of one's own is full attention
         now = slice(PROMPT + 1, PROMPT + 2)
         cache.append(run.tokens.keys[:, :, now], run.tokens.values[:, :, now])
         output = decode_step(
             cache,
             run.tokens.queries[:, :, PROMPT + 1],
-            run.attention,
+            run.options,
             run.tokens.seen(PROMPT + 2),
         )
         for row in range(3):
@@ -311,12 +301,13 @@ def test_rows_are_taken_back_and_the_layer_is_closed(window: int | None) -> None
 def test_a_loop_of_ones_own_is_full_attention() -> None:
     tokens, config = texts(), CONFIGS["plain"]
     run = Run(tokens, config)
+    run.layer.close(PROMPT)
     cache = run.layer.cache
     for place in range(PROMPT, PROMPT + 4):
         now = slice(place, place + 1)
         cache.append(tokens.keys[:, :, now], tokens.values[:, :, now])
         query, seen = tokens.queries[:, :, place], tokens.seen(place + 1)
-        output = decode_step(cache, query, run.attention, seen)
+        output = decode_step(cache, query, run.options, seen)
         for row in range(3):
             torch.testing.assert_close(output[row], run.full(row, place), atol=2e-6, rtol=1e-5)
     assert cache.stats.full_share == cache.stats.kv_read_share == 1.0

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.config import RefreshConfig
+from refreshkv.config import RefreshConfig, Schedule
 from refreshkv.kernels import reference
-from refreshkv.policy.triggers import FixedStride, LseDrop, QueryComparison, Trigger, trigger_for
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions, Entries
+from refreshkv.policy.triggers import FixedStride, LseDrop, Never, QueryDrift, Trigger, trigger_for
 from tests.helpers import Decoder, Step, Tokens, random_tokens
 
 KV_HEADS, GROUP, DIM = 2, 2, 4
@@ -41,30 +41,30 @@ QUERY = torch.tensor([[[1.0, 2.0, 0.0, 1.0]] * HEADS])
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("schedule", "expected"),
     [
-        (RefreshConfig(stride=None), Trigger()),
-        (RefreshConfig(stride=3, threshold=None), FixedStride(3)),
-        (RefreshConfig(stride=3, threshold=0.9), QueryComparison(3, 0.9, "layer")),
-        (RefreshConfig(stride=3, threshold=0.9, decide="head"), QueryComparison(3, 0.9, "head")),
+        (Schedule(stride=None), Never()),
+        (Schedule(stride=3, threshold=None), FixedStride(3)),
+        (Schedule(stride=3, threshold=0.9), QueryDrift(3, 0.9, "layer")),
+        (RefreshConfig(stride=3, threshold=0.9, decide="head"), QueryDrift(3, 0.9, "head")),
         (RefreshConfig(trigger="lse-drop", drop=6, stride=None), LseDrop(6)),
-        (RefreshConfig(trigger="lse-drop", stride=9, threshold=None), LseDrop(4.0, 9)),
+        (RefreshConfig(trigger="lse-drop", stride=9), LseDrop(4.0, 9)),
     ],
 )
-def test_the_configuration_names_its_trigger(config: RefreshConfig, expected: Trigger) -> None:
-    trigger = trigger_for(config)
+def test_the_schedule_names_its_trigger(schedule: Schedule, expected: Trigger) -> None:
+    trigger = trigger_for(schedule)
     assert type(trigger) is type(expected)
     assert vars(trigger) == vars(expected)
 
 
-def test_the_base_never_fires() -> None:
-    assert fires(Trigger(), -QUERY, QUERY, steps(1, 1000)) == [[False, False]]
-    assert Trigger().after(steps(), LSE, torch.empty(1, KV_HEADS, 0)) is None
+def test_never_never_fires() -> None:
+    assert fires(Never(), -QUERY, QUERY, steps(1, 1000)) == [[False, False]]
+    assert Never().after(steps(), LSE, torch.empty(1, KV_HEADS, 0)) is None
 
 
 @pytest.mark.parametrize(
     "trigger",
-    [Trigger(), FixedStride(3), QueryComparison(3, 0.9, "head"), LseDrop(4.0), LseDrop(4.0, 3)],
+    [Never(), FixedStride(3), QueryDrift(3, 0.9, "head"), LseDrop(4.0), LseDrop(4.0, 3)],
 )
 def test_what_is_not_due_is_not_full(trigger: Trigger) -> None:
     """The query is not looked at where nothing is due."""
@@ -83,7 +83,7 @@ def test_a_fixed_stride_counts_per_head() -> None:
 
 @pytest.mark.parametrize("decide", ["layer", "head"])
 def test_threshold_one_fires_whenever_due(decide: str) -> None:
-    trigger = QueryComparison(5, 1.0, decide)  # type: ignore[arg-type]
+    trigger = QueryDrift(5, 1.0, decide)  # type: ignore[arg-type]
     # Rounding makes the cosine of some vectors with themselves exceed 1.
     for seed in range(50):
         query = torch.randn(1, HEADS, 64, generator=torch.Generator().manual_seed(seed))
@@ -94,7 +94,7 @@ def test_threshold_one_fires_whenever_due(decide: str) -> None:
 def test_threshold_minus_one_practically_never_fires() -> None:
     for seed in range(50):
         now, then = torch.randn(2, 1, HEADS, 8, generator=torch.Generator().manual_seed(seed))
-        assert fires(QueryComparison(1, -1.0), now, then, steps(1)) == [[False, False]]
+        assert fires(QueryDrift(1, -1.0), now, then, steps(1)) == [[False, False]]
 
 
 @pytest.mark.parametrize(
@@ -103,23 +103,23 @@ def test_threshold_minus_one_practically_never_fires() -> None:
 def test_the_threshold_is_the_cosine(threshold: float, fired: bool) -> None:
     then = torch.tensor([1.0, 0.0]).expand(1, HEADS, 2)
     now = torch.tensor([0.6, 0.8]).expand(1, HEADS, 2)  # cosine 0.6
-    assert fires(QueryComparison(1, threshold), now, then, steps(1)) == [[fired, fired]]
+    assert fires(QueryDrift(1, threshold), now, then, steps(1)) == [[fired, fired]]
 
 
 def test_a_layer_decides_for_all_its_heads_and_heads_for_themselves() -> None:
     # The second KV head looks the other way, so that the mean over the layer vanishes: cosine 0.
     now = turned(QUERY, 2, 3)
-    assert fires(QueryComparison(5, 0.5, "layer"), now, QUERY, steps()) == [[True, True]]
-    assert fires(QueryComparison(5, 0.5, "head"), now, QUERY, steps()) == [[False, True]]
+    assert fires(QueryDrift(5, 0.5, "layer"), now, QUERY, steps()) == [[True, True]]
+    assert fires(QueryDrift(5, 0.5, "head"), now, QUERY, steps()) == [[False, True]]
     # One query head of four turns: the layer's mean keeps its direction, the second group's vanishes.
     now = turned(QUERY, 3)
-    assert fires(QueryComparison(5, 0.5, "layer"), now, QUERY, steps()) == [[False, False]]
-    assert fires(QueryComparison(5, 0.5, "head"), now, QUERY, steps()) == [[False, True]]
+    assert fires(QueryDrift(5, 0.5, "layer"), now, QUERY, steps()) == [[False, False]]
+    assert fires(QueryDrift(5, 0.5, "head"), now, QUERY, steps()) == [[False, True]]
 
 
 @pytest.mark.parametrize("decide", ["layer", "head"])
 def test_each_row_and_each_due_head_decides_alone(decide: str) -> None:
-    trigger = QueryComparison(5, 0.5, decide)  # type: ignore[arg-type]
+    trigger = QueryDrift(5, 0.5, decide)  # type: ignore[arg-type]
     now, then = torch.cat([QUERY, -QUERY]), QUERY.expand(2, -1, -1)
     assert fires(trigger, now, then, steps(rows=2)) == [[False, False], [True, True]]
     assert fires(trigger, now, then, steps(10, 9, rows=2)) == [[False, False], [True, False]]
@@ -195,7 +195,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
     tokens.keys[:, :, prompt] = 0  # and the new token speaks of neither
     config = RefreshConfig(budget=budget, pool_kernel=1)
     trigger = Watched(2.0)
-    decoder = Decoder(tokens, config, prompt, trigger=trigger, attention=Attention(1.0))
+    decoder = Decoder(tokens, config, prompt, trigger=trigger, options=AttendOptions(scale=1.0))
     step = decoder.step()
 
     assert trigger.fired[0].tolist() == [[False, True]]
@@ -203,7 +203,7 @@ def test_only_the_heads_that_fire_after_the_partial_step_refresh() -> None:
     assert len([p for p in first if p < half]) == budget - 1
     assert prompt in first  # the new token entered this ring
     assert all(p >= half for p in second)  # and this one was rebuilt
-    assert torch.equal(decoder.cache.partial.pushed, torch.tensor([[1, 0]]))
+    assert torch.equal(decoder.cache.ring.pushed, torch.tensor([[1, 0]]))
     torch.testing.assert_close(step.output[:, 2:], step.full[:, 2:])
     assert float((step.output[:, :2] - step.full[:, :2]).abs().max()) > 0.01
 
@@ -222,9 +222,11 @@ def test_a_fired_head_gives_full_attention_and_the_others_partial() -> None:
                 ring = step.held[row][head]
                 expected = reference.attend(
                     tokens.queries[row : row + 1, queries, now],
-                    tokens.keys[row : row + 1, head : head + 1, ring],
-                    tokens.values[row : row + 1, head : head + 1, ring],
-                    scale=decoder.attention.scale,
+                    Entries(
+                        tokens.keys[row : row + 1, head : head + 1, ring],
+                        tokens.values[row : row + 1, head : head + 1, ring],
+                    ),
+                    decoder.options,
                 ).output[0]
             torch.testing.assert_close(step.output[row, queries], expected)
     share = torch.stack(trigger.fired).float().mean()
@@ -240,9 +242,9 @@ def test_only_a_head_that_fires_remembers_anew() -> None:
         before = cache.reference.clone()
         decoder.step()
         fired = trigger.fired[-1]
-        options = decoder.attention.options(tokens.visible[:, None, : now + 1])
-        keys, values = tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1]
-        full = reference.attend(tokens.queries[:, :, now], keys, values, **options).lse
+        options = decoder.options.over(tokens.visible[:, None, : now + 1])
+        entries = Entries(tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1])
+        full = reference.attend(tokens.queries[:, :, now], entries, options).lse
         torch.testing.assert_close(cache.reference[fired], full.view_as(before)[fired])
         assert torch.equal(cache.reference[~fired], before[~fired])
         mixed += bool(fired.any()) and not bool(fired.all())
@@ -277,9 +279,9 @@ def test_a_stride_counts_from_the_refresh_that_a_drop_asked_for() -> None:
     tokens.queries[:, :, 22:] = torch.eye(8)[1] * 3  # the third step looks for the other topic
     tokens.keys[:, :, 20:] = 0
     config = RefreshConfig(budget=6, pool_kernel=1, trigger="lse-drop", drop=2.0, stride=4)
-    decoder = Decoder(tokens, config, 20, attention=Attention(1.0))
+    decoder = Decoder(tokens, config, 20, options=AttendOptions(scale=1.0))
     since = []
     for _ in range(9):
         decoder.step()
-        since.append(int(decoder.cache.partial.steps[0, 0]))
+        since.append(int(decoder.cache.ring.steps[0, 0]))
     assert since == [1, 2, 0, 1, 2, 3, 0, 1, 2]

@@ -11,10 +11,11 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.cache.static import StaticLayerCache
+from refreshkv.cache.static import StaticStore
 from refreshkv.config import RefreshConfig, make_config
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.stats import RowStats
-from refreshkv.step import Attention, decode_step
+from refreshkv.step import begin_decoding, decode_step
 from tests.helpers import Decoder, Tokens, random_tokens
 from tests.test_step import ATTENTIONS, CONFIGS, OPTIONS
 
@@ -28,30 +29,38 @@ EVERY = {
 
 
 class StaticDecoder(Decoder):
-    """As `Decoder`, with a `StaticLayerCache`."""
+    """As `Decoder`, with a cache of the fixed form."""
 
     def __init__(
-        self, tokens: Tokens, config: RefreshConfig, prompt: int, attention: Attention | None = None
+        self,
+        tokens: Tokens,
+        config: RefreshConfig,
+        prompt: int,
+        options: AttendOptions | None = None,
     ) -> None:
-        super().__init__(tokens, config, prompt, attention=attention)
+        super().__init__(tokens, config, prompt, options=options)
         grown, (rows, heads, length, dim) = self.cache, tokens.keys.shape
         keys, values = (torch.zeros(rows, heads, length + SPARE, dim) for _ in range(2))
-        self.cache = StaticLayerCache(config, keys, values, torch.tensor(0))
-        self.cache.append(grown.store.keys, grown.store.values)
+        store = StaticStore(keys, values, torch.tensor(0))
+        self.cache = LayerCache(config, store=store, fixed=True)
+        self.cache.append(*grown.store.dense())
         self.cache.await_selection(tokens.queries[:, :, :prompt])
-        self.cache.begin_decoding(self.attention, tokens.seen(prompt), prompt)
+        begin_decoding(self.cache, self.options, self.mask(prompt))
         self.run_step: Callable[..., Tensor] = decode_step
 
     def next(self) -> Tensor:
         """One step, with the mask of a host whose cache does not grow."""
-        now, tokens = int(self.cache.length), self.tokens
+        now, tokens = int(self.cache.store.lengths[0]), self.tokens
         self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
-        visible = torch.arange(self.cache.store.keys.shape[2]) <= now
-        if tokens.visible is not None:
-            visible = visible & torch.nn.functional.pad(tokens.visible, (0, SPARE), value=True)
-        else:
-            visible = visible.expand(self.cache.rows, -1)
-        return self.run_step(self.cache, tokens.queries[:, :, now], self.attention, visible)
+        query = tokens.queries[:, :, now]
+        return self.run_step(self.cache, query, self.options, self.mask(now + 1))
+
+    def mask(self, length: int) -> Tensor:
+        """That of such a host, over all positions."""
+        visible = torch.arange(self.cache.length) < length
+        if self.tokens.visible is None:
+            return visible.expand(self.cache.rows, -1)
+        return visible & torch.nn.functional.pad(self.tokens.visible, (0, SPARE), value=True)
 
 
 def texts(pads: tuple[int, ...] = (0, 9, 4)) -> Tokens:
@@ -70,8 +79,8 @@ def test_it_decodes_as_the_growing_cache_does(name: str) -> None:
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_with_softcap_and_sinks(name: str) -> None:
     config, attention = EVERY["every option"], ATTENTIONS[name]
-    grown = Decoder(texts(), config, PROMPT, attention=attention)
-    static = StaticDecoder(texts(), config, PROMPT, attention=attention)
+    grown = Decoder(texts(), config, PROMPT, options=attention)
+    static = StaticDecoder(texts(), config, PROMPT, options=attention)
     for _ in range(STEPS):
         torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
 
@@ -92,28 +101,28 @@ def test_compiled_it_is_one_graph_that_is_never_made_again(name: str) -> None:
 @pytest.mark.parametrize("name", ["every option", "drift of the layer"])
 def test_its_tensors_stay_where_they_are(name: str) -> None:
     static = StaticDecoder(texts(), EVERY[name], PROMPT)
-    before = {id(part): part.data_ptr() for part in static.cache.state()}
+    before = {id(part): part.data_ptr() for part in static.cache.tensors()}
     static.next()
     for _ in range(STEPS - 1):
         static.next()
-    assert {id(part): part.data_ptr() for part in static.cache.state()} == before
+    assert {id(part): part.data_ptr() for part in static.cache.tensors()} == before
 
 
 def test_a_second_prompt_starts_over() -> None:
     static = StaticDecoder(texts(), EVERY["every option"], PROMPT)
     for _ in range(STEPS):
         static.next()
-    before = [part.data_ptr() for part in static.cache.state()]
+    before = [part.data_ptr() for part in static.cache.tensors()]
     static.cache.reset()
     other = random_tokens(length=PROMPT + STEPS, rows=3, group=2, seed=5)
     grown = Decoder(other, EVERY["every option"], PROMPT)
     static.tokens = other
     static.cache.append(other.keys[:, :, :PROMPT], other.values[:, :, :PROMPT])
     static.cache.await_selection(other.queries[:, :, :PROMPT])
-    static.cache.begin_decoding(static.attention, None, PROMPT)
+    begin_decoding(static.cache, static.options, static.mask(PROMPT))
     for _ in range(STEPS):
         torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
-    assert [part.data_ptr() for part in static.cache.state()] == before
+    assert [part.data_ptr() for part in static.cache.tensors()] == before
 
 
 def test_rows_can_change_places() -> None:
@@ -134,14 +143,15 @@ def test_what_it_cannot_do_it_says() -> None:
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         static.cache.crop(3)
     keys = torch.zeros(1, 1, 4, 8)
+    store = StaticStore(keys, keys.clone(), torch.tensor(0))
     with pytest.raises(NotImplementedError, match="RowStats"):
-        StaticLayerCache(RefreshConfig(), keys, keys.clone(), torch.tensor(0), stats=RowStats())
+        LayerCache(RefreshConfig(), store=store, fixed=True, stats=RowStats())
 
 
 def test_a_budget_in_tokens_is_its_number_of_slots() -> None:
     static = StaticDecoder(texts(), replace(EVERY["fast"], budget=5), PROMPT)
-    assert static.cache.partial is not None
-    assert static.cache.partial.keys.shape[2] == 5
+    assert static.cache.ring is not None
+    assert static.cache.ring.positions.shape[2] == 5
 
 
 def assert_same_counts(static: LayerCache, grown: LayerCache) -> None:

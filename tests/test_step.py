@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.kernels import CPU, REFERENCE, Backend
+from refreshkv.kernels.backend import CPU, REFERENCE, Backend
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.policy.selection import FREE
-from refreshkv.step import Attention
 from tests.helpers import PROPERTY, Decoder, Scripted, Step, Tokens, random_tokens
 from tests.slow import first_visible, slow_head, slow_logits, slow_select, slow_weights
 
@@ -34,6 +34,7 @@ DROP = replace(NEVER, trigger="lse-drop", drop=1.0)
 EVERY_OPTION = replace(
     DROP, budget=0.4, stride=6, recent=2, successor=2, window=8, anchor=0.34, group_reduction="mean"
 )
+BY_STRIDE: dict[str, Any] = {"trigger": "query", "drop": RefreshConfig().drop, "threshold": None}
 # Ours, past the paper.
 OPTIONS = {
     "recent": replace(FIXED, budget=14, recent=3),
@@ -50,7 +51,7 @@ OPTIONS = {
     "drop": DROP,
     "drop, capped": replace(DROP, drop=1.5, stride=4),
     "every option": EVERY_OPTION,
-    "every option, fixed stride": replace(EVERY_OPTION, trigger="query", threshold=None, stride=4),
+    "every option, fixed stride": replace(EVERY_OPTION, **BY_STRIDE, stride=4),
 }
 ALL = CONFIGS | OPTIONS
 SHAPES: dict[str, dict[str, Any]] = {
@@ -60,9 +61,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])  # strong enough to decide between the heads of a group
 ATTENTIONS = {
-    "softcap": Attention(0.5, softcap=1.5),
-    "sinks": Attention(0.5, sinks=SINKS),
-    "both": Attention(0.5, softcap=1.5, sinks=SINKS),
+    "softcap": AttendOptions(scale=0.5, softcap=1.5),
+    "sinks": AttendOptions(scale=0.5, sinks=SINKS),
+    "both": AttendOptions(scale=0.5, softcap=1.5, sinks=SINKS),
 }
 
 
@@ -74,7 +75,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: backend)
+    monkeypatch.setattr("refreshkv.cache.store.backend_for", lambda device: backend)
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
@@ -82,7 +83,12 @@ def equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def slow_ours(
-    tokens: Tokens, row: int, head: int, config: RefreshConfig, prompt: int, attention: Attention
+    tokens: Tokens,
+    row: int,
+    head: int,
+    config: RefreshConfig,
+    prompt: int,
+    attention: AttendOptions,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As `slow_head`, for what the paper does not have; full steps by stride alone or by a drop."""
     pad = first_visible(tokens, row)
@@ -155,7 +161,7 @@ def check_against_slow(
     rows, heads = tokens.keys.shape[:2]
     taken = decoder.run(steps)
     for row, head in [(row, head) for row in range(rows) for head in range(heads)]:
-        slow = definition(tokens, row, head, config, prompt, decoder.attention)
+        slow = definition(tokens, row, head, config, prompt, decoder.options)
         members = slice(head * tokens.group, (head + 1) * tokens.group)
         for step, (positions, output) in zip(taken, slow, strict=False):
             assert step.held[row][head] == positions
@@ -189,10 +195,10 @@ def test_softcap_and_sinks_count_in_attention_and_selection(
     tokens = random_tokens(rows=2, pads=(0, 3), length=33)
     attention = ATTENTIONS[name]
     definition = DEFINITIONS[config == EVERY_OPTION]
-    decoder = Decoder(tokens, config, 20, attention=attention)
+    decoder = Decoder(tokens, config, 20, options=attention)
     check_against_slow(decoder, config, 20, 9, definition)
-    plain = Decoder(tokens, config, 20, attention=Attention(0.5)).step()
-    capped = Decoder(tokens, config, 20, attention=attention).step()
+    plain = Decoder(tokens, config, 20, options=AttendOptions(scale=0.5)).step()
+    capped = Decoder(tokens, config, 20, options=attention).step()
     assert plain.held != capped.held  # or the comparison above could not fail
     assert float((plain.output - capped.output).abs().max()) > 0.01
 
@@ -204,18 +210,26 @@ def test_a_window_of_32_votes_on_the_first_selection() -> None:
     check_against_slow(Decoder(tokens, config, 50), config, 50, 8, slow_ours)
 
 
+triggers = st.one_of(
+    st.just({"stride": None}),
+    st.fixed_dictionaries({"stride": st.integers(1, 6), "threshold": st.none()}),
+    st.fixed_dictionaries(
+        {
+            "trigger": st.just("lse-drop"),
+            "drop": st.sampled_from([0.25, 1.0, 2.0]),
+            "stride": st.none() | st.integers(1, 6),
+        }
+    ),
+)
 ours = st.builds(
-    RefreshConfig,
+    lambda by, **settings: RefreshConfig(**settings, **by),
+    by=triggers,
     budget=st.integers(1, 14),
-    stride=st.none() | st.integers(1, 6),
-    threshold=st.none(),
     pool_kernel=st.sampled_from([1, 3, 7]),
     recent=st.integers(0, 8),
     successor=st.integers(0, 4),
     window=st.integers(1, 20),
     anchor=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-    trigger=st.sampled_from(["query", "lse-drop"]),
-    drop=st.sampled_from([0.25, 1.0, 2.0]),
 )
 
 
@@ -230,10 +244,10 @@ def test_what_every_ring_holds_under_any_options(
     cache = decoder.cache
     for now in range(prompt, 30):
         decoder.step()
-        assert cache.partial is not None
-        counts = torch.stack([cache.partial.used, cache.partial.steps], -1).tolist()
+        assert cache.ring is not None
+        counts = torch.stack([cache.ring.used, cache.ring.steps], -1).tolist()
         for row, head in [(row, head) for row in range(2) for head in range(2)]:
-            positions, (used, since) = cache.partial.positions[row, head], counts[row][head]
+            positions, (used, since) = cache.ring.positions[row, head], counts[row][head]
             slots = (positions != FREE).nonzero()[:, 0]
             entries = positions[slots]
             # No token twice, no padding, as many as fit; the newest always; copies of the store.
@@ -241,10 +255,10 @@ def test_what_every_ring_holds_under_any_options(
             assert used == min(config.budget, now + 1 - pads[row])
             assert pads[row] <= int(entries.min()) and int(entries.max()) <= now
             assert torch.equal(
-                cache.partial.keys[row, head, slots], cache.store.keys[row, head, entries]
+                cache.ring.keys[row, head, slots], cache.store.dense()[0][row, head, entries]
             )
             assert torch.equal(
-                cache.partial.values[row, head, slots], cache.store.values[row, head, entries]
+                cache.ring.values[row, head, slots], cache.store.dense()[1][row, head, entries]
             )
             if since == 0:  # just refreshed: by rule the newest, then the anchors
                 recent = min(config.recent, config.budget // 4)
@@ -271,7 +285,7 @@ def test_successors_replace_the_lowest_scored() -> None:
     tokens.queries[:, 0, 12, 11] = 8.0  # ... which the new token follows
     tokens.queries[:, 1, 12, 3] = 9.0
     config = RefreshConfig(budget=5, stride=None, pool_kernel=1, successor=1)
-    steps = Decoder(tokens, config, 10, attention=Attention(1.0)).run(3)
+    steps = Decoder(tokens, config, 10, options=AttendOptions(scale=1.0)).run(3)
     assert [step.held[0] for step in steps] == [
         [[0, 1, 2, 3, 10], [0, 1, 2, 3, 10]],  # 10 over 4
         [[0, 1, 2, 10, 11], [0, 1, 3, 10, 11]],  # 11 over 3, which comes back, over 2
@@ -340,8 +354,8 @@ def test_a_budget_for_every_token_is_full_attention(name: str, shape: str) -> No
         replace(FIXED, stride=1, threshold=1.0),
         replace(FIXED, stride=1, threshold=1.0, decide="head"),
         replace(EVERY_OPTION, stride=1),
-        replace(EVERY_OPTION, trigger="query", stride=1, threshold=1.0),
-        RefreshConfig(mode="full", stride=None),
+        replace(EVERY_OPTION, **BY_STRIDE | {"stride": 1, "threshold": 1.0}),
+        RefreshConfig(mode="full"),
     ],
     ids=[
         "stride 1",
@@ -357,8 +371,8 @@ def test_always_full_is_full_attention(config: RefreshConfig, shape: str) -> Non
     decoder = Decoder(tokens, config, 20)
     outputs_equal_full(decoder.run(13))
     assert decoder.cache.stats.full_share == decoder.cache.stats.kv_read_share == 1.0
-    assert (decoder.cache.partial is None) is (config.mode == "full")
-    assert decoder.cache.pending is None
+    assert (decoder.cache.ring is None) is (config.mode == "full")
+    assert decoder.cache.waiting is None
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -430,9 +444,9 @@ def test_rows_taken_in_mid_text_go_on_as_before(name: str, steps_before: int) ->
 def test_a_crop_that_removes_nothing_changes_nothing() -> None:
     decoder = Decoder(random_tokens(), NEVER, 20)
     decoder.step()
-    partial = decoder.cache.partial
+    ring = decoder.cache.ring
     decoder.cache.crop(21)
-    assert decoder.cache.partial is partial
+    assert decoder.cache.ring is ring
 
 
 HEAD_0, HEAD_1, NOBODY = (torch.tensor([mask]) for mask in ([1, 0], [0, 1], [0, 0]))

@@ -32,12 +32,12 @@ def assert_holds(store: DenseStore, count: int, rows: list[int] | None = None) -
     keys, values = tokens(count)
     rows = list(range(ROWS)) if rows is None else rows
     assert store.length == count
-    assert torch.equal(store.keys, keys[rows])
-    assert torch.equal(store.values, values[rows])
+    assert torch.equal(store.dense()[0], keys[rows])
+    assert torch.equal(store.dense()[1], values[rows])
 
 
 def addresses(store: DenseStore) -> tuple[int, int]:
-    return store.keys.data_ptr(), store.values.data_ptr()
+    return store.dense()[0].data_ptr(), store.dense()[1].data_ptr()
 
 
 def count_reallocations(store: DenseStore, appends: int, size: int = 1) -> int:
@@ -80,7 +80,7 @@ def test_a_reserve_is_allocated_at_once() -> None:
 
 def test_a_reserve_for_a_whole_context_is_not_allocated_for_a_short_prompt() -> None:
     store = filled(100, reserve=10**9)
-    assert store.keys.untyped_storage().nbytes() < 5000 * ROWS * HEADS * DIM * 4
+    assert store.dense()[0].untyped_storage().nbytes() < 5000 * ROWS * HEADS * DIM * 4
 
 
 writes = st.tuples(st.lists(st.integers(0, 15), min_size=ROWS, max_size=ROWS), st.integers(1, 400))
@@ -104,8 +104,10 @@ def test_each_row_is_written_at_its_own_place(
     assert store.length == max(map(len, rows))
     for index, row in enumerate(rows):
         label = torch.tensor(row)[:, None]
-        assert torch.equal(store.keys[index, :, : len(row)], label.expand(HEADS, -1, DIM))
-        assert torch.equal(store.values[index, :, : len(row)], -label.expand(HEADS, -1, VALUE_DIM))
+        assert torch.equal(store.dense()[0][index, :, : len(row)], label.expand(HEADS, -1, DIM))
+        assert torch.equal(
+            store.dense()[1][index, :, : len(row)], -label.expand(HEADS, -1, VALUE_DIM)
+        )
 
 
 def test_a_write_within_the_room_is_in_place_and_one_beyond_it_grows() -> None:
@@ -128,7 +130,7 @@ def test_places_behind_a_shorter_row_hold_finite_numbers() -> None:
     store.crop(10)
     store.write(*tokens(2), torch.tensor([10, 40, 3]))
     assert store.length == 42
-    assert bool(store.keys.isfinite().all()) and bool(store.values.isfinite().all())
+    assert bool(store.dense()[0].isfinite().all()) and bool(store.dense()[1].isfinite().all())
 
 
 @pytest.mark.parametrize(("length", "left"), [(4, 4), (0, 0), (9, 9), (10, 10), (99, 10)])
@@ -154,11 +156,11 @@ def test_rows_can_be_reordered_repeated_and_left_out(rows: list[int]) -> None:
     store = filled(10)
     store.take_rows(torch.tensor(rows))
     assert_holds(store, 10, rows)
-    store.keys[0, 0, 0, 0] = 7.5  # a repeated row is a copy, not a view of the other
-    assert int((store.keys == 7.5).sum()) == 1
+    store.dense()[0][0, 0, 0, 0] = 7.5  # a repeated row is a copy, not a view of the other
+    assert int((store.dense()[0] == 7.5).sum()) == 1
     more_keys, more_values = tokens(2, start=10)
     store.append(more_keys[rows], more_values[rows])
-    assert torch.equal(store.values, tokens(12)[1][rows])
+    assert torch.equal(store.dense()[1], tokens(12)[1][rows])
 
 
 def test_reset_frees_everything_and_another_shape_fits() -> None:
@@ -167,16 +169,16 @@ def test_reset_frees_everything_and_another_shape_fits() -> None:
     assert not store.is_allocated
     assert store.length == 0
     with pytest.raises(RuntimeError, match="empty"):
-        _ = store.keys
+        store.dense()
     store.append(torch.ones(1, 5, 2, 3), torch.ones(1, 5, 2, 3))
-    assert store.keys.shape == (1, 5, 2, 3)
+    assert store.dense()[0].shape == (1, 5, 2, 3)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_an_entry_is_one_key_and_one_value(dtype: torch.dtype, size: int) -> None:
     store = DenseStore()
     store.append(*(tensor.to(dtype) for tensor in tokens(3)))
-    assert store.keys.dtype == dtype
+    assert store.dense()[0].dtype == dtype
     assert store.entry_bytes == (DIM + VALUE_DIM) * size
 
 

@@ -1,35 +1,120 @@
-"""`RefreshConfig`: every choice of the method in one frozen, strict record, and the named presets."""
+"""The settings by theme, each checked and described where it is defined; `RefreshConfig` of them all; the presets.
+
+A wrong value, or one that nothing would read, is a `ValueError` in one line that names the setting and the remedy.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Mode = Literal["refresh", "exact", "full"]
 TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
+RingName = Literal["copied", "indexed"]
 LARGEST = 2**31 - 1  # tokens or steps: more than any context, and still a number for every kernel
+T = TypeVar("T")
+
+
+def setting(default: T, says: str, holds: Callable[[Any], bool]) -> T:
+    """A field whose values are of its type and `holds`; for any other the error is that the setting `says`."""
+    made: T = field(default=default, metadata={"says": says, "holds": holds})
+    return made
+
+
+def at_least(least: int, default: T, alternative: str = "") -> T:
+    """A field of integers from `least` on; of `None` too where its type says so, which is the `alternative`."""
+    says = f"must be an integer >= {least}{alternative}"
+    return setting(default, says, lambda value: value is None or value >= least)
+
+
+def odd(default: int) -> int:
+    """A field of odd integers."""
+    return setting(default, "must be an odd integer >= 1", lambda n: n >= 1 and n % 2 == 1)
+
+
+def cosine(default: float | None, alternative: str) -> float | None:
+    """A field of cosines, or `None`, which is the `alternative`."""
+    says = f"is a cosine in [-1, 1], or None {alternative}"
+    return setting(default, says, lambda value: value is None or -1.0 <= value <= 1.0)
+
+
+class Settings:
+    """Base of the themes: checks each field by its type and rule, then whether anything reads it."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        given = []
+        for one in fields(self):  # type: ignore[arg-type]
+            value, says, hint = getattr(self, one.name), one.metadata.get("says"), hints[one.name]
+            if _fits(value, int) and value > LARGEST:
+                raise ValueError(f"{one.name} must be at most {LARGEST}; got {value}")
+            if says is None:
+                names = (True, False) if hint is bool else get_args(hint)
+                says = f"must be {' or '.join(map(repr, names))}"
+            if not _fits(value, hint) or not one.metadata.get("holds", lambda _: True)(value):
+                raise ValueError(f"{one.name} {says}; got {value!r}")
+            if value != one.default:
+                given.append(one.name)
+        check_read(given, self.unread(vars(self)))
+
+    @staticmethod
+    def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+        """Which of the settings have no effect beside the others: name -> why, and the remedy."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefreshConfig:
-    """How RefreshKV selects and when it refreshes. Frozen; a wrong value raises `ValueError` in one line.
+class Budgeted(Settings):
+    """What every method has. `mode` and `window` are for hosts, which ask any settings for them.
 
     Attributes:
         budget: K, the size of the partial cache per KV head. A float in (0, 1] is a share of the prompt, an int
             >= 1 is tokens. A share becomes tokens once per prompt, at its first decode step. Paper: 1/8.
-        stride: S, at most every S-th step may be full. `None` never refreshes (SnapKV with window 1).
-        threshold: a due step is full only where the query's cosine to that of the last full step is at most this.
-            `None` makes every due step full (fixed stride). Paper: 0.85 Llama, 0.95 Qwen.
-        decide: who compares queries. "layer" (paper) averages all query heads and decides for the whole layer,
-            "head" averages within a GQA group and decides per KV head (ours).
+    """
+
+    mode = "refresh"
+    window = 1
+
+    budget: int | float = setting(
+        0.125,
+        "must be at least 1 token, or a float that is a share of the prompt in (0, 1]",
+        lambda k: k >= 1 if isinstance(k, int) else 0.0 < k <= 1.0,
+    )
+
+    def resolve_budget(self, prompt_tokens: int) -> int:
+        """K in tokens for a prompt of `prompt_tokens` visible tokens. A share is rounded up."""
+        if isinstance(self.budget, float):
+            # The inner rounding undoes float noise such as 0.07 * 100 = 7.000000000000001.
+            return max(1, math.ceil(round(self.budget * prompt_tokens, 9)))
+        return self.budget
+
+    def for_cache(self) -> RefreshConfig:
+        """What the caches of the layers are made with: K, and the prompt queries that are kept."""
+        return RefreshConfig(budget=self.budget, window=self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Budgeted):
+    """One set of tokens for each KV head.
+
+    Attributes:
         group_reduction: how the query heads of a GQA group agree on one score per token (paper: max).
+    """
+
+    group_reduction: Reduction = "max"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Grouped):
+    """What the partial cache holds.
+
+    Attributes:
         pool_kernel: odd width of the max-pooling over neighbouring tokens (paper: 7). 1 turns it off.
         recent: the newest tokens that every selection keeps, at most a quarter of K (ours; paper: 0, they win on score
             or not at all).
@@ -38,80 +123,105 @@ class RefreshConfig:
         window: the last prompt queries that vote on the first selection (paper: 1; SnapKV: 32).
         anchor: share of the budget that stays with the best of the first selection through every refresh (ours;
             paper: 0).
+        ring: "copied": the partial cache is a copy, which a partial step reads in one piece; "indexed": a list of
+            positions, 4 bytes an entry, and a partial step reads the full cache there (ours).
+    """
+
+    pool_kernel: int = odd(7)
+    recent: int = at_least(0, 0)
+    successor: int = at_least(0, 0)
+    window: int = at_least(1, 1)
+    anchor: float = setting(0.0, "is a share of the budget in [0, 1]", lambda a: 0.0 <= a <= 1.0)
+    ring: RingName = "copied"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Settings):
+    """When a layer refreshes, and what a full step is.
+
+    Attributes:
+        stride: S, at most every S-th step may be full. `None` never refreshes (SnapKV with window 1).
+        threshold: a due step is full only where the query's cosine to that of the last full step is at most this.
+            `None` makes every due step full (fixed stride). Paper: 0.85 Llama, 0.95 Qwen.
+        decide: who compares queries. "layer" (paper) averages all query heads and decides for the whole layer,
+            "head" averages within a GQA group and decides per KV head (ours).
         trigger: what asks for a full step. "query" is the paper's comparison, by `stride` and `threshold`; "lse-drop"
             (ours) looks at every partial step of every KV head, and `stride` only caps the steps without a refresh.
         drop: nats by which the log-sum-exp of a query head falls below that of its last full step before "lse-drop"
             asks for another.
         score_only: a full step reads the keys only, selects, and attends to what it selected (the paper's ablation "no
             full attention").
+    """
+
+    stride: int | None = at_least(1, 5, ", or None to never refresh")
+    threshold: float | None = cosine(0.85, "for a fixed stride")
+    decide: Decide = "layer"
+    trigger: TriggerName = "query"
+    drop: float = setting(4.0, "is a number of nats > 0", lambda nats: nats > 0.0)
+    score_only: bool = False
+
+    @staticmethod
+    def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+        """See `Settings.unread`."""
+        why = "{}; leave it out, or set {}".format
+        of_queries = ("threshold", "decide")
+        if settings["trigger"] == "lse-drop":
+            return dict.fromkeys(of_queries, why("with trigger 'lse-drop'", "trigger='query'"))
+        found = {"drop": why("with trigger 'query'", "trigger='lse-drop'")}
+        if settings["stride"] is None:
+            found |= dict.fromkeys(of_queries, why("without a stride", "one"))
+        elif settings["threshold"] is None:
+            found["decide"] = why("without a threshold", "one")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(Settings):
+    """How the lossless mode drafts.
+
+    Attributes:
+        draft: most tokens that "exact" drafts before it verifies them; fewer where fewer have been right.
+        confidence: a draft ends after a token of which the drafting model is less sure than this probability.
+    """
+
+    draft: int = at_least(1, 8)
+    confidence: float = setting(0.0, "is a probability in [0, 1]", lambda p: 0.0 <= p <= 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshConfig(
+    Exact, Schedule, Selection
+):  # the fields come in the order from the last base to the first
+    """Every choice of the method: `Selection`, `Schedule`, `Exact` and the mode. Frozen.
+
+    A setting that the mode, or the trigger, does not read keeps its default; anything else is an error. The budget alone
+    may be given in every mode, so that a comparison can name one for all.
+
+    Attributes:
         mode: "refresh" is the method; "exact" drafts with partial steps and verifies the drafts with a full one, so
             that the output is that of full attention (ours; only in `generate`); "full" is ordinary attention through
             the same code.
-        confidence: a draft ends after a token of which the drafting model is less sure than this probability.
-        draft: most tokens that "exact" drafts before it verifies them; fewer where fewer have been right.
     """
 
-    budget: int | float = 0.125
-    stride: int | None = 5
-    threshold: float | None = 0.85
-    decide: Decide = "layer"
-    group_reduction: Reduction = "max"
-    pool_kernel: int = 7
-    recent: int = 0
-    successor: int = 0
-    window: int = 1
-    anchor: float = 0.0
-    trigger: TriggerName = "query"
-    drop: float = 4.0
-    score_only: bool = False
     mode: Mode = "refresh"
-    draft: int = 8
-    confidence: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name, number in dataclasses.asdict(self).items():
-            if _is_int(number) and number > LARGEST:
-                raise ValueError(f"{name} must be at most {LARGEST}; got {number}")
-        _check_budget(self.budget)
-        if self.stride is not None and (not _is_int(self.stride) or self.stride < 1):
-            raise ValueError(
-                f"stride must be an integer >= 1, or None to never refresh; got {self.stride!r}"
-            )
-        if self.threshold is not None:
-            if not _is_number(self.threshold) or not -1.0 <= self.threshold <= 1.0:
-                raise ValueError(
-                    f"threshold is a cosine in [-1, 1], or None for a fixed stride; got {self.threshold!r}"
-                )
-        if not _is_int(self.pool_kernel) or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"pool_kernel must be an odd integer >= 1; got {self.pool_kernel!r}")
-        for name, least in (("recent", 0), ("successor", 0), ("window", 1), ("draft", 1)):
-            value = getattr(self, name)
-            if not _is_int(value) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}; got {value!r}")
-        if not _is_number(self.anchor) or not 0.0 <= self.anchor <= 1.0:
-            raise ValueError(f"anchor is a share of the budget in [0, 1]; got {self.anchor!r}")
-        if not _is_number(self.confidence) or not 0.0 <= self.confidence <= 1.0:
-            raise ValueError(f"confidence is a probability in [0, 1]; got {self.confidence!r}")
-        if not _is_number(self.drop) or not self.drop > 0.0:
-            raise ValueError(f"drop is a number of nats > 0; got {self.drop!r}")
-        if not isinstance(self.score_only, bool):
-            raise ValueError(f"score_only must be True or False; got {self.score_only!r}")
-        for name, allowed in (
-            ("decide", Decide),
-            ("group_reduction", Reduction),
-            ("trigger", TriggerName),
-            ("mode", Mode),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                raise ValueError(f"{name} must be {_either(get_args(allowed))}; got {value!r}")
+    @staticmethod
+    def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+        """See `Settings.unread`."""
+        mode = settings["mode"]
+        why = f"in mode {mode!r}; leave it out"
+        if mode == "refresh":
+            of_mode = dict.fromkeys(names_of(Exact), f"{why}, or set mode='exact'")
+            return Schedule.unread(settings) | of_mode
+        if mode == "exact":
+            return dict.fromkeys(names_of(Schedule), f"{why}, or set mode='refresh'")
+        if mode == "full":
+            return dict.fromkeys(set(settings) - {"budget", "mode"}, why)
+        return {}
 
-    def resolve_budget(self, prompt_tokens: int) -> int:
-        """K in tokens for a prompt of `prompt_tokens` visible tokens. A share is rounded up."""
-        if isinstance(self.budget, float):
-            # The inner rounding undoes float noise such as 0.07 * 100 = 7.000000000000001.
-            return max(1, math.ceil(round(self.budget * prompt_tokens, 9)))
-        return self.budget
+    def for_cache(self) -> RefreshConfig:
+        """See `Budgeted.for_cache`."""
+        return self
 
 
 _SELECTION = {"recent": 16, "successor": 2, "window": 32, "anchor": 0.5}
@@ -126,36 +236,51 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fast": MappingProxyType({**_FAST, **_SELECTION}),
     }
 )
-# What decides on full steps. The lossless mode has no use for it.
-SCHEDULE = ("stride", "threshold", "decide", "trigger", "drop", "score_only")
 
 
 def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
-    """A preset with some settings replaced.
+    """A preset with some settings replaced; what the replaced ones leave without effect is dropped from the preset.
 
-    Without a preset it is "default", which is lossless; settings of the schedule (`SCHEDULE`), or `mode="refresh"`,
+    Without a preset it is "default", which is lossless; settings of the schedule (`Schedule`), or `mode="refresh"`,
     ask for the lossy mode and start from "paper-llama".
 
     Raises:
-        ValueError: an unknown preset or setting, named with its nearest neighbour, a value out of range, or a setting
-            of the schedule where nothing is scheduled.
+        ValueError: an unknown preset or setting, named with its nearest neighbour, a value out of range, or a preset or
+            setting without effect.
     """
-    fields = [field.name for field in dataclasses.fields(RefreshConfig)]
-    for key in overrides:
-        if key not in fields:
-            raise ValueError(unknown("setting", key, fields))
-    scheduled = [key for key in SCHEDULE if key in overrides]
+    check_names("setting", overrides, names_of(RefreshConfig))
+    named = preset is not None
     if preset is None:
+        scheduled = any(name in overrides for name in names_of(Schedule))
         lossy = overrides.get("mode", "refresh" if scheduled else "exact") == "refresh"
         preset = "paper-llama" if lossy else "default"
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(unknown("preset", preset, PRESETS))
-    config = RefreshConfig(**{**PRESETS[preset], **overrides})
-    if scheduled and config.mode == "exact":
-        raise ValueError(
-            f"{scheduled[0]} has no effect in mode 'exact'; leave it out, or set mode='refresh'"
-        )
-    return config
+    settings = {**PRESETS[preset], **overrides}
+    ignored = RefreshConfig.unread({**vars(RefreshConfig()), **settings})
+    check_read(overrides, ignored)
+    if named and settings.get("mode") == "full":
+        raise ValueError(f"preset {preset!r} has no effect in mode 'full'; leave it out")
+    return RefreshConfig(**{name: settings[name] for name in settings if name not in ignored})
+
+
+def names_of(theme: type[Settings]) -> list[str]:
+    """The settings of a theme."""
+    return [one.name for one in fields(theme)]  # type: ignore[arg-type]
+
+
+def check_names(kind: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise `ValueError` for the first name that is not `valid`."""
+    for name in given:
+        if name not in valid:
+            raise ValueError(unknown(kind, name, valid))
+
+
+def check_read(given: Iterable[str], unread: Mapping[str, str]) -> None:
+    """Raise `ValueError` for the first setting that was given and is not read."""
+    for name in given:
+        if name in unread:
+            raise ValueError(f"{name} has no effect {unread[name]}")
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
@@ -166,30 +291,11 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} (one of: {', '.join(valid)})"
 
 
-def _check_budget(budget: object) -> None:
-    if _is_int(budget):
-        if budget < 1:  # type: ignore[operator]
-            raise ValueError(
-                f"budget must be at least 1 token, or a share in (0, 1]; got {budget!r}"
-            )
-    elif isinstance(budget, float):
-        if not 0.0 < budget <= 1.0:  # NaN fails too
-            raise ValueError(
-                f"a float budget is a share of the prompt in (0, 1]; got {budget!r}; for tokens pass an integer"
-            )
-    else:
-        raise ValueError(
-            f"budget must be an int (tokens) or a float (share of the prompt); got {budget!r}"
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(repr(name) for name in names)
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a number, and True is none."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)

@@ -1,11 +1,11 @@
-"""The lossless mode of one layer: partial steps draft, one full pass over the drafted tokens verifies them (ours).
+"""The exact mode of one layer: partial steps draft, one full pass over the drafted tokens verifies them (ours).
 
-A cycle is some calls of `draft`, one of `verify`, one of `commit`. Drafted tokens enter the partial cache only; the
-full pass computes their keys and values again, exactly, and writes those to the full store. It reads the store once for
-all its queries, and the mean of their scores makes the next selection, whichever of the drafts were right. Rows keep
-different numbers of tokens, so each has its own end.
+A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`. Drafted tokens are written behind
+the end of their row, where the full pass writes what it computes again, exactly; they stand only once they are
+committed. The pass reads the store once for all its queries, and the mean of their scores makes the next selection,
+whichever of the drafts were right. Rows keep different numbers of tokens, so each has its own end.
 
-Letters: B batch, Hq query heads, Hkv KV heads, T tokens, L places.
+Letters: B batch, Hq query heads, Hkv KV heads, T tokens, L positions.
 """
 
 from __future__ import annotations
@@ -15,56 +15,73 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.step import Attention, attend_partial, first_selection, over_heads, reselect
+from refreshkv.kernels.options import AttendOptions
+from refreshkv.step import over_heads, reselect, select_after_prompt
 
 
 class ExactLayer:
     """A layer whose rows end at `ends`; what its store holds after them is left over from refused drafts.
 
-    Args:
-        cache: the layer after a prompt that is the same number of places in every row.
-        visible: `[B, L]` bool, False for padding; `None` when there is none. Later tokens are visible.
+    Over a cache of the fixed form `draft` and `verify` can be compiled, each one graph for all cycles; `select` and
+    `commit` look at the device.
 
-    Attributes:
-        ends: `[B]` int64, places of each row in the full store.
+    Args:
+        cache: the layer after a prompt that is the same number of tokens in every row.
+        options: of the model.
+        visible: `[B, L]` bool, False for padding; `None` when there is none. Later tokens are visible.
     """
 
-    def __init__(self, cache: LayerCache, visible: Tensor | None) -> None:
+    def __init__(self, cache: LayerCache, options: AttendOptions, visible: Tensor | None) -> None:
         self.cache = cache
+        self.options = options.over(reduction=cache.config.group_reduction)
         self.visible = visible
-        device = cache.store.keys.device
-        self.ends = torch.zeros(cache.rows, dtype=torch.int64, device=device) + cache.length
-        # [B, Hkv, L], of the last full pass, not yet selected from
+        cache.store.let_rows_differ()
+        cache.wait_again()
+        device = cache.store.device
+        # [B, Hkv, L], of the last full pass; `fresh`: not yet selected from
         self.votes: Tensor | None = None
+        self.fresh = False
         self.drafted = torch.zeros((), dtype=torch.int64, device=device)  # tokens, in this cycle
         # [steps, B], entries that each of these drafts read
         self.read = self.ends.new_zeros(cache.config.draft, cache.rows)
         self.verified = torch.zeros_like(self.ends)  # queries of each row in the last full pass
+        if cache.fixed:
+            self.visible = self._seen()
+            self.votes = torch.zeros(cache.rows, cache.kv_heads, cache.store.width, device=device)
+            self.select()
 
-    def draft(self, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
-        """A partial step; the token goes no further than the partial cache.
+    @property
+    def ends(self) -> Tensor:
+        """`[B]` int64, where each row ends."""
+        ends = self.cache.store.ends
+        assert ends is not None
+        return ends
 
-        `query` `[B, Hq, D]`, `key` and `value` `[B, Hkv, D]`; returns `[B, Hq, D]`.
-        """
-        self._select(attention)
-        partial = self.cache.partial
-        assert partial is not None
-        partial.push(key, value, (self.ends + self.drafted)[:, None])
-        used = partial.used
-        output = attend_partial(self.cache, query, attention, self.ends[:, None, None]).output
-        read = (used + partial.fetched).sum(-1)
+    def select(self) -> None:
+        """The partial cache of the cycle that begins."""
+        if self.cache.waiting is not None:
+            select_after_prompt(self.cache, self.options, self._seen())
+        elif self.fresh:
+            assert self.votes is not None
+            reselect(self.cache, self.votes, self._seen())
+        self.fresh = False
+
+    def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A partial step over the token `[B, Hkv, D]`; `query` `[B, Hq, D]`; returns `[B, Hq, D]`."""
+        cache, ring = self.cache, self.cache.ring
+        assert ring is not None
+        positions = self.ends + self.drafted
+        cache.store.write(key[:, :, None], value[:, :, None], positions)
+        ring.push(positions)
+        used = ring.used
+        successor = cache.config.successor
+        output = ring.attend(query, self.options, successor=successor, end=self.ends).output
+        read = (used + ring.fetched).sum(-1)
         self.read.index_copy_(0, self.drafted.view(1), read[None])
         self.drafted += 1
         return output
 
-    def verify(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        counts: Tensor,
-        attention: Attention,
-    ) -> Tensor:
+    def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         """The full pass over the token before the drafts and the drafts.
 
         Args:
@@ -75,21 +92,24 @@ class ExactLayer:
             `[B, Hq, T, D]`.
         """
         cache = self.cache
-        if cache.pending is not None:
+        if cache.waiting is not None:
             # Nothing was drafted: the prompt selects nothing, but K is that of its length.
-            cache.resolve_budget(self.visible, int(self.ends.max()))
-            cache.pending = cache.anchors = None
+            assert cache.prompt is not None
+            cache.resolve_budget(self._seen(), cache.prompt)
+            cache.waiting = cache.anchors = None
         cache.store.write(keys, values, self.ends)
-        (output, _), scored = cache.backend.verify(
+        (output, _), scored = cache.store.verify(
             queries,
-            cache.store.keys,
-            cache.store.values,
+            self.options.over(over_heads(self._seen())),
             starts=self.ends,
             counts=counts,
-            **attention.options(over_heads(self._seen())),
-            reduction=cache.config.group_reduction,
         )
-        self._voted(scored.scores, counts)
+        if cache.fixed:
+            assert self.votes is not None
+            self.votes.copy_(scored.scores)
+        else:
+            self.votes = scored.scores
+        self.verified.copy_(counts)
         return output
 
     def commit(self, kept: Tensor) -> None:
@@ -112,85 +132,63 @@ class ExactLayer:
             read=torch.where(self.verified > 0, read, 0),
             available=available,
         )
-        self.ends += kept
+        self.ends.add_(kept)
         self.drafted.zero_()
         self.read.zero_()
+        self.fresh = True
 
     def take_back(self, ends: Tensor) -> None:
         """Rows that are longer than `ends` `[B]` forget what they have beyond."""
         self.ends.copy_(torch.minimum(self.ends, ends))
 
     def close(self, length: int) -> None:
-        """Every row has at least `length` places, and the layer goes on with those."""
-        self.cache.crop(length)
+        """Every row has at least `length` tokens, and the layer goes on with those."""
+        self.cache.store.level(length)
         self.cache.forget_selection()
 
-    def _voted(self, votes: Tensor, counts: Tensor) -> None:
-        """What the full pass leaves for the next selection and for the statistics."""
-        self.votes, self.verified = votes, counts
-
-    def _select(self, attention: Attention) -> None:
-        """The partial cache of this cycle, where it does not exist yet."""
-        cache = self.cache
-        if cache.pending is not None:
-            first_selection(cache, cache.pending, attention, self.visible, cache.length)
-        elif self.votes is not None:
-            reselect(cache, self.votes, self._seen(), ends=self.ends)
-        self.votes = None
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads and writes, beside the cache."""
+        return [self.ends, *(part for part in vars(self).values() if isinstance(part, Tensor))]
 
     def _seen(self) -> Tensor | None:
-        """`visible` for all places of the store."""
+        """`visible` for all positions of the store."""
         if self.visible is None:
             return None
         return F.pad(self.visible, (0, self.cache.length - self.visible.shape[1]), value=True)
 
 
 class ExactWindowLayer(ExactLayer):
-    """A sliding-window layer in the lossless mode: it attends to its window in drafts too, and selects nothing.
+    """A sliding-window layer in the exact mode: it attends to its window in drafts too, and selects nothing.
 
     Its tokens are kept all, because the window of a row that refuses a draft moves back. Drafts go to the store and are
     overwritten by the full pass.
     """
 
-    def __init__(self, cache: LayerCache, visible: Tensor | None, window: int) -> None:
-        super().__init__(cache, visible)
+    def __init__(
+        self, cache: LayerCache, options: AttendOptions, visible: Tensor | None, window: int
+    ) -> None:
+        super().__init__(cache, options, visible)
         self.window = window
 
-    def draft(self, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
-        place = self.ends + self.drafted
-        self.drafted += 1
-        return self._attend(
-            query[:, :, None], key[:, :, None], value[:, :, None], place, attention
-        )[:, :, 0]
+    def select(self) -> None:
+        pass
 
-    def verify(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        counts: Tensor,
-        attention: Attention,
-    ) -> Tensor:
-        return self._attend(queries, keys, values, self.ends, attention)
+    def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        position = self.ends + self.drafted
+        self.drafted += 1
+        tokens = (x[:, :, None] for x in (query, key, value))
+        return self._attend(*tokens, position)[:, :, 0]
+
+    def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+        return self._attend(queries, keys, values, self.ends)
 
     def commit(self, kept: Tensor) -> None:
-        self.ends += kept
+        self.ends.add_(kept)
         self.drafted.zero_()
 
-    def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, attention: Attention
-    ) -> Tensor:
-        cache = self.cache
-        cache.store.write(keys, values, starts)
-        seen = self._seen()
-        # Nothing before the first row's window is looked at.
-        first = max(0, int(starts.min()) - self.window + 1)
-        (output, _), _ = cache.backend.verify(
-            queries,
-            cache.store.keys[:, :, first:],
-            cache.store.values[:, :, first:],
-            starts=starts - first,
-            window=self.window,
-            **attention.options(None if seen is None else over_heads(seen[:, first:])),
-        )
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+        store = self.cache.store
+        store.write(keys, values, starts)
+        options = self.options.over(over_heads(self._seen()))
+        (output, _), _ = store.verify(queries, options, starts=starts, window=self.window)
         return output

@@ -8,44 +8,23 @@ layer can be driven by another method. Letters: B batch, Hq query heads, Hkv KV 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.cache.ring import PartialCache
-from refreshkv.kernels.reference import Attended
+from refreshkv.cache.ring import Ring
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.policy.selection import FREE, recent_share
 
-
-@dataclass(frozen=True)
-class Attention:
-    """What a model adds to plain attention; meanings as in `kernels.reference.attend`."""
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    def options(self, visible: Tensor | None = None) -> dict[str, Any]:
-        """Keyword arguments for a kernel; `visible` broadcasts to `[B, Hkv, L]`."""
-        return {
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "visible": visible,
-        }
-
-
-# `(cache, query, attention, visible, heads)` -> `[B, Hq, D]`; `heads` as in `full_step`.
-FullStep = Callable[[LayerCache, Tensor, Attention, Tensor | None, Tensor | None], Tensor]
+# `(cache, query, options, visible, heads)` -> `[B, Hq, D]`; `heads` as in `full_step`.
+FullStep = Callable[[LayerCache, Tensor, AttendOptions, Tensor | None, Tensor | None], Tensor]
 
 
 def decode_step(
     cache: LayerCache,
     query: Tensor,
-    attention: Attention,
+    options: AttendOptions,
     visible: Tensor | None = None,
     on_full: FullStep | None = None,
 ) -> Tensor:
@@ -54,131 +33,113 @@ def decode_step(
     Args:
         cache: the layer; the token's own K and V are already appended.
         query: `[B, Hq, D]`, after RoPE and QK-norm.
-        attention: scale, softcap, sinks.
-        visible: `[B, L]` bool, False for padding; `None` when there is none. The new token is visible in every row.
+        options: scale, softcap and sinks of the model; how a GQA group agrees is the cache's setting.
+        visible: `[B, width]` bool, False for padding; `None` when there is none. The new token is visible in every row.
         on_full: what a full step does; `None` is `full_step`. An ablation puts its own here.
 
     Returns:
         `[B, Hq, D]`.
     """
+    options = options.over(reduction=cache.config.group_reduction)
     # Outside of the loop in `exact.py`, "exact" is full attention.
     if cache.config.mode != "refresh":
-        return _ordinary_step(cache, query, attention, visible)
-    if cache.pending is not None:
-        first_selection(cache, cache.pending, attention, without_newest(visible), cache.length - 1)
+        return _ordinary_step(cache, query, options, visible)
+    if cache.waiting is not None:
+        select_after_prompt(cache, options, visible)
     elif cache.hidden is None:
         count_again(cache, visible)
-    partial, full = cache.partial, _full_at_once(cache, query)
-    if partial is None or (cache.asks_device and bool(full.all())):
-        output = (on_full or full_step)(cache, query, attention, visible, None)
+    ring, full = cache.ring, _full_at_once(cache, query)
+    if ring is None or (not cache.fixed and bool(full.all())):
+        output = (on_full or full_step)(cache, query, options, visible, None)
         _count(cache, full=None, partial_read=None)
         if cache.watch is not None:
-            cache.watch(cache, query, attention, visible, None)
+            cache.watch(cache, query, options, visible, None)
         return output
 
     # The new token enters the partial cache, the lowest-scored entry leaves; attention over what is there.
-    cache.push_newest()
-    attended = None if cache.watch is None else partial.positions.clone()
-    used = partial.used
-    output, lse = attend_partial(cache, query, attention, cache.length - 1)
-    partial_read = (used + partial.fetched).masked_fill(full, 0).sum(-1)
-    fired = cache.trigger.after(partial.steps, lse, _reference(cache))
+    newest = cache.store.lengths - 1
+    ring.push(newest)
+    used, attended = ring.used, ring.positions if cache.watch is None else ring.positions.clone()
+    output, lse = ring.attend(query, options, successor=cache.config.successor, end=newest)
+    partial_read = (used + ring.fetched).masked_fill(full, 0).sum(-1)
+    assert cache.reference is not None  # set with every selection
+    fired = cache.trigger.after(ring.steps, lse, cache.reference)
     if fired is not None:
         full = full | fired
-    if not cache.asks_device or bool(full.any()):
-        everything = (on_full or full_step)(cache, query, attention, visible, full)
+    if cache.fixed or bool(full.any()):
+        everything = (on_full or full_step)(cache, query, options, visible, full)
         per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
         output = torch.where(per_query_head[..., None], everything, output)
     _count(cache, full=full, partial_read=partial_read)
-    if cache.watch is not None and attended is not None:
-        cache.watch(cache, query, attention, visible, attended.masked_fill(full[..., None], FREE))
+    if cache.watch is not None:
+        cache.watch(cache, query, options, visible, attended.masked_fill(full[..., None], FREE))
     return output
 
 
 def _full_at_once(cache: LayerCache, query: Tensor) -> Tensor:
-    """`[B, Hkv]` bool: heads that do not even try their partial cache; all of them after a crop, which left none."""
-    if cache.partial is None:
+    """`[B, Hkv]` bool: heads that do not even try their partial cache: there is none, or the trigger says so."""
+    ring = cache.ring
+    if ring is None or cache.reference is None:
         shape = (cache.rows, cache.kv_heads)
         return torch.ones(shape, dtype=torch.bool, device=query.device)
-    steps = cache.partial.steps + 1
-    if cache.asks_device:  # nothing to compare in most steps
-        due = cache.trigger.due(steps)
+    steps, void = ring.steps + 1, ring.filled == 0
+    if not cache.fixed:  # nothing to compare in most steps
+        due = cache.trigger.due(steps) | void
         if not bool(due.any()):
             return due
-    return cache.trigger.before(steps, query, _reference(cache))
+    return cache.trigger.before(steps, query, cache.reference) | void
 
 
-def attend_partial(
-    cache: LayerCache, query: Tensor, attention: Attention, end: Tensor | int
-) -> Attended:
-    """Attention over the partial cache; then what follows the most attended entries is fetched (`config.successor`).
+def select_after_prompt(cache: LayerCache, options: AttendOptions, visible: Tensor | None) -> None:
+    """Rows that wait select from the last queries of their prompt, over the prompt; their anchors are decided here.
 
-    The token being decoded has been pushed. `end`, for all or `[B, 1, 1]`: the store holds only the places before it.
+    `visible` `[B, width]` bool; `None` when everything is. The store may hold tokens after the prompt.
     """
-    partial, config = cache.partial, cache.config
-    assert partial is not None
-    keys, values, used = partial.entries()
-    if not config.successor:
-        return cache.backend.attend(query, keys, values, **attention.options(), lengths=used)
-    attended, best = cache.backend.attend_and_rank(
-        query,
-        keys,
-        values,
-        **attention.options(),
-        lengths=used,
-        reduction=config.group_reduction,
-        newest=partial.newest,
-        count=config.successor,
-    )
-    found = partial.positions.gather(-1, best)
-    partial.fetch(torch.where((found != FREE) & (found + 1 < end), found + 1, FREE))
-    return attended
-
-
-def first_selection(
-    cache: LayerCache,
-    queries: Tensor,
-    attention: Attention,
-    visible: Tensor | None,
-    prompt: int,
-) -> None:
-    """Select from the last queries of the prompt, over the prompt; what its anchors are is decided here.
-
-    Args:
-        queries: `[B, Hq, T, D]`, T at most `config.window`.
-        visible: `[B, prompt]` bool; `None` when everything is.
-        prompt: tokens of the prompt, padding included; the store may hold more.
-    """
-    cache.resolve_budget(visible, prompt)
-    scores, lse = cache.backend.vote(
+    rows, prompt, queries = cache.waiting, cache.prompt, cache.queries
+    assert rows is not None and prompt is not None and queries is not None
+    cache.resolve_budget(visible, prompt, rows)
+    scores, lse = cache.store.vote(
         queries,
-        cache.store.keys[:, :, :prompt],
-        starts=torch.full((cache.rows,), prompt - queries.shape[2], device=queries.device),
-        **attention.options(over_heads(visible)),
-        reduction=cache.config.group_reduction,
+        options.over(over_heads(visible), reduction=cache.config.group_reduction),
+        starts=prompt - queries.shape[2],
+        counts=rows * queries.shape[2],
     )
-    cache.anchors = None
-    rebuild(cache, queries[:, :, -1], scores, lse[..., -1], visible, heads=None)
-    cache.pending = None
+    heads = rows[:, None].expand(-1, cache.kv_heads)
+    no_anchors = None
+    if cache.anchors is not None:
+        no_anchors = cache.anchors.masked_fill(rows[:, None, None], FREE)
+    reselect(cache, scores, visible, heads, ends=prompt, anchors=no_anchors)
+    cache.remember(cache.trigger.reference(queries[:, :, -1], lse[..., -1], cache.kv_heads), heads)
     if cache.config.anchor:
-        assert cache.partial is not None and cache.budget is not None
+        assert cache.ring is not None and cache.budget is not None
         # Rounded as in `resolve_budget`: in float32 13 % of 900 would be 116.
         share = (cache.budget.double() * cache.config.anchor).round(decimals=9).long()
-        cache.anchors = _best(cache.partial, share)
+        most = int(share.max()) if cache.slots is None else round(cache.slots * cache.config.anchor)
+        cache.anchor(_best(cache.ring, share, most), rows)
+    cache.waiting = None
 
 
-def _best(partial: PartialCache, counts: Tensor) -> Tensor:
-    """Positions of the `counts` `[B]` best entries of a fresh selection, best first, `[B, Hkv, A]`; `FREE` for none."""
-    places = torch.arange(int(counts.max()), device=counts.device)
-    slots = partial.filled[..., None] - 1 - places
-    wanted = (slots >= 0) & (places < counts[:, None, None])
-    return partial.positions.gather(-1, slots.clamp(min=0)).masked_fill(~wanted, FREE)
+def begin_decoding(cache: LayerCache, options: AttendOptions, visible: Tensor | None) -> None:
+    """The prompt is over, and no step shall have to look at it: a cache of the fixed form selects now."""
+    if cache.config.mode == "refresh":
+        select_after_prompt(cache, options, visible)
+    else:
+        cache.count_padding(visible)
+        cache.waiting = None  # the exact mode lets it wait again
+
+
+def _best(ring: Ring, counts: Tensor, most: int) -> Tensor:
+    """Positions of the `counts` `[B]` best of a fresh selection, best first, `[B, Hkv, most]`; `FREE` for none."""
+    ranks = torch.arange(most, device=counts.device)
+    slots = ring.filled[..., None] - 1 - ranks
+    wanted = (slots >= 0) & (ranks < counts[:, None, None])
+    return ring.positions.gather(-1, slots.clamp(min=0)).masked_fill(~wanted, FREE)
 
 
 def count_again(cache: LayerCache, visible: Tensor | None) -> None:
     """After a crop the budget stays that of the prompt, if anything was decoded since."""
     if cache.budget is None:
-        cache.resolve_budget(without_newest(visible), cache.length - 1)
+        cache.resolve_budget(visible, cache.store.lengths - 1)
     else:
         cache.count_padding(visible)
 
@@ -186,7 +147,7 @@ def count_again(cache: LayerCache, visible: Tensor | None) -> None:
 def full_step(
     cache: LayerCache,
     query: Tensor,
-    attention: Attention,
+    options: AttendOptions,
     visible: Tensor | None,
     heads: Tensor | None,
 ) -> Tensor:
@@ -196,43 +157,17 @@ def full_step(
     ablation "no full attention", which costs nothing measurable there.
     `heads` `[B, Hkv]` bool: the others have done their partial step and keep what they have; `None`: every head.
     """
+    everything = options.over(over_heads(visible), heads=heads)
     if cache.config.score_only:
-        scores, lse = cache.backend.score(
-            query,
-            cache.store.keys,
-            **attention.options(over_heads(visible)),
-            lengths=cache.lengths,
-            reduction=cache.config.group_reduction,
-            heads=heads,
-        )
-        rebuild(cache, query, scores, lse, visible, heads)
-        assert cache.partial is not None
-        keys, values, used = cache.partial.entries()
-        return cache.backend.attend(query, keys, values, **attention.options(), lengths=used).output
-    (output, _), (scores, lse) = cache.backend.attend_and_score(
-        query,
-        cache.store.keys,
-        cache.store.values,
-        **attention.options(over_heads(visible)),
-        lengths=cache.lengths,
-        reduction=cache.config.group_reduction,
-        heads=heads,
-    )
-    rebuild(cache, query, scores, lse, visible, heads)
-    return output
-
-
-def rebuild(
-    cache: LayerCache,
-    query: Tensor,
-    scores: Tensor,
-    lse: Tensor,
-    visible: Tensor | None,
-    heads: Tensor | None,
-) -> None:
-    """The partial cache and the reference of `heads` (`None`: all), from the scores of this query."""
+        scores, lse = cache.store.score(query, everything)
+    else:
+        attended, (scores, lse) = cache.store.attend_and_score(query, everything)
     reselect(cache, scores, visible, heads)
     cache.remember(cache.trigger.reference(query, lse, cache.kv_heads), heads)
+    if cache.config.score_only:
+        assert cache.ring is not None
+        return cache.ring.attend(query, options).output
+    return attended.output
 
 
 def reselect(
@@ -241,49 +176,37 @@ def reselect(
     visible: Tensor | None,
     heads: Tensor | None = None,
     ends: Tensor | None = None,
+    anchors: Tensor | None = None,
 ) -> None:
-    """The partial cache of `heads` (`None`: all) from `scores` `[B, Hkv, L]`; `ends` as in `selection.select`."""
+    """The partial cache of `heads` (`None`: all) from `scores` `[B, Hkv, width]`.
+
+    `ends` as in `selection.select`; `None`: those of the store. `anchors`: `None` are those of the cache.
+    """
     assert cache.budget is not None
-    selection = cache.backend.select(
+    selection = cache.store.backend.select(
         scores,
         cache.budget,
         pool_kernel=cache.config.pool_kernel,
         visible=visible,
         heads=heads,
         recent=recent_share(cache.budget, cache.config.recent),
-        anchors=cache.anchors,
-        ends=cache.ends if ends is None else ends,
+        anchors=cache.anchors if anchors is None else anchors,
+        ends=cache.store.ends if ends is None else ends,
         slots=cache.slots,
     )
     cache.refresh(selection, heads)
 
 
 def _ordinary_step(
-    cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+    cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
 ) -> Tensor:
     """`mode="full"`: attention over the full cache and nothing else."""
-    if cache.pending is not None or cache.hidden is None:
-        cache.resolve_budget(visible, cache.length)
-    cache.pending = None
-    output = cache.backend.attend(
-        query,
-        cache.store.keys,
-        cache.store.values,
-        **attention.options(over_heads(visible)),
-        lengths=cache.lengths,
-    ).output
+    if cache.waiting is not None or cache.hidden is None:
+        cache.count_padding(visible)
+    cache.waiting = None
+    output = cache.store.attend(query, options.over(over_heads(visible))).output
     _count(cache, full=None, partial_read=None)
     return output
-
-
-def _reference(cache: LayerCache) -> Tensor:
-    assert cache.reference is not None  # set with every partial cache
-    return cache.reference
-
-
-def without_newest(visible: Tensor | None) -> Tensor | None:
-    """The mask of what was there before the token being decoded."""
-    return None if visible is None else visible[:, :-1]
 
 
 def over_heads(visible: Tensor | None) -> Tensor | None:
@@ -295,12 +218,12 @@ def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | Non
     """Record one decode step. `full` `[B, Hkv]`, `None`: all heads; `partial_read` `[B]`, from the partial caches."""
     assert cache.hidden is not None
     heads = cache.rows * cache.kv_heads
-    tokens = cache.length - cache.hidden  # [B]
+    tokens = cache.store.lengths - cache.hidden  # [B]
     available = tokens * cache.kv_heads
     full_heads = None if full is None else full.sum(-1)
-    if cache.config.score_only and cache.partial is not None:
+    if cache.config.score_only and cache.ring is not None:
         # Keys only, which are half of an entry, and then the new partial cache.
-        chosen = cache.partial.used if full is None else cache.partial.used.masked_fill(~full, 0)
+        chosen = cache.ring.used if full is None else cache.ring.used.masked_fill(~full, 0)
         read = (cache.kv_heads if full_heads is None else full_heads) * (tokens + 1) // 2
         read = read + chosen.sum(-1)
     else:
@@ -322,31 +245,31 @@ class Algorithm:
     A host calls `observe` for each pass of a prompt and `step` for each decoded token, and passes on whatever else
     happens to the cache. State of a derived class is its own; it follows the rows, and the length, of the `LayerCache`.
 
-    Class attributes:
-        sees_prompt: whether `observe` looks at the queries itself. Other algorithms learn of a prompt through the
-            cache alone, so several can go on from one prefill.
+    Attributes:
+        sees_prompt: `observe` looks at the queries of a prompt while they pass; else another cache with the same tokens
+            and last queries serves as well.
     """
 
     sees_prompt = False
 
     def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> None:
         """A prompt, or the next chunk of it, is in the store.
 
         Args:
             cache: the layer; the keys and values of these tokens are already appended.
             queries: `[B, Hq, T, D]`, those of the newest T tokens.
-            attention: scale, softcap, sinks.
+            options: scale, softcap and sinks of the model.
             visible: `[B, L]` bool, False for padding; `None` when there is none.
         """
         cache.await_selection(queries)
 
     def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
         """Attention of one new token, `[B, Hq, D]` -> `[B, Hq, D]`; arguments as for `decode_step`."""
-        return decode_step(cache, query, attention, visible)
+        return decode_step(cache, query, options, visible)
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the old row `rows[i]`, `[B']` int64; the cache has done so."""

@@ -16,7 +16,7 @@ from refreshkv.bench.shapes import build
 from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer
 from refreshkv.hosts.transformers.static import StaticRefreshCache
-from refreshkv.kernels import language
+from refreshkv.kernels.backend import language
 
 from .conftest import SMALL
 

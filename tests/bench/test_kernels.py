@@ -13,7 +13,7 @@ import torch
 from refreshkv.bench import kernels
 from refreshkv.bench.decode import WrongResultError
 from refreshkv.bench.record import read
-from refreshkv.kernels import CPU, Backend
+from refreshkv.kernels.backend import CPU, Backend
 from refreshkv.policy.selection import Selection
 
 JOB = kernels.Job("demo", 96, 2, 16, 3, torch.device("cpu"), torch.float32, 1)

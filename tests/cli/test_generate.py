@@ -171,11 +171,8 @@ def test_settings_reach_the_config(
         "4",
         "--json",
     )
-    record = last_json(
-        run(*args, "--preset", "paper-qwen", "--stride", "never", "--threshold", "none")
-    )
+    record = last_json(run(*args, "--preset", "paper-qwen", "--stride", "never"))
     assert record["config"]["stride"] is None
-    assert record["config"]["threshold"] is None
     assert record["stats"]["full_steps"] == 0
     assert record["stats"]["effective_stride"] is None
     record = last_json(run(*args, "--preset", "paper-qwen"))
@@ -185,21 +182,21 @@ def test_settings_reach_the_config(
 # Every field of `RefreshConfig`, as typed and as it arrives.
 SETTINGS: dict[str, tuple[str, Any]] = {
     "budget": ("8", 8),
-    "stride": ("never", None),
-    "threshold": ("none", None),
-    "decide": ("head", "head"),
     "group_reduction": ("mean", "mean"),
     "pool_kernel": ("3", 3),
     "recent": ("2", 2),
     "successor": ("1", 1),
     "window": ("4", 4),
     "anchor": ("0.25", 0.25),
+    "stride": ("never", None),
+    "threshold": ("none", None),
+    "decide": ("head", "head"),
     "trigger": ("lse-drop", "lse-drop"),
-    "drop": ("1.5", 1.5),
+    "drop": ("1.5 --trigger=lse-drop", 1.5),
     "score_only": ("", True),
-    "mode": ("refresh", "refresh"),
     "draft": ("3", 3),
     "confidence": ("0.5", 0.5),
+    "mode": ("refresh", "refresh"),
 }
 
 
@@ -216,7 +213,7 @@ def test_every_setting_arrives(
     tiny: Path, run: Callable[..., Any], last_json: Callable[..., Any], name: str
 ) -> None:
     typed, expected = SETTINGS[name]
-    option = (f"--{name.replace('_', '-')}", *([typed] if typed else []))
+    option = (f"--{name.replace('_', '-')}", *typed.split())
     base = ("generate", "--model", tiny, "--prompt", PROMPT, "--max-new-tokens", 3, "--json")
     assert last_json(run(*base, *option))["config"][name] == expected
 
@@ -231,8 +228,25 @@ def test_a_method_of_the_comparison(
     for wrong in (("--method", "snapvk"), ("--method", "snapkv", "--stride", "3")):
         result = run(*base, *wrong)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    refused = run(*base, "--mode", "full", "--score-only")
-    assert refused.exit_code == 2 and "--score-only has no effect" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--mode", "full", "--score-only"), "score_only has no effect in mode 'full'"),
+        (("--preset", "fast", "--threshold", "0.5"), "threshold has no effect with trigger 'lse-d"),
+        (("--drop", "1"), "drop has no effect with trigger 'query'"),
+        (("--mode", "refresh", "--draft", "3"), "draft has no effect in mode 'refresh'"),
+        (("--method", "full", "--stride", "3"), "stride has no effect in mode 'full'"),
+        (("--method", "quest", "--mode", "full"), "unknown setting of quest: 'mode'"),
+    ],
+)
+def test_a_setting_that_nothing_reads(
+    tiny: Path, run: Callable[..., Any], given: tuple[str, ...], said: str
+) -> None:
+    refused = run("generate", "--model", tiny, "--prompt", PROMPT, *given)
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
+    assert said in refused.stderr
 
 
 def test_nothing_to_decode(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from torch import Tensor
 from refreshkv import Session, __version__, demo
 from refreshkv.demo.prompts import TASKS, make_prompt
 from refreshkv.methods import Method, find
-from refreshkv.methods.pyramidkv import BETA, PyramidKV
+from refreshkv.methods.pyramidkv import PyramidKV
 from refreshkv.methods.snapkv import SnapKV
-from refreshkv.methods.streaming_llm import SINKS, StreamingLLM
+from refreshkv.methods.streaming_llm import StreamingLLM
 
 LENGTH, SEEDS = 768, (0, 1)
-JOB = {"budget": 96, "window": 32, "kernel": 7, "sinks": SINKS, "beta": BETA, "new_tokens": 48}
+JOB = {"budget": 96, "window": 32, "kernel": 7, "sinks": 4, "beta": 20, "new_tokens": 48}
 # Neighbours of a strong token have equal averages but for rounding, and kvpress breaks ties as `topk` happens to. With
 # its scores, both sides let a token score this much more, relatively, than the one before it.
 JOB["ramp"] = 1e-4
@@ -73,7 +74,8 @@ def variant(wanted: dict[str, Any], kept: list[list[list[int]]]) -> Method:
             scores = super().score_prompt(*arguments)
             if not theirs:
                 return scores
-            votes, window = scores.split([scores.shape[-1] - self.window, self.window], -1)
+            last = self.settings.window
+            votes, window = scores.split([scores.shape[-1] - last, last], -1)
             kernel = JOB["kernel"]
             pooled = F.avg_pool1d(votes, kernel, 1, kernel // 2)
             pooled = pooled * (1 + JOB["ramp"] * torch.arange(pooled.shape[-1]))
@@ -88,8 +90,10 @@ def variant(wanted: dict[str, Any], kept: list[list[list[int]]]) -> Method:
                 kept.append([head[:-1].nonzero()[:, 0].tolist() for head in after[0]])
             return after
 
+    method = find(wanted["method"])
     pooling = {"pool_kernel": 1, "group_reduction": "mean"} if theirs else {}
-    return Method(name="variant", label="variant", source="ours", settings=pooling, make=Variant)
+    ours = {name: value for name, value in pooling.items() if name in method.names}
+    return replace(method, fixed=ours, make=Variant)
 
 
 @torch.inference_mode()

@@ -19,7 +19,8 @@ def grid(*tasks: Any, methods: tuple[str, ...] = ("full",), **settings: Any) -> 
     [
         ("refreshkv", {}),
         ("refreshkv:stride=10", {"stride": 10}),
-        ("refreshkv:stride=never:threshold=none", {"stride": None, "threshold": None}),
+        ("refreshkv:stride=never", {"stride": None}),
+        ("refreshkv:stride=7:threshold=none", {"stride": 7, "threshold": None}),
         ("refreshkv:threshold=0.9:decide=head", {"threshold": 0.9, "decide": "head"}),
         ("snapkv-1:budget=64", {"budget": 64}),
         ("snapkv-1:budget=1.0", {"budget": 1.0}),
@@ -47,7 +48,7 @@ def test_spec(text: str, settings: dict[str, Any]) -> None:
         ("refreshkv:stride=5.5", "stride must be an integer >= 1"),
         ("refreshkv:threshold=high", "threshold is a cosine"),
         ("refreshkv:threshold=nan", "threshold is a cosine"),
-        ("refreshkv:budget=none", "budget must be an int"),
+        ("refreshkv:budget=none", "budget must be at least 1 token"),
         ("refreshkv:stride=5:stride=6", "stride is set twice"),
         ("refreshkv:stride=5:mode=exact", "unknown setting of refreshkv: 'mode'"),
     ],

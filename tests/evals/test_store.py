@@ -111,7 +111,7 @@ def test_a_line_that_would_spoil_the_numbers_is_named(name: str, opened: RunDire
 
 
 def test_a_setting_without_an_end_can_be_written() -> None:
-    config = RefreshConfig(drop=math.inf)
+    config = RefreshConfig(trigger="lse-drop", drop=math.inf)
     assert json.loads(line_of({k: written(v) for k, v in vars(config).items()}))["drop"] == "inf"
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from experiments import recall
 from experiments.recall import Watch
 from refreshkv.cache.layer import LayerCache
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods import find
-from refreshkv.step import Algorithm, Attention
+from refreshkv.step import Algorithm
 from tests.helpers import random_tokens
 from tests.slow import slow_weights
 
 PROMPT, LENGTH, PADS = 20, 32, (0, 7)
-ATTENTION = Attention(0.5)
+ATTENTION = AttendOptions(scale=0.5)
 
 
 def watched(name: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
@@ -25,7 +26,7 @@ def watched(name: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
     tokens = random_tokens(rows=2, pads=PADS, length=LENGTH)
     method, watch = find(name), Watch(1)
     config = method.config(**settings)
-    cache = LayerCache(config)
+    cache = LayerCache(config.for_cache())
     cache.watch = functools.partial(watch.saw, 0)
     algorithm = Algorithm() if method.make is None else method.make(config, 0, 1)
     held = []
@@ -35,7 +36,7 @@ def watched(name: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
             algorithm.observe(cache, tokens.queries[:, :, :end], ATTENTION, tokens.seen(end))
             continue
         algorithm.step(cache, tokens.queries[:, :, start], ATTENTION, tokens.seen(end))
-        held.append(None if cache.partial is None else cache.partial.positions.clone())
+        held.append(None if cache.ring is None else cache.ring.positions.clone())
     return torch.stack(watch.layers[0]), held
 
 

@@ -41,7 +41,7 @@ FULL_BY = {
     "budget, every option": replace(EVERY_OPTION, budget=1000),
     "stride 1, every option": replace(EVERY_OPTION, budget=4, stride=1),
     "stride 1, threshold 1, every option": replace(
-        EVERY_OPTION, budget=4, stride=1, threshold=1.0, trigger="query"
+        EVERY_OPTION, budget=4, stride=1, threshold=1.0, trigger="query", drop=4.0
     ),
 }
 
@@ -198,7 +198,7 @@ def test_after_j_partial_steps_the_best_and_the_newest_remain(llama: PreTrainedM
         cache = session.new_cache()
         llama(ids, past_key_values=cache)
         llama(tokens(1, 1, seed=1), past_key_values=cache)
-        rings = [layer.inner.partial for layer in cache.layers]
+        rings = [layer.inner.ring for layer in cache.layers]
         best = [
             ring.positions.clone() for ring in rings
         ]  # slot 0 was the lowest of the K; the new token took it

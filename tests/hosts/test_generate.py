@@ -199,9 +199,9 @@ def test_crop_takes_both_signs_and_the_next_step_is_full(
         llama(ids, past_key_values=cache)
         llama(ids[:, :1], past_key_values=cache)
         cache.crop(0)
-        assert cache.get_seq_length() == 31 and cache.layers[0].inner.partial is not None
+        assert cache.get_seq_length() == 31 and cache.layers[0].inner.ring is not None
         cache.crop(20 if signs == "positive" else -11)
-        assert cache.get_seq_length() == 20 and cache.layers[0].inner.partial is None
+        assert cache.get_seq_length() == 20 and not cache.layers[0].inner.ring.used.any()
         session.stats.reset()
         ours = llama(ids[:, 20:21], past_key_values=cache).logits
         assert session.stats.full_share == 1.0

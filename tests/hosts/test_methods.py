@@ -206,6 +206,6 @@ def test_the_mask_of_a_prompt_is_not_kept(llama: PreTrainedModel) -> None:
     with torch.no_grad(), refreshkv.attach(llama, method="h2o") as session:
         cache = session.new_cache()
         llama(**left_padded([40, 23]), past_key_values=cache)
-        current = cache.layers[0].current
-        assert current.mask is not None and current.mask() is None
-        assert current.visible.shape == (2, 40)
+        last = cache.layers[0]._last_mask
+        assert last._mask is not None and last._mask() is None
+        assert last._visible.shape == (2, 40)

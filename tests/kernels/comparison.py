@@ -1,17 +1,23 @@
-"""Every kernel against the reference: the cases, the tolerances and the comparisons, for any backend."""
+"""Every kernel against the reference, for any backend: the tolerances and the comparisons.
+
+A kernel reads what a case lays out; it is compared with the reference over the dense entries in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from refreshkv.kernels import reference
+from refreshkv.kernels.options import Attended, Scored
 from refreshkv.policy.selection import FREE
-from tests.helpers import left_padding, relative_rms
+from tests.helpers import relative_rms
+from tests.kernels.cases import QUERIES, SPARE_ROWS, WHOLE, Case
 
 # Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was
 # (output, scores, lse) float32 7.7e-7, 7.2e-7, 2.0e-7: the order of the sums; bfloat16 7.3e-3, 6.7e-3, 2.2e-3 and
@@ -23,199 +29,113 @@ TOLERANCE = {
 }
 
 
-QUERIES = 5  # of a row, where an operation takes several
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs of an attention; `hidden` is the mask: none, left padding, holes, or holes that differ by KV head."""
-
-    rows: int = 2
-    kv_heads: int = 2
-    group: int = 4
-    length: int = 65
-    dim: int = 64
-    value_dim: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    hidden: str = ""
-    dtype: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
-        return "-".join(f"{k}={v}" for k, v in changed.items()) or "plain"
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Query, keys, values and the options of `attend`."""
-        gen = torch.Generator().manual_seed(self.length)
-        heads = self.kv_heads * self.group
-        query = torch.randn(self.rows, heads, self.dim, generator=gen).to(self.dtype)
-        keys, values = (
-            self.with_spare(torch.randn(self.rows, self.kv_heads, self.length, dim, generator=gen))
-            for dim in (self.dim, self.value_dim or self.dim)
-        )
-        options = {
-            "scale": 1.2 * self.dim**-0.5,  # not the default of torch's own attention
-            "softcap": self.softcap,
-            "sinks": (torch.randn(heads, generator=gen) + 3).to(self.dtype) if self.sinks else None,
-            "visible": self.visible(gen),
-        }
-        return query, keys, values, options
-
-    def several(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """As `inputs`, with T queries `[B, Hq, T, D]` and where they start: at the end, and earlier from row to row."""
-        _, keys, values, options = self.inputs()
-        gen = torch.Generator().manual_seed(self.length + 1)
-        queries = min(QUERIES, self.length)
-        shape = (self.rows, self.kv_heads * self.group, queries, self.dim)
-        query = torch.randn(*shape, generator=gen).to(self.dtype)
-        latest = self.length - queries
-        options["starts"] = torch.tensor([latest // (row + 1) for row in range(self.rows)])
-        return query, keys, values, options
-
-    def with_spare(self, content: Tensor) -> Tensor:
-        """The view that a store gives out: what lies behind it must never be read."""
-        rows, heads, length, dim = content.shape
-        buffer = torch.full((rows, heads, length + 33, dim), torch.nan, dtype=self.dtype)
-        buffer[:, :, :length] = content.to(self.dtype)
-        return buffer[:, :, :length]
-
-    def visible(self, gen: torch.Generator) -> Tensor | None:
-        if not self.hidden:
-            return None
-        if self.hidden == "left":
-            return left_padding([0, self.length * 2 // 3], self.length)[:, None]
-        heads = self.kv_heads if self.hidden == "per head" else 1
-        shown = torch.rand(self.rows, heads, self.length, generator=gen) < 0.7
-        shown[..., self.length // 2] = True
-        return shown
-
-
-PLAIN = Case()
-CASES = [
-    PLAIN,
-    *[Case(group=group) for group in (1, 2, 3, 8)],
-    *[Case(length=length) for length in (1, 2, 63, 64, 1000, 5000)],
-    *[Case(dim=dim) for dim in (80, 128, 256)],
-    *[Case(value_dim=48, length=length) for length in (65, 5000)],
-    *[Case(softcap=2.0, length=length) for length in (65, 5000)],  # 4096 divides two ways to cap
-    *[Case(sinks=True, length=length) for length in (1, 65, 5000)],
-    *[Case(hidden="left", length=length) for length in (65, 1000, 5000)],
-    *[Case(hidden="holes", length=length) for length in (65, 5000)],
-    Case(softcap=2.0, sinks=True, hidden="holes", value_dim=80),
-    Case(softcap=2.0, sinks=True, hidden="left", length=5000),
-    Case(sinks=True, hidden="left", group=1, kv_heads=1),
-]
-# What a ring asks for; a full step masks all heads of a row alike.
-PER_HEAD = [Case(hidden="per head", softcap=c, length=n) for c in (None, 2.0) for n in (65, 5000)]
-EVERYTHING = Case(softcap=2.0, sinks=True, hidden="holes")
-
-
 def close(actual: Tensor, expected: Tensor, case: Case, what: str) -> None:
+    """Within the tolerance of the dtype, and -inf where it should be."""
     assert actual.shape == expected.shape
-    error = relative_rms(actual, expected)
-    assert error <= TOLERANCE[case.dtype][what], f"{what} is off by {error:.1e}"
+    finite = expected.isfinite()
+    assert torch.equal(actual[~finite].float(), expected[~finite].float()), f"{what} is off"
+    if expected[finite].any():
+        error = relative_rms(actual[finite], expected[finite])
+        assert error <= TOLERANCE[case.dtype][what], f"{what} is off by {error:.1e}"
+    else:
+        assert not actual[finite].any(), f"{what} is off by more than nothing"
 
 
-def in_float32(case: Case) -> tuple[Tensor, ...]:
-    return tuple(tensor.float() for tensor in case.inputs()[:3])
-
-
-def check_attend(attend: Callable[..., Any], case: Case) -> None:
-    query, keys, values, options = case.inputs()
-    actual = attend(query, keys, values, **options)
-    expected = reference.attend(*in_float32(case), **options)
+def check_attended(actual: Attended, expected: Attended, case: Case) -> None:
     assert actual.output.dtype == case.dtype
     assert actual.lse.dtype == torch.float32
     close(actual.output, expected.output, case, "output")
     close(actual.lse, expected.lse, case, "lse")
 
 
-def check_scored(actual: Any, expected: Any, case: Case) -> None:
+def check_scored(actual: Scored, expected: Scored, case: Case) -> None:
     assert actual.scores.dtype == actual.lse.dtype == torch.float32
     close(actual.scores, expected.scores, case, "scores")
     close(actual.lse, expected.lse, case, "lse")
 
 
+def check_attend(attend: Callable[..., Any], case: Case) -> None:
+    check_attended(attend(*case.inputs()), reference.attend(*case.wide()), case)
+
+
 def check_score(score: Callable[..., Any], case: Case) -> None:
-    query, keys, _, options = case.inputs()
-    for reduction in ("max", "mean"):
-        options["reduction"] = reduction
-        expected = reference.score(*in_float32(case)[:2], **options)
-        check_scored(score(query, keys, **options), expected, case)
+    query, entries, options = case.inputs()
+    wide, dense, shown = case.wide()
+    for reduction, given in (("max", entries), ("mean", replace(entries, values=None))):
+        actual = score(query, given, replace(options, reduction=reduction))
+        expected = reference.score(wide, dense, replace(shown, reduction=reduction))
+        check_scored(actual, expected, case)
 
 
 def check_attend_and_score(attend_and_score: Callable[..., Any], case: Case) -> None:
-    query, keys, values, options = case.inputs()
+    query, entries, options = case.inputs()
+    wide, dense, shown = case.wide()
     for reduction in ("max", "mean"):
-        options["reduction"] = reduction
-        attended, scored = attend_and_score(query, keys, values, **options)
-        expected, expected_scored = reference.attend_and_score(*in_float32(case), **options)
-        assert attended.output.dtype == case.dtype
+        attended, scored = attend_and_score(query, entries, replace(options, reduction=reduction))
+        expected = reference.attend_and_score(wide, dense, replace(shown, reduction=reduction))
         assert torch.equal(attended.lse, scored.lse)
-        close(attended.output, expected.output, case, "output")
-        check_scored(scored, expected_scored, case)
+        check_attended(attended, expected[0], case)
+        check_scored(scored, expected[1], case)
 
 
 def check_attend_and_rank(attend_and_rank: Callable[..., Any], case: Case) -> None:
     """The most attended entry is the newest. In 16 bits a rank may swap with one that is nearly as good."""
-    query, keys, values, options = case.inputs()
-    attended = reference.attend(*in_float32(case), **options)
+    query, entries, options = case.inputs()
+    wide, dense, shown = case.wide()
+    attended = reference.attend(wide, dense, shown)
     for reduction in ("max", "mean"):
-        scores = reference.score(*in_float32(case)[:2], **options, reduction=reduction).scores
+        scores = reference.score(wide, dense, replace(shown, reduction=reduction)).scores
         newest = scores.argmax(-1)
         count = max(1, min(8, case.length - 1))
-        actual, best = attend_and_rank(
-            query, keys, values, **options, reduction=reduction, newest=newest, count=count
-        )
-        close(actual.output, attended.output, case, "output")
-        close(actual.lse, attended.lse, case, "lse")
-        assert best.dtype == torch.int64 and best.shape == (*newest.shape, count)
-        if case.length == 1:
-            assert bool((best == 0).all())
-            continue
-        assert bool((best.sort(-1).values.diff(dim=-1) > 0).all())
-        left = scores.scatter(-1, newest[..., None], -1.0)
-        close(left.gather(-1, best), left.topk(count).values, case, "scores")
+        kind = replace(options, reduction=reduction)
+        actual, best = attend_and_rank(query, entries, kind, newest=newest, count=count)
+        check_attended(actual, attended, case)
+        check_best(best, scores, newest, count, case)
 
 
-def textbook(case: Case, counts: Tensor, reduction: str, window: int | None) -> tuple[Any, Any]:
+def check_best(best: Tensor, scores: Tensor, newest: Tensor, count: int, case: Case) -> None:
+    assert best.dtype == torch.int64 and best.shape == (*newest.shape, count)
+    assert bool((best.sort(-1).values.diff(dim=-1) > 0).all())
+    if case.length == 1:
+        assert bool((best == 0).all())
+        return
+    left = scores.scatter(-1, newest[..., None], -1.0)
+    close(left.gather(-1, best), left.topk(count).values, case, "scores")
+
+
+def textbook(
+    case: Case, counts: Tensor, reduction: str, window: int | None
+) -> tuple[Attended, Scored]:
     """`verify` one query after the other: each attends to what lies before it, and to itself."""
-    query, keys, values, options = case.several()
-    starts, visible = options.pop("starts"), options.pop("visible")
-    places = torch.arange(case.length)
+    query, starts = case.several()
+    _, entries, options = case.wide()
+    positions = torch.arange(case.length)
     shape = (case.rows, case.kv_heads, case.length)
-    shown = torch.ones(shape, dtype=torch.bool) if visible is None else visible.expand(shape)
-    outputs, lses, votes = [], [], torch.zeros(shape, dtype=torch.float32)
+    shown = torch.ones(shape, dtype=torch.bool)
+    if options.visible is not None:
+        shown = options.visible.expand(shape)
+    outputs, lses, votes = [], [], torch.zeros(shape)
     for index in range(query.shape[2]):
         own = (starts + index)[:, None, None]
-        seen = shown & (places <= own)
+        seen = shown & (positions <= own)
         if window is not None:
-            seen = seen & (places > own - window)
-        options["visible"] = seen
-        one, all_keys = query[:, :, index].float(), keys.float()
-        attended = reference.attend(one, all_keys, values.float(), **options)
-        given = reference.score(one, all_keys, **options, reduction=reduction).scores
-        votes += torch.where((index < counts)[:, None, None], given, 0.0)
+            seen = seen & (positions > own - window)
+        kind = replace(options, visible=seen, reduction=reduction)
+        attended, scored = reference.attend_and_score(query[:, :, index].float(), entries, kind)
+        votes += torch.where((index < counts)[:, None, None], scored.scores, 0.0)
         outputs.append(attended.output)
         lses.append(attended.lse)
     votes /= counts.clamp(min=1)[:, None, None]
     lse = torch.stack(lses, 2)
-    return reference.Attended(torch.stack(outputs, 2), lse), reference.Scored(votes, lse)
+    return Attended(torch.stack(outputs, 2), lse), Scored(votes, lse)
 
 
-def check_votes(actual: Any, expected: Any, case: Case, counts: Tensor) -> None:
-    """As `check_scored`; a query may see nothing, and a row without votes may have any log-sum-exp."""
+def check_votes(actual: Scored, expected: Scored, case: Case, counts: Tensor) -> None:
+    """As `check_scored`, but that a row without votes may have any log-sum-exp."""
     voting = counts > 0
-    assert not actual.scores[~voting].any(), (
-        "scores of a row without votes is off by more than nothing"
-    )
-    actual, expected = (type(s)(s.scores[voting], s.lse[voting]) for s in (actual, expected))
-    seen = expected.lse.isfinite()
-    assert torch.equal(actual.lse.isneginf(), ~seen)
-    check_scored(
-        actual._replace(lse=actual.lse[seen]), expected._replace(lse=expected.lse[seen]), case
-    )
+    assert not actual.scores[~voting].any(), "scores of a row without votes are off"
+    of_voting = [Scored(x.scores[voting], x.lse[voting]) for x in (actual, expected)]
+    check_scored(*of_voting, case)
 
 
 def counted(case: Case) -> tuple[Tensor, Tensor]:
@@ -225,16 +145,26 @@ def counted(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def check_vote(vote: Callable[..., Any], case: Case) -> None:
-    query, keys, _, options = case.several()
+    _, entries, options = case.inputs()
+    query, starts = case.several()
+    if entries.positions is not None:
+        with pytest.raises(ValueError, match="without a list"):
+            vote(query, entries, options, starts=starts)
+        return
     everyone, some = counted(case)
     for reduction, counts in (("max", everyone), ("mean", some)):
-        given = None if counts is everyone else counts
-        actual = vote(query, keys, **options, counts=given, reduction=reduction)
+        given = {"starts": starts, "counts": None if counts is everyone else counts}
+        actual = vote(query, entries, replace(options, reduction=reduction), **given)
         check_votes(actual, textbook(case, counts, reduction, None)[1], case, counts)
 
 
 def check_verify(verify: Callable[..., Any], case: Case) -> None:
-    query, keys, values, options = case.several()
+    _, entries, options = case.inputs()
+    query, starts = case.several()
+    if entries.positions is not None:
+        with pytest.raises(ValueError, match="without a list"):
+            verify(query, entries, options, starts=starts)
+        return
     everyone, some = counted(case)
     for reduction, counts, window in (
         ("max", everyone, None),
@@ -242,15 +172,14 @@ def check_verify(verify: Callable[..., Any], case: Case) -> None:
         ("max", some, 7),
         ("mean", everyone, 1),
     ):
-        given = None if counts is everyone else counts
-        attended, scored = verify(
-            query, keys, values, **options, counts=given, reduction=reduction, window=window
-        )
+        kind = replace(options, reduction=reduction)
+        given = {"starts": starts, "counts": None if counts is everyone else counts}
+        attended, scored = verify(query, entries, kind, **given, window=window)
         expected, expected_scored = textbook(case, counts, reduction, window)
-        assert attended.output.dtype == case.dtype
         assert torch.equal(attended.lse, scored.lse)
         voting = counts > 0
         close(attended.output[voting], expected.output[voting], case, "output")
+        assert attended.output.dtype == case.dtype
         check_votes(scored, expected_scored, case, counts)
 
 
@@ -266,89 +195,56 @@ ATTENTION_CHECKS = {
 
 def check_lengths(backend: Any, case: Case) -> None:
     """Entries beyond a length count for nothing: the same as hiding them. One row is empty, one whole."""
-    query, keys, values, options = case.inputs()
+    query, entries, options = case.inputs()
+    wide, dense, shown = case.wide()
     gen = torch.Generator().manual_seed(3)
     lengths = torch.randint(0, case.length + 1, (case.rows, case.kv_heads), generator=gen)
     lengths[0, 0], lengths[-1, -1] = 0, case.length
-    for given in (lengths, lengths[:1], lengths[:, :1], lengths[-1:, -1:]):
-        hidden = {**options, "visible": reference.within(given, options["visible"], case.length)}
-        attended, scored = reference.attend_and_score(*in_float32(case), **hidden)
-        seen = attended.lse.isfinite()
-        for actual in (
-            backend.attend(query, keys, values, lengths=given, **options),
-            backend.attend_and_score(query, keys, values, lengths=given, **options)[0],
-        ):
-            close(actual.output, attended.output, case, "output")
-            assert torch.equal(actual.lse.isneginf(), ~seen)
-            close(actual.lse[seen], attended.lse[seen], case, "lse")
-        scores = backend.score(query, keys, lengths=given, **options).scores
-        close(scores, scored.scores, case, "scores")
-        newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
-        count = max(1, min(3, case.length - 1))
-        rank = {"newest": newest, "count": count, **options, "lengths": given}
-        actual, best = backend.attend_and_rank(query, keys, values, **rank)
-        close(actual.output, attended.output, case, "output")
-        left = scored.scores.scatter(-1, newest[..., None], -1.0)
-        close(left.gather(-1, best), left.topk(count).values, case, "scores")
-
-
-def check_attend_at(attend_at: Callable[..., Any], case: Case) -> None:
-    """The same as copying the entries out first; and from pages in any order, the same as from one piece."""
-    query, keys, values, options = case.inputs()
-    del options["visible"]
-    gen = torch.Generator().manual_seed(4)
-    places = torch.rand(case.rows, case.kv_heads, case.length, generator=gen).argsort(-1)
-    positions = places[..., : max(1, case.length // 2)].clone()
-    positions[0, 0, 1:] = FREE
-    positions[-1, -1] = FREE
-    at = positions.clamp(min=0)[..., None]
-    copied = [x.gather(2, at.expand(-1, -1, -1, x.shape[-1])) for x in (keys, values)]
     newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
-    count = max(1, min(3, positions.shape[-1] - 1))
-    rank = {"newest": newest, "count": count}
-    shown = {**options, "visible": positions >= 0}
-    expected, _ = reference.attend_and_rank(
-        query.float(), *(x.float() for x in copied), **shown, **rank
-    )
-    scores = reference.score(query.float(), copied[0].float(), **shown).scores
-    seen = expected.lse.isfinite()
-    for blocks, stored in ((None, (keys, values)), paged(keys, values, page=16)):
-        actual, best = attend_at(query, *stored, positions, blocks=blocks, **options, **rank)
-        close(actual.output, expected.output, case, "output")
-        assert torch.equal(actual.lse.isneginf(), ~seen)
-        close(actual.lse[seen], expected.lse[seen], case, "lse")
-        left = scores.scatter(-1, newest[..., None], -1.0)
-        close(left.gather(-1, best), left.topk(count).values, case, "scores")
-        plain, none = attend_at(query, *stored, positions, blocks=blocks, **options)
-        assert torch.equal(plain.output, actual.output) and none.shape[-1] == 0
+    count = max(1, min(3, case.length - 1))
+    for given in (lengths, lengths[:1], lengths[:, :1], lengths[-1:, -1:]):
+        within = torch.arange(case.length) < given[..., None]
+        visible = within if shown.visible is None else within & shown.visible
+        kind, hidden = replace(options, lengths=given), replace(shown, visible=visible)
+        attended, scored = reference.attend_and_score(wide, dense, hidden)
+        both = backend.attend_and_score(query, entries, kind)
+        rank = backend.attend_and_rank(query, entries, kind, newest=newest, count=count)
+        for actual in (backend.attend(query, entries, kind), both[0], rank[0]):
+            check_attended(actual, attended, case)
+        for actual in (backend.score(query, entries, kind), both[1]):
+            check_scored(actual, scored, case)
+        check_best(rank[1], scored.scores, newest, count, case)
+        if entries.positions is None:
+            several, starts = case.several()
+            expected = reference.verify(several.float(), dense, hidden, starts=starts)
+            check_attended(
+                backend.verify(several, entries, kind, starts=starts)[0], expected[0], case
+            )
+            check_scored(backend.vote(several, entries, kind, starts=starts), expected[1], case)
 
 
-def paged(keys: Tensor, values: Tensor, page: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The block table and the pages `[N, Hkv, page, D]` of a cache as vLLM keeps it: K beside V, pages shuffled."""
-    rows, heads, length, _ = keys.shape
-    each = -(-length // page)
-    blocks = torch.randperm(rows * each, generator=torch.Generator().manual_seed(5)).view(rows, -1)
-    both = torch.cat([keys, values], -1)
-    both = torch.nn.functional.pad(both, (0, 0, 0, each * page - length), value=torch.nan)
-    pages = both.new_empty(rows * each, heads, page, both.shape[-1])
-    pages[blocks] = both.unflatten(2, (each, page)).transpose(1, 2)
-    return blocks.int(), (pages[..., : keys.shape[-1]], pages[..., keys.shape[-1] :])
-
-
-def check_gather(gather: Callable[..., None]) -> None:
-    gen = torch.Generator().manual_seed(0)
-    source = PLAIN.with_spare(torch.randn(2, 2, 30, 8, generator=gen))
-    positions = torch.tensor([[[3, 29, 0], [7, 7, FREE]], [[1, FREE, FREE], [FREE] * 3]])
-    for heads in (None, torch.tensor([[True, False], [True, True]])):
-        out = torch.full((2, 2, 5, 8), torch.nan)
-        gather(source, positions, out, heads)
-        written = torch.zeros(2, 2, 5, dtype=torch.bool)
-        for row, head, slot in (positions != FREE).nonzero().tolist():
-            if heads is None or heads[row, head]:
-                expected = source[row, head, positions[row, head, slot]]
-                assert torch.equal(out[row, head, slot], expected)
-                written[row, head, slot] = True
-        assert bool(out[~written].isnan().all())
+def check_gather(gather: Callable[..., None], **of_case: Any) -> None:
+    """`gather` writes into the rings it is given."""
+    wanted = torch.tensor([[[3, 29, 0], [7, 7, FREE]], [[1, FREE, FREE], [FREE] * 3]]).int()
+    for layout in WHOLE:
+        case = Case(**{"length": 30, "dim": 8, "value_dim": 16, "layout": layout, **of_case})
+        _, dense, _ = case.dense()
+        _, entries, _ = case.inputs()
+        rows = [0, 1] if entries.rows is None else entries.rows.tolist()
+        for heads in (None, torch.tensor([[True, False], [True, True]])):
+            count = 2 + SPARE_ROWS * (entries.rows is not None)
+            ring_keys, ring_values = (
+                torch.full((count, 2, 5, x.shape[-1]), torch.nan, dtype=case.dtype)
+                for x in (dense.keys, dense.values)
+            )
+            gather(entries, wanted, ring_keys=ring_keys, ring_values=ring_values, heads=heads)
+            for ring, source in ((ring_keys, dense.keys), (ring_values, dense.values)):
+                expected = torch.full_like(ring, torch.nan)
+                for row, head, slot in (wanted != FREE).nonzero().tolist():
+                    if heads is None or heads[row, head]:
+                        position = wanted[row, head, slot]
+                        expected[rows[row], head, slot] = source[row, head, position]
+                assert torch.equal(ring.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def check_select(select: Callable[..., Any]) -> None:
@@ -356,9 +252,11 @@ def check_select(select: Callable[..., Any]) -> None:
     scores = torch.tensor([[[0.1, 0.5, 0.5, 0.9, 0.5, 0.2, 0.7]]])
     visible = torch.tensor([[True, True, True, False, True, True, True]])
     chosen = select(scores, torch.tensor([4]), pool_kernel=1, visible=visible)
+    assert chosen.positions.dtype == torch.int32 and chosen.filled.dtype == torch.int64
     assert chosen.positions.tolist() == [[[1, 2, 4, 6]]]
     chosen = select(scores, torch.tensor([4]), pool_kernel=3, visible=visible)
     assert chosen.positions.tolist() == [[[2, 4, 5, 6]]]
-    rules = {"recent": 1, "anchors": torch.tensor([[[2, FREE]]]), "ends": torch.tensor([6])}
+    anchors = torch.tensor([[[2, FREE]]]).int()
+    rules = {"recent": 1, "anchors": anchors, "ends": torch.tensor([6])}
     chosen = select(scores, torch.tensor([4]), pool_kernel=1, visible=visible, **rules)
     assert chosen.positions.tolist() == [[[1, 4, 2, 5]]]

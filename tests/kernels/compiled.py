@@ -16,19 +16,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from refreshkv.kernels.options import AttendOptions, Entries
+
 # The modules of kernels and their operations, with the signatures of `reference`: `arguments` fills them in by name.
 OPERATIONS = {
-    "triton_partial": ("attend", "attend_and_rank", "attend_at"),
-    "triton_full": ("attend_and_score", "score"),
-    "triton_verify": ("verify", "vote"),
-    "triton_select": ("select", "gather"),
-    "triton_insert": ("insert",),
+    "step": ("attend", "attend_and_score", "attend_and_rank", "score"),
+    "verify": ("verify", "vote"),
+    "select": ("select",),
+    "rings": ("gather", "insert"),
 }
 TARGETS = (80, 90)  # Ampere and Hopper
 DIMS = (64, 80, 128, 256)
@@ -62,57 +63,80 @@ def resources(target: int, dtype: torch.dtype, dims: tuple[int, ...] = DIMS) -> 
     return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
 
 
-def arguments(operation: Any, dim: int, dtype: torch.dtype, plain: bool) -> dict[str, Any]:
-    """A typical call: what a CUDA graph passes when `plain`; else also a mask, a cap, sinks."""
+def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a CUDA graph passes, plainly; and with all that there is, where entries lie in every way that is served."""
+    yield "plain", arguments(operation, dim, dtype, "", plain=True)
+    wanted = inspect.signature(operation).parameters
+    ways = [""]
+    if "entries" in wanted:
+        ways = ["rows", "pages"]
+    if "entries" in wanted and not {"starts", "wanted"} & {*wanted}:
+        ways += ["list rows", "list pages rows"]
+    for way in ways:
+        yield f"everything {way}".strip(), arguments(operation, dim, dtype, way, plain=False)
+
+
+def arguments(
+    operation: Any, dim: int, dtype: torch.dtype, layout: str, plain: bool
+) -> dict[str, Any]:
+    """A typical call: with lengths, and unless `plain` also with a mask, a cap, sinks."""
     heads = KV_HEADS * GROUP
 
-    def cache() -> torch.Tensor:
-        return torch.empty(ROWS, KV_HEADS, LENGTH, dim, dtype=dtype)
+    def cache(
+        rows: int = ROWS, entries: int = LENGTH
+    ) -> torch.Tensor:  # K beside V, as vLLM keeps them
+        return torch.empty(rows, KV_HEADS, entries, 2 * dim, dtype=dtype)
 
+    both = cache(ROWS * LENGTH // PAGE, PAGE) if "pages" in layout else cache()
+    listed = torch.zeros(ROWS, KV_HEADS, SLOTS, dtype=torch.int32) if "list" in layout else None
+    entries = Entries(
+        *both.chunk(2, -1),
+        torch.zeros(ROWS, LENGTH // PAGE, dtype=torch.int32) if "pages" in layout else None,
+        listed,
+        torch.zeros(ROWS, dtype=torch.int32) if "rows" in layout else None,
+    )
     per_head = torch.zeros(ROWS, KV_HEADS, dtype=torch.int64)
+    ring_keys, ring_values = cache().chunk(2, -1)
     wanted = inspect.signature(operation).parameters
     several = (QUERIES,) if "starts" in wanted else ()
+    options = AttendOptions(
+        scale=dim**-0.5, lengths=per_head, heads=torch.ones(ROWS, KV_HEADS, dtype=torch.bool)
+    )
     typical = {
         "query": torch.empty(ROWS, heads, *several, dim, dtype=dtype),
-        "keys": cache(),
-        "values": cache(),
-        "positions": torch.zeros(ROWS, KV_HEADS, SLOTS, dtype=torch.int64),
-        "scale": dim**-0.5,
-        "lengths": per_head,
-        "heads": torch.ones(ROWS, KV_HEADS, dtype=torch.bool),
+        "entries": entries,
+        "options": options,
+        "heads": options.heads,
         "newest": per_head,
         "count": 4,
         "starts": per_head[:, 0],
         "counts": per_head[:, 0],
-        "source": cache(),
-        "out": cache(),
         "scores": torch.empty(ROWS, KV_HEADS, LENGTH),
         "budget": torch.full((ROWS,), SLOTS),
         "slots": SLOTS,
         "ends": per_head[:, 0],
-        "wanted": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int64),
-        "ring_keys": cache(),
-        "ring_values": cache(),
-        "ring_positions": torch.zeros(ROWS, KV_HEADS, LENGTH, dtype=torch.int64),
+        "wanted": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int32),
+        "ring_keys": ring_keys,
+        "ring_values": ring_values,
+        "ring_positions": torch.zeros(ROWS, KV_HEADS, LENGTH, dtype=torch.int32),
         "filled": per_head,
         "pushed": per_head,
     }
     if not plain:
+        mask = torch.ones(ROWS, 1, entries.count, dtype=torch.bool)
+        typical["options"] = replace(
+            options,
+            softcap=50.0,
+            sinks=torch.empty(heads, dtype=dtype),
+            reduction="mean",
+            visible=mask,
+        )
         typical |= {
-            "softcap": 50.0,
-            "sinks": torch.empty(heads, dtype=dtype),
-            "reduction": "mean",
             "window": 1024,
+            "visible": mask[:, 0],
             "recent": 8,
-            "anchors": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int64),
+            "anchors": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int32),
         }
-        pages = ROWS * LENGTH // PAGE
-        if "blocks" in wanted:  # K beside V, as vLLM keeps them
-            both = torch.empty(pages, KV_HEADS, PAGE, 2 * dim, dtype=dtype)
-            typical |= {"keys": both[..., :dim], "values": both[..., dim:]}
-            typical["blocks"] = torch.zeros(ROWS, LENGTH // PAGE, dtype=torch.int32)
-        mask = torch.ones(ROWS, 1, LENGTH, dtype=torch.bool)
-        typical["visible"] = mask[:, 0] if "budget" in wanted else mask
     return {name: value for name, value in typical.items() if name in wanted}
 
 
@@ -159,29 +183,31 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def _compiled(target: int, dtype: torch.dtype, dims: tuple[int, ...]) -> Iterator[Compiled]:
     launched = _compile_only(target)
     seen = set()
-    for module, names in OPERATIONS.items():
-        for name in names:
-            operation = getattr(importlib.import_module(f"refreshkv.kernels.{module}"), name)
-            for dim, plain in [(dim, plain) for dim in dims for plain in (True, False)]:
-                operation(**arguments(operation, dim, dtype, plain))
-                for function, kernel in launched:
-                    if kernel.hash not in seen:
-                        seen.add(kernel.hash)
-                        usage = _usage(kernel.asm["cubin"])
-                        yield Compiled(
-                            operation=name,
-                            kernel=function.__name__,
-                            target=target,
-                            dim=dim,
-                            dtype=str(dtype).removeprefix("torch."),
-                            options="plain" if plain else "everything",
-                            warps=kernel.metadata.num_warps,
-                            registers=usage["REG"],
-                            stack=usage["STACK"],
-                            local=usage["LOCAL"],
-                            shared=kernel.metadata.shared,
-                        )
-                launched.clear()
+    every = [
+        (module, name, dim) for module in OPERATIONS for name in OPERATIONS[module] for dim in dims
+    ]
+    for module, name, dim in every:
+        operation = getattr(importlib.import_module(f"refreshkv.kernels.triton.{module}"), name)
+        for kind, given in calls(operation, dim, dtype):
+            operation(**given)
+            for function, kernel in launched:
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    usage = _usage(kernel.asm["cubin"])
+                    yield Compiled(
+                        operation=name,
+                        kernel=function.__name__,
+                        target=target,
+                        dim=dim,
+                        dtype=str(dtype).removeprefix("torch."),
+                        options=kind,
+                        warps=kernel.metadata.num_warps,
+                        registers=usage["REG"],
+                        stack=usage["STACK"],
+                        local=usage["LOCAL"],
+                        shared=kernel.metadata.shared,
+                    )
+            launched.clear()
 
 
 if __name__ == "__main__":

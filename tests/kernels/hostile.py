@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import Backend, reference
+from refreshkv.kernels import reference
+from refreshkv.kernels.backend import Backend
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE
-from tests.kernels.comparison import Case
+from tests.kernels.cases import LAYOUTS, SPARE_ROWS, WHOLE, Case, empty_stores, in_float32, laid_out
 
 NAN, INF = float("nan"), float("inf")
 FARTHEST = (-(2**63), -(2**31), -7, -1, 2**31, 2**40, 2**63 - 1)
@@ -22,6 +24,7 @@ PLAIN = Case()
 # Rounding to a dtype, and the order of the sums.
 CLOSE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.float16: {"rtol": 1e-2, "atol": 1e-2},
     torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
 }
 
@@ -31,6 +34,11 @@ def integers(shape: tuple[int, ...], length: int, gen: torch.Generator) -> Tenso
     near = torch.randint(-2, length + 3, shape, generator=gen)
     far = torch.tensor(FARTHEST)[torch.randint(len(FARTHEST), shape, generator=gen)]
     return torch.where(torch.rand(shape, generator=gen) < 0.6, near, far)
+
+
+def indices(shape: tuple[int, ...], length: int, gen: torch.Generator) -> Tensor:
+    """As `integers`, in 32 bits."""
+    return integers(shape, length, gen).clamp(-(2**31), 2**31 - 1).int()
 
 
 def any_scores(shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
@@ -57,27 +65,20 @@ def selections(count: int, longest: int = 70) -> Iterator[tuple[Tensor, Tensor, 
             "pool_kernel": one_of(1, 3, 7, 201),
             "visible": one_of(None, torch.rand(2, length, generator=gen) < one_of(0.7, 0.1)),
             "recent": one_of(0, 2, -1, 2**40, integers((2,), length, gen)),
-            "anchors": one_of(None, integers((2, 2, 5), length, gen)[..., [0, 1, 2, 3, 4, 0, 1]]),
+            "anchors": one_of(None, indices((2, 2, 5), length, gen)[..., [0, 1, 2, 3, 4, 0, 1]]),
             "ends": one_of(None, integers((2,), length, gen)),
             "slots": one_of(None, None, None, length, length + 3, 1, 0, -1),
         }
-        usual, budget = (
-            torch.randint(1, length + 1, (2,), generator=gen),
-            integers((2,), length, gen),
-        )
-        yield any_scores((2, 2, length), gen), one_of(usual, budget), options
+        usual = torch.randint(1, length + 1, (2,), generator=gen)
+        budget = one_of(usual, integers((2,), length, gen))
+        yield any_scores((2, 2, length), gen), budget, options
 
 
 def check_select(select: Callable[..., Any], count: int = 150) -> None:
     """Equal to the definition, which is valid: the rest of what it says is in tests/test_selection.py."""
     for scores, budget, options in selections(count):
-        ours, theirs = (
-            select(scores, budget, **options),
-            selection.select(scores, budget, **options),
-        )
-        assert torch.equal(ours.filled, theirs.filled) and torch.equal(
-            ours.positions, theirs.positions
-        )
+        ours = select(scores, budget, **options)
+        assert all(map(torch.equal, ours, selection.select(scores, budget, **options)))
         for row in range(2):
             shown = torch.ones(scores.shape[-1], dtype=torch.bool)
             if options["visible"] is not None:
@@ -88,9 +89,8 @@ def check_select(select: Callable[..., Any], count: int = 150) -> None:
             for head in range(2):
                 found = ours.positions[row, head].tolist()
                 assert ours.filled[row, head] == filled == len({*found[:filled]})
-                assert shown[found[:filled]].all() and found[filled:] == [FREE] * (
-                    len(found) - filled
-                )
+                assert shown[found[:filled]].all()
+                assert found[filled:] == [FREE] * (len(found) - filled)
 
 
 def check_top_slots(top_slots: Callable[..., Tensor]) -> None:
@@ -105,47 +105,62 @@ def check_top_slots(top_slots: Callable[..., Tensor]) -> None:
 
 
 def check_gather(gather: Callable[..., None]) -> None:
+    """`gather` writes into the rings it is given."""
     for seed in range(6):
-        gen = torch.Generator().manual_seed(seed)
-        source = PLAIN.with_spare(torch.randn(2, 2, 30, 8, generator=gen))
-        positions = integers((2, 2, 12), 30, gen)
-        ours, theirs = (torch.full((2, 2, 15, 8), 7.0) for _ in range(2))
-        gather(source, positions, ours)
-        reference.gather(source, positions, theirs)
-        assert torch.equal(ours, theirs)
-        stored = (positions >= 0) & (positions < 30)
-        assert bool((theirs[:, :, :12] == 7.0).all(-1).eq(~stored).all())
+        for layout in WHOLE:
+            entries, _, theirs = rings(seed, layout)
+            wanted = indices((3, 2, 7), 40, torch.Generator().manual_seed(seed))
+            heads = None if seed % 2 else wanted[..., 0] % 2 == 0
+            theirs = {name: theirs[name] for name in ("ring_keys", "ring_values")}
+            ours = {name: ring.clone() for name, ring in theirs.items()}
+            gather(entries, wanted, **ours, heads=heads)
+            reference.gather(entries, wanted, **theirs, heads=heads)
+            for name, ring in theirs.items():
+                assert torch.equal(ours[name], ring), name
 
 
-def rings(seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """A store of 40 and rings of 9 slots, with numbers of any size."""
+def rings(seed: int, layout: str = "") -> tuple[Entries, Tensor, dict[str, Tensor]]:
+    """A store of 40, what is wanted from it, and rings of 9 slots, with numbers of any size."""
     gen = torch.Generator().manual_seed(seed)
-    keys, values = torch.randn(2, 3, 2, 40, 8, generator=gen)
+    case = Case(rows=3, length=40, dim=8, value_dim=16, layout=layout)
+    _, entries, _ = case.inputs()
+    kept = 3
+    if entries.rows is not None:
+        kept += SPARE_ROWS
+        entries.rows[seed % 3] = (-1, 5, 2**31 - 1, -(2**31), int(entries.rows[seed % 3]))[seed % 5]
+    if entries.blocks is not None:
+        entries.blocks[0, :2] = torch.tensor([-1, len(entries.keys)])
     # Distinct ones: the far ones, and others that are there.
     near = torch.rand(3, 2, 44, generator=gen).argsort(-1)[..., :3] - 2
-    far = torch.tensor(FARTHEST)[torch.rand(3, 2, 7, generator=gen).argsort(-1)[..., :2]]
+    far = torch.tensor((-(2**31), -7, 2**31 - 1, 99))
+    far = far[torch.rand(3, 2, 4, generator=gen).argsort(-1)[..., :2]]
     ring = {
-        "ring_keys": torch.randn(3, 2, 9, 8, generator=gen),
-        "ring_values": torch.randn(3, 2, 9, 8, generator=gen),
-        "ring_positions": integers((3, 2, 9), 40, gen),
-        "filled": integers((3, 2), 9, gen),
-        "pushed": integers((3, 2), 9, gen),
-        "budget": integers((3,), 9, gen),
+        "ring_keys": torch.randn(kept, 2, 9, 8, generator=gen),
+        "ring_values": torch.randn(kept, 2, 9, 16, generator=gen),
+        "ring_positions": indices((kept, 2, 9), 40, gen),
+        "filled": integers((kept, 2), 9, gen),
+        "pushed": integers((kept, 2), 9, gen),
+        "budget": integers((kept,), 9, gen),
     }
-    return [keys, values, torch.cat([near, far], -1)], ring
+    return entries, torch.cat([near, far], -1).int(), ring
 
 
 def check_insert(insert: Callable[..., Tensor], count: int = 25) -> None:
-    """`insert(store, ring)` writes into the ring."""
+    """`insert` writes into the ring it is given; then into one of positions alone."""
     entered = 0
     for seed in range(count):
-        store, theirs = rings(seed)
+        entries, wanted, theirs = rings(seed, WHOLE[seed % len(WHOLE)])
         ours = {name: tensor.clone() for name, tensor in theirs.items()}
-        expected = reference.insert(*store, **theirs)
+        alone = {name: tensor.clone() for name, tensor in theirs.items()}
+        expected = reference.insert(entries, wanted, **theirs)
         entered += int(expected.sum())
-        assert torch.equal(insert(store, ours), expected)
+        assert torch.equal(insert(entries, wanted, **ours), expected)
         for name, tensor in theirs.items():
             assert torch.equal(ours[name], tensor), name
+        alone |= {"ring_keys": None, "ring_values": None}
+        assert torch.equal(insert(replace(entries, values=None), wanted, **alone), expected)
+        for name in ("ring_positions", "pushed"):
+            assert torch.equal(alone[name], theirs[name]), name
     assert entered
 
 
@@ -154,205 +169,213 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def close_scores(actual: Tensor, expected: Tensor, seen: Tensor, dtype: torch.dtype) -> None:
-    """Where no query sees a place: 0, or NaN."""
+    """Where no query sees an entry: 0, or NaN."""
     seen = seen.expand_as(expected)
     close(actual[seen], expected[seen], dtype)
     for scores in (actual, expected):
         assert not scores[~seen].nan_to_num(0).any()
 
 
-def spoiled(case: Case, what: str, number: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """The inputs of `case.several`, one of them with `number` for one query head, token or sink."""
-    query, keys, values, options = case.several()
-    place = case.length // 2
-    if options["visible"] is not None:
-        options["visible"][..., place] = True
+def spoiled(case: Case, what: str, number: float) -> tuple[Tensor, Entries, AttendOptions, Tensor]:
+    """Queries `[B, Hq, T, D]`, entries, options and starts, one of them with `number` for one head, entry or sink."""
+    _, entries, options = case.dense()
+    query, starts = case.several()
+    keys, values, position = entries.keys, entries.values, case.length // 2
+    if options.visible is not None:
+        options.visible[..., position] = True
     if what == "query":
         query[0, 1, -1, 3] = number
     elif what == "keys":
-        keys[0, 0, place, 3] = number
+        keys[0, 0, position, 3] = number
     elif what == "values":
-        values[0, 0, place, 3] = number
+        values[0, 0, position, 3] = number
     elif what == "sinks":
-        options["sinks"][1] = number
-    elif what == "hidden":  # and what lies behind every place that is seen
-        options["visible"][:, :, place] = False
-        keys[:, :, place] = values[:, :, place] = number
-    return query, keys, values, options
+        options.sinks[1] = number
+    elif what == "hidden":  # and what lies behind every entry that is seen
+        options.visible[:, :, position] = False
+        keys[:, :, position] = values[:, :, position] = number
+    return query, laid_out(entries, case.layout), options, starts
 
 
 def check_attention(backend: Backend, case: Case, what: str, number: float) -> None:
     """One number that is none: the operations of one query, then those of several."""
-    query, keys, values, options = spoiled(case, what, number)
-    wide = [x.float() for x in (query, keys, values)]
-    starts = options.pop("starts")
-    seen = torch.ones(1, 1, case.length, dtype=torch.bool)
-    if options["visible"] is not None:
-        seen = options["visible"]
-    one, one_wide = query[:, :, -1], wide[0][:, :, -1]
+    query, entries, options, starts = spoiled(case, what, number)
+    wide, seen = in_float32(entries), options.visible
+    if seen is None:
+        seen = torch.ones(1, 1, case.length, dtype=torch.bool)
+    one = query[:, :, -1]
     newest = torch.zeros(case.rows, case.kv_heads, dtype=torch.int64)
     for reduction in ("max", "mean"):
-        kind = {**options, "reduction": reduction}
-        expected, scored = reference.attend_and_score(one_wide, *wide[1:], **kind)
+        kind = replace(options, reduction=reduction)
+        expected, scored = reference.attend_and_score(one.float(), wide, kind)
         broken = not (expected.output.isfinite().all() and scored.scores.isfinite().all())
         if what == "hidden" or number is NAN:
             assert broken == (what != "hidden")
+        both = backend.attend_and_score(one, entries, kind)
         for attended in (
-            backend.attend(one, keys, values, **options),
-            backend.attend_and_score(one, keys, values, **kind)[0],
-            backend.attend_and_rank(one, keys, values, **kind, newest=newest, count=2)[0],
+            backend.attend(one, entries, options),
+            both[0],
+            backend.attend_and_rank(one, entries, kind, newest=newest, count=2)[0],
         ):
             close(attended.output, expected.output, case.dtype)
             close(attended.lse, expected.lse, case.dtype)
-        for found in (
-            backend.score(one, keys, **kind),
-            backend.attend_and_score(one, keys, values, **kind)[1],
-        ):
+        for found in (backend.score(one, entries, kind), both[1]):
             close_scores(found.scores, scored.scores, seen, case.dtype)
-        rank = {**kind, "newest": newest, "count": 2, "lengths": newest[:1, :1] + case.length - 2}
-        best = backend.attend_and_rank(one, keys, values, **rank)[1]
+        cut = replace(kind, lengths=newest[:1, :1] + case.length - 2)
+        best = backend.attend_and_rank(one, entries, cut, newest=newest, count=2)[1]
         assert bool(((best >= 0) & (best < case.length)).all())
         assert bool((best[..., 0] != best[..., 1]).all())
         lost = scored.scores.isnan().any(-1)  # there every rank is a tie
-        expected_best = reference.attend_and_rank(one_wide, *wide[1:], **rank)[1]
-        assert torch.equal(best[lost], expected_best[lost])
-        kind["starts"] = starts
-        expected, scored = reference.verify(*wide, **kind)
-        attended, voted = backend.verify(query, keys, values, **kind)
-        close(attended.output, expected.output, case.dtype)
-        close(attended.lse, expected.lse, case.dtype)
-        every = seen & reached(starts, case)[:, None]
-        close_scores(voted.scores, scored.scores, every, case.dtype)
-        close_scores(backend.vote(query, keys, **kind).scores, scored.scores, every, case.dtype)
+        theirs = reference.attend_and_rank(one.float(), wide, cut, newest=newest, count=2)[1]
+        assert torch.equal(best[lost], theirs[lost])
+        if entries.positions is None:
+            expected, scored = reference.verify(query.float(), wide, kind, starts=starts)
+            attended, voted = backend.verify(query, entries, kind, starts=starts)
+            close(attended.output, expected.output, case.dtype)
+            close(attended.lse, expected.lse, case.dtype)
+            every = seen & reached(starts, case)[:, None]
+            close_scores(voted.scores, scored.scores, every, case.dtype)
+            voted = backend.vote(query, entries, kind, starts=starts)
+            close_scores(voted.scores, scored.scores, every, case.dtype)
 
 
-def reached(starts: Tensor, case: Case, window: int | None = None) -> Tensor:
-    """`[B, L]` bool, the places that any of the queries sees."""
+def reached(starts: Tensor, case: Case) -> Tensor:
+    """`[B, L]` bool, the positions that any of the queries sees."""
     first = starts.clamp(-5, case.length)[:, None]
-    places = torch.arange(case.length)
-    seen = places < first + 5
-    return seen if window is None else seen & (places > first - window)
+    return torch.arange(case.length) < first + 5
+
+
+def check_one_query(
+    backend: Backend, case: Case, query: Tensor, entries: Entries, options: AttendOptions, seed: int
+) -> None:
+    """The operations of one query, with newest ones and counts of any size."""
+    wide = in_float32(entries)
+    newest = integers(
+        (case.rows, case.kv_heads), entries.count, torch.Generator().manual_seed(seed)
+    )
+    expected, scored = reference.attend_and_score(query.float(), wide, options)
+    ours = backend.attend(query, entries, options)
+    close(ours.output, expected.output, case.dtype)
+    close(ours.lse, expected.lse, case.dtype)
+    scores = backend.score(query, entries, options).scores
+    close(scores, scored.scores, case.dtype)
+    for count in (-1, 0, 3, entries.count + 1):
+        _, best = backend.attend_and_rank(query, entries, options, newest=newest, count=count)
+        assert best.shape[-1] == max(0, min(count, entries.count))
+        assert bool((best.sort(-1).values.diff(dim=-1) > 0).all())
+        assert bool(((best >= 0) & (best < entries.count)).all())
+        if case.dtype == torch.float32:
+            assert torch.equal(best, reference.top_slots(scores, newest, count))
+
+
+def check_several(
+    backend: Backend,
+    case: Case,
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    **given: Any,
+) -> None:
+    """The operations of several queries; a row without votes may have any output and log-sum-exp."""
+    wide = query.float(), in_float32(entries), options
+    expected, scored = reference.verify(*wide, **given)
+    attended, voted = backend.verify(query, entries, options, **given)
+    counts = given.get("counts")
+    voting = slice(None) if counts is None else counts > 0
+    close(attended.output[voting], expected.output[voting], case.dtype)
+    close(attended.lse[voting], expected.lse[voting], case.dtype)
+    close(voted.scores, scored.scores, case.dtype)
+    if given.pop("window", None) is None:
+        voted = backend.vote(query, entries, options, **given)
+        close(voted.scores, scored.scores, case.dtype)
 
 
 def check_lengths(backend: Backend, case: Case) -> None:
-    query, keys, values, options = case.inputs()
-    wide = [x.float() for x in (query, keys, values)]
+    query, entries, options = case.inputs()
     for seed in range(6):
         gen = torch.Generator().manual_seed(seed)
-        lengths = integers((case.rows, case.kv_heads), case.length, gen)
-        newest = integers((case.rows, case.kv_heads), case.length, gen)
-        kind = {**options, "lengths": lengths}
-        expected, scored = reference.attend_and_score(*wide, **kind)
-        ours = backend.attend(query, keys, values, **kind)
-        close(ours.output, expected.output, case.dtype)
-        close(ours.lse, expected.lse, case.dtype)
-        scores = backend.score(query, keys, **kind).scores
-        close(scores, scored.scores, case.dtype)
-        for count in (-1, 0, 3, case.length + 1):
-            best = backend.attend_and_rank(query, keys, values, **kind, newest=newest, count=count)[
-                1
-            ]
-            assert best.shape[-1] == max(0, min(count, case.length))
-            left = best.sort(-1).values
-            assert bool((left.diff(dim=-1) > 0).all())
-            assert bool(((best >= 0) & (best < case.length)).all())
-            if case.dtype == torch.float32:
-                assert torch.equal(best, reference.top_slots(scored.scores, newest, count))
+        kind = replace(options, lengths=integers((case.rows, case.kv_heads), case.length, gen))
+        check_one_query(backend, case, query, entries, kind, seed=seed)
 
 
-def check_places(backend: Backend, case: Case) -> None:
-    """`attend_at` with places, pages and newest slots of any size."""
-    query, keys, values, options = case.inputs()
-    del options["visible"]
-    wide = [x.float() for x in (query, keys, values)]
-    pages = [x.unflatten(2, (-1, 5)).transpose(1, 2).flatten(0, 1) for x in (keys, values)]
-    for seed in range(6):
+def check_indices(backend: Backend, case: Case) -> None:
+    """Positions, pages and rows of any size, in every layout."""
+    query, dense, options = case.dense()
+    several, starts = case.several()
+    for seed, layout in enumerate(LAYOUTS[1:]):
         gen = torch.Generator().manual_seed(seed)
-        positions = integers((case.rows, case.kv_heads, 20), case.length, gen)
-        newest = integers((case.rows, case.kv_heads), 20, gen)
-        blocks = integers((case.rows, 6), len(pages[0]), gen).clamp(-(2**31), 2**31 - 1).int()
-        for given, stored in ((None, (keys, values)), (blocks, pages)):
-            kind = {**options, "blocks": given, "newest": newest, "count": 2}
-            expected, _ = reference.attend_at(
-                wide[0], *(x.float() for x in stored), positions, **kind
-            )
-            ours, best = backend.attend_at(query, *stored, positions, **kind)
-            close(ours.output, expected.output, case.dtype)
-            close(ours.lse, expected.lse, case.dtype)
-            assert bool(((best >= 0) & (best < 20)).all())
+        made = laid_out(dense, layout)
+        filled = [x.nan_to_num(0.5) for x in (made.keys, made.values)]
+        positions, blocks, rows, visible = made.positions, made.blocks, made.rows, options.visible
+        if positions is not None:
+            positions = indices((*positions.shape[:2], 20), made.width, gen)
+            visible = None if visible is None else visible[..., :20]
+        if blocks is not None:
+            blocks = indices(tuple(blocks.shape), len(made.keys), gen)
+        if rows is not None:
+            rows = indices(tuple(rows.shape), case.rows + SPARE_ROWS, gen)
+        entries = Entries(*filled, blocks, positions, rows)
+        kind = replace(options, visible=visible)
+        check_one_query(backend, case, query, entries, kind, seed=seed)
+        if positions is None:
+            check_several(backend, case, several, entries, kind, starts=starts)
 
 
 def check_causal(backend: Backend, case: Case) -> None:
-    """Where queries start, and how many of them vote."""
-    query, keys, values, options = case.several()
-    wide = [x.float() for x in (query, keys, values)]
+    """Where queries start, how many of them vote, and how many positions count."""
+    _, entries, options = case.inputs()
+    query, _ = case.several()
     for seed in range(8):
-        gen = torch.Generator().manual_seed(seed)
-        kind = {
-            **options,
-            "starts": integers((case.rows,), case.length, gen),
-            "counts": integers((case.rows,), 5, gen),
-        }
+        gen, kind = torch.Generator().manual_seed(seed), options
+        given = {"starts": integers((case.rows,), case.length, gen)}
+        given["counts"] = integers((case.rows,), 5, gen)
+        if seed % 2:
+            kind = replace(options, lengths=integers((case.rows, case.kv_heads), case.length, gen))
         for window in (None, 3, 2**62):
-            expected, scored = reference.verify(*wide, **kind, window=window)
-            attended, voted = backend.verify(query, keys, values, **kind, window=window)
-            voting = kind["counts"] > 0
-            close(attended.output[voting], expected.output[voting], case.dtype)
-            close(attended.lse[voting], expected.lse[voting], case.dtype)
-            close(voted.scores, scored.scores, case.dtype)
-            if window is None:
-                close(backend.vote(query, keys, **kind).scores, scored.scores, case.dtype)
+            check_several(backend, case, query, entries, kind, **given, window=window)
     for window in (0, -3):
         with pytest.raises(ValueError, match=f"window must be at least 1; got {window}"):
-            backend.verify(query, keys, values, **kind, window=window)
+            backend.verify(query, entries, options, **given, window=window)
     with pytest.raises(ValueError, match="pool_kernel must be an odd integer >= 1; got 4"):
         backend.select(torch.rand(1, 1, 9), torch.tensor([3]), pool_kernel=4)
 
 
 def check_nothing(backend: Backend, dtype: torch.dtype) -> None:
-    """Shapes without a row, a token or a slot."""
-    for rows, length in ((0, 7), (2, 0)):
+    """Shapes without a row, an entry or a slot."""
+    for rows, entries in empty_stores(dtype):
         query = torch.randn(rows, 4, 64).to(dtype)
-        keys = torch.randn(rows, 2, length, 64).to(dtype)
         none = torch.zeros(rows, 2, dtype=torch.int64)
+        shape = rows, 2, entries.count
         for lengths in (None, none):
-            kind: dict[str, Any] = {"scale": 0.1, "lengths": lengths}
-            attended, scored = backend.attend_and_score(query, keys, keys, **kind)
-            assert attended.output.shape == query.shape and not attended.output.any()
-            assert bool(attended.lse.isneginf().all())
-            assert scored.scores.shape == (rows, 2, length)
-            assert backend.attend(query, keys, keys, **kind).output.shape == query.shape
-            rank = {**kind, "newest": none, "count": 2}
-            best = backend.attend_and_rank(query, keys, keys, **rank)[1]
-            assert best.shape == (rows, 2, min(2, length))
-        starts = none[:, 0]
-        several = query[:, :, None].expand(-1, -1, 3, -1)
-        attended, scored = backend.verify(several, keys, keys, scale=0.1, starts=starts)
-        assert attended.output.shape == several.shape and not attended.output.any()
-        assert backend.vote(several, keys, scale=0.1, starts=starts).scores.shape[-1] == length
-        for slots in (0, 3):
-            positions = torch.zeros(rows, 2, slots, dtype=torch.int64)
-            attended, _ = backend.attend_at(query, keys, keys, positions, scale=0.1)
-            assert not attended.output.any()
-            pages = {"blocks": torch.zeros(rows, 4, dtype=torch.int32), "scale": 0.1}
-            for stored in (keys, keys.new_empty(0, 2, 16, 64)):
-                assert not backend.attend_at(query, stored, stored, positions, **pages)[
-                    0
-                ].output.any()
-            out = torch.ones(rows, 2, 4, 64).to(dtype)
-            backend.gather(keys, positions, out)
-            assert bool((out == 1).all())
-        for slots in (None, 3):
-            budget = torch.full((rows,), 3)
-            chosen = backend.select(torch.rand(rows, 2, length), budget, slots=slots)
+            options = AttendOptions(scale=0.1, lengths=lengths)
+            attended, scored = backend.attend_and_score(query, entries, options)
+            ranked, best = backend.attend_and_rank(query, entries, options, newest=none, count=2)
+            for given in (attended, ranked, backend.attend(query, entries, options)):
+                assert given.output.shape == query.shape and not given.output.any()
+                assert bool(given.lse.isneginf().all())
+            for given in (scored, backend.score(query, entries, options)):
+                assert given.scores.shape == shape and not given.scores.any()
+            assert best.shape == (rows, 2, min(2, entries.count))
+            if entries.positions is None:
+                several = query[:, :, None].expand(-1, -1, 3, -1)
+                attended, _ = backend.verify(several, entries, options, starts=none[:, 0])
+                assert attended.output.shape == several.shape and not attended.output.any()
+                voted = backend.vote(several, entries, options, starts=none[:, 0])
+                assert voted.scores.shape == shape and not voted.scores.any()
+        if entries.positions is None and (rows == 0 or entries.width == 0):
+            for slots in (0, 3):
+                wanted = torch.zeros(rows, 2, slots, dtype=torch.int32)
+                ring = torch.ones(3, 2, 4, 64).to(dtype)
+                backend.gather(entries, wanted, ring_keys=ring, ring_values=ring.clone())
+                assert bool((ring == 1).all())
+            chosen = backend.select(torch.rand(shape), torch.full((rows,), 3))
             assert chosen.positions.numel() == 0 and not chosen.filled.any()
-        store, ring = rings(0)
-        for wanted in (store[2][..., :0], store[2]):
-            empty = {k: v[:rows] for k, v in ring.items()}
-            given = [x[:rows, :, :length] for x in store[:2]]
-            if rows and not wanted.numel():
-                given = [x[:rows] for x in store[:2]]
-            assert not backend.insert(*given, wanted[:rows], **empty).any()
+        for count in (0, 3):
+            _, ring = rings(0)[1:]
+            wanted = torch.zeros(rows, 2, count, dtype=torch.int32)
+            ring = {name: x[:, :, :0] if x.dim() > 2 else x for name, x in ring.items()}
+            ring |= {"ring_keys": None, "ring_values": None}
+            assert not backend.insert(entries, wanted, **ring).any()
 
 
 EVERYTHING = replace(PLAIN, sinks=True, hidden="holes")

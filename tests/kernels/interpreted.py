@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from refreshkv.kernels.options import AttendOptions, Entries
+
 pytest.importorskip("triton", reason="needs triton, which is installed with torch on Linux")
 
 
@@ -59,5 +61,11 @@ def run_there(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same nest of tuples and dictionaries with every tensor in it changed."""
-    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    """The same nest of tuples, dictionaries, `Entries` and `AttendOptions` with every tensor in it changed."""
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, Entries | AttendOptions):
+            return type(leaf)(**tree_map(changed, vars(leaf)))
+        return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(changed, tree)

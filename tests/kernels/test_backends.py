@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
 from refreshkv.config import make_config
-from refreshkv.kernels import (
+from refreshkv.kernels.backend import (
     CPU,
     CPU_TORCH,
     REFERENCE,
@@ -23,7 +23,7 @@ from refreshkv.kernels import (
 )
 from refreshkv.kernels.native import attention
 from refreshkv.kernels.native import selection as native_selection
-from refreshkv.kernels.ops import OPERATORS
+from refreshkv.kernels.operators import OPERATORS
 from refreshkv.policy import selection
 from tests.helpers import Decoder, held, needs_compiler, random_tokens
 from tests.kernels.interpreted import each_tensor, there
@@ -190,8 +190,8 @@ def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.Mon
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     config = replace(OPTIONS["every option"], stride=3)
     expected = Decoder(tokens, config, 24).run(7)
-    monkeypatch.setattr("refreshkv.kernels.ops.backend_for", lambda device: triton_backend())
+    monkeypatch.setattr("refreshkv.kernels.operators.backend_for", lambda device: triton_backend())
     static = StaticDecoder(tokens, config, 24)
     for theirs in expected:
         torch.testing.assert_close(static.next(), theirs.output, atol=2e-5, rtol=1e-4)
-        assert held(static.cache.partial) == theirs.held
+        assert held(static.cache.ring) == theirs.held

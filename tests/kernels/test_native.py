@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refreshkv.kernels import CPU, CPU_TORCH, reference
+from refreshkv.kernels.backend import CPU, CPU_TORCH, reference
 from refreshkv.kernels.native import attention, build
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.policy import selection

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refreshkv.kernels import CPU
+from refreshkv.kernels.backend import CPU
 from refreshkv.kernels.native import attention, build
 from refreshkv.kernels.native import selection as native_selection
 from tests.helpers import needs_compiler

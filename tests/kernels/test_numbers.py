@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refreshkv.kernels import CPU, CPU_TORCH, REFERENCE, Backend
+from refreshkv.kernels.backend import CPU, CPU_TORCH, REFERENCE, Backend
 from tests.kernels import hostile
 from tests.kernels.comparison import Case
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refreshkv.kernels import CPU, REFERENCE, Backend, reference
+from refreshkv.kernels.backend import CPU, REFERENCE, Backend, reference
 from refreshkv.step import Attention
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,

@@ -24,8 +24,8 @@ from tests.kernels.comparison import (
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
-triton_common = importlib.import_module("refreshkv.kernels.triton_common")
-triton_full = importlib.import_module("refreshkv.kernels.triton_full")
+triton_common = importlib.import_module("refreshkv.kernels.triton.common")
+triton_full = importlib.import_module("refreshkv.kernels.triton.full")
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

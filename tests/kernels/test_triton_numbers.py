@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.interpreted import run_there, there  # isort: skip  # before any kernel
-from refreshkv.kernels import Backend, triton_backend
+from refreshkv.kernels.backend import Backend, triton_backend
 from tests.kernels import hostile
 from tests.kernels.comparison import Case
 from tests.kernels.mutants import Mutant, mutated
@@ -86,7 +86,7 @@ MUTANTS = [
 def test_a_broken_rule_is_noticed(mutant: Mutant) -> None:
     with mutated(mutant, mutant.module):
         for module in ("full", "insert", "partial", "select", "verify"):
-            importlib.import_module(f"refreshkv.kernels.triton_{module}")
+            importlib.import_module(f"refreshkv.kernels.triton.{module}")
         broken = with_tensors_of_the_cpu(triton_backend.__wrapped__())
         with pytest.raises(AssertionError):  # noqa: PT012
             if mutant.module in ("triton_select", "triton_radix"):

@@ -24,8 +24,8 @@ from tests.kernels.comparison import (
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
-triton_common = importlib.import_module("refreshkv.kernels.triton_common")
-triton_partial = importlib.import_module("refreshkv.kernels.triton_partial")
+triton_common = importlib.import_module("refreshkv.kernels.triton.common")
+triton_partial = importlib.import_module("refreshkv.kernels.triton.partial")
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -189,7 +189,7 @@ def test_a_list_of_positions_equals_a_copy(case: Case, dtype: torch.dtype) -> No
 
 def check_long_splits(module: Any) -> None:
     """Several blocks in one split."""
-    common = importlib.import_module("refreshkv.kernels.triton_common")  # it may be the mutant
+    common = importlib.import_module("refreshkv.kernels.triton.common")  # it may be the mutant
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "FILL", 1)
         check_attend(on(module, "attend"), replace(HEAD, length=300))

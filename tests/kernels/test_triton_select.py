@@ -20,7 +20,7 @@ from tests.kernels.comparison import check_gather, check_select
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
-triton_select = importlib.import_module("refreshkv.kernels.triton_select")
+triton_select = importlib.import_module("refreshkv.kernels.triton.select")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def small_blocks() -> Iterator[None]:
     """So that a short row has several blocks and several sorted chunks."""
     rank, radix = (
-        importlib.import_module(f"refreshkv.kernels.triton_{n}") for n in ("select", "radix")
+        importlib.import_module(f"refreshkv.kernels.triton.{n}") for n in ("select", "radix")
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank, "RANK", replace(rank.RANK, block=64))

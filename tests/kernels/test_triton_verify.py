@@ -16,7 +16,7 @@ from tests.kernels.comparison import TOLERANCE, Case, check_verify, check_vote, 
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
-triton_verify = importlib.import_module("refreshkv.kernels.triton_verify")
+triton_verify = importlib.import_module("refreshkv.kernels.triton.verify")
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -86,7 +86,7 @@ def test_any_number_of_queries(queries: int, group: int) -> None:
 @pytest.mark.parametrize("programs", [1, 64], ids=["one split", "many splits"])
 def test_a_long_row(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One split is a program with several blocks, as on a GPU that is already full."""
-    common = importlib.import_module("refreshkv.kernels.triton_common")
+    common = importlib.import_module("refreshkv.kernels.triton.common")
     monkeypatch.setattr(common, "FILL", programs)
     check("verify", replace(HEAD, length=300, group=2))
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.methods import METHODS
 from refreshkv.methods.kept import KeptEntries
 from refreshkv.stats import RowStats
-from refreshkv.step import Algorithm, Attention
+from refreshkv.step import Algorithm
 from tests.helpers import Held, Tokens
 
 KEPT = [name for name, m in METHODS.items() if name != "no-reselection" and m.make]
@@ -32,17 +33,17 @@ class Driver:
         prompt: int,
         *,
         chunk: int | None = None,
-        attention: Attention | None = None,
+        options: AttendOptions | None = None,
         layer: int = 0,
         layers: int = 1,
         **settings: Any,
     ) -> None:
         self.tokens = tokens
         self.prompt = prompt
-        self.attention = attention or Attention(tokens.keys.shape[-1] ** -0.5)
+        self.options = options or AttendOptions(scale=tokens.keys.shape[-1] ** -0.5)
         self.config = METHODS[method].config(**settings)
         self.stats = RowStats()
-        self.cache = LayerCache(self.config, index=layer, stats=self.stats)
+        self.cache = LayerCache(self.config.for_cache(), index=layer, stats=self.stats)
         make = METHODS[method].make
         self.algorithm = Algorithm() if make is None else make(self.config, layer, layers)
         self.chosen: Tensor | None = None
@@ -64,14 +65,14 @@ class Driver:
         tokens = self.tokens
         self.cache.append(tokens.keys[:, :, start:end], tokens.values[:, :, start:end])
         queries = tokens.queries[:, :, start:end]
-        self.algorithm.observe(self.cache, queries, self.attention, tokens.seen(end))
+        self.algorithm.observe(self.cache, queries, self.options, tokens.seen(end))
 
     def step(self) -> Tensor:
         """`[B, Hq, D]`."""
         now, tokens = self.cache.length, self.tokens
         self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
         query, seen = tokens.queries[:, :, now], tokens.seen(now + 1)
-        return self.algorithm.step(self.cache, query, self.attention, seen)
+        return self.algorithm.step(self.cache, query, self.options, seen)
 
     def run(self, steps: int) -> list[tuple[Tensor, Held]]:
         """Output and positions attended to, of each step."""
@@ -88,16 +89,15 @@ class Driver:
         self.tokens = self.tokens.rows(rows)
 
 
-def full_attention(tokens: Tokens, now: int, attention: Attention) -> Tensor:
+def full_attention(tokens: Tokens, now: int, options: AttendOptions) -> Tensor:
     """What token `now` gets from all tokens up to it, `[B, Hq, D]`."""
     from refreshkv.kernels import reference
 
     seen = tokens.seen(now + 1)
     return reference.attend(
         tokens.queries[:, :, now],
-        tokens.keys[:, :, : now + 1],
-        tokens.values[:, :, : now + 1],
-        **attention.options(None if seen is None else seen[:, None]),
+        Entries(tokens.keys[:, :, : now + 1], tokens.values[:, :, : now + 1]),
+        options.over(None if seen is None else seen[:, None]),
     ).output
 
 

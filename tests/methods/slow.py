@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions
 from tests.helpers import Tokens
 from tests.slow import slow_weights
 
@@ -25,13 +25,13 @@ class Row:
     """One text, `prompt` tokens of which are its prompt."""
 
     def __init__(
-        self, tokens: Tokens, row: int, prompt: int, config: RefreshConfig, attention: Attention
+        self, tokens: Tokens, row: int, prompt: int, config: RefreshConfig, options: AttendOptions
     ) -> None:
         self.text = tokens.alone(row)
         self.pad = tokens.keys.shape[2] - self.text.keys.shape[2]
         self.prompt = prompt - self.pad
         self.config = config
-        self.attention = attention
+        self.options = options
         self.budget = config.resolve_budget(self.prompt)
         self.heads = range(self.text.keys.shape[1])
 
@@ -46,7 +46,7 @@ class Row:
         """`[G, len(over)]`, what the queries of token `now` give to these positions."""
         members = self.members(head)
         queries, keys = self.text.queries[0, members, now], self.text.keys[0, head, over]
-        return slow_weights(queries, keys, self.attention, members)
+        return slow_weights(queries, keys, self.options, members)
 
     def reduced(self, weights: Tensor) -> list[float]:
         mean = self.config.group_reduction == "mean"

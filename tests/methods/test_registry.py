@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from refreshkv.config import RefreshConfig, make_config
+from refreshkv.config import PRESETS, RefreshConfig, make_config
 from refreshkv.methods import METHODS, find
 
 NAMES = [
@@ -31,22 +31,31 @@ NAMES = [
     "no-full-attention",
     "no-reselection",
 ]
-SETTINGS: dict[str, Any] = {
-    "budget": 64,
-    "stride": 7,
-    "threshold": 0.5,
-    "decide": "head",
-    "group_reduction": "mean",
-    "pool_kernel": 3,
-    "recent": 5,
-    "successor": 1,
-    "window": 8,
-    "anchor": 0.3,
-    "trigger": "lse-drop",
-    "drop": 2.0,
-    "score_only": True,
-    "draft": 3,
-    "confidence": 0.4,
+GROUPED = {"budget": 64, "group_reduction": "mean"}
+SELECTION = {**GROUPED, "pool_kernel": 3, "recent": 5, "successor": 1, "window": 8, "anchor": 0.3}
+SNAPKV = {**GROUPED, "window": 8, "keep_window": False, "pool_kernel": 3}
+QUERY = {**SELECTION, "stride": 7, "threshold": 0.5, "decide": "head"}
+# All that a method takes at once.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"budget": 64},
+    "streaming-llm": {"budget": 64, "sinks": 0},
+    "h2o": GROUPED,
+    "snapkv": SNAPKV,
+    "snapkv-1": {**GROUPED, "pool_kernel": 3},
+    "pyramidkv": {**SNAPKV, "beta": 5},
+    "tova": {"budget": 64},
+    "quest": {**GROUPED, "page_size": 4},
+    "token-select": {"budget": 64, "threshold": None},
+    "int4-keys": GROUPED,
+    "int2-keys": GROUPED,
+    "oracle-topk": GROUPED,
+    "refreshkv": {**SELECTION, "draft": 3, "confidence": 0.4},
+    "refreshkv-fast": {**SELECTION, "stride": 7, "drop": 2.0, "score_only": False},
+    "refreshkv-fixed": {**SELECTION, "stride": 7, "score_only": True},
+    "refreshkv-paper": QUERY,
+    "no-refresh": SELECTION,
+    "no-full-attention": QUERY,
+    "no-reselection": QUERY,
 }
 
 
@@ -56,18 +65,26 @@ def test_the_methods_in_the_order_of_tables() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_method_says_where_it_comes_from_and_takes_the_settings_it_uses(name: str) -> None:
-    method = find(name)
+def test_a_method_says_where_it_comes_from_and_takes_the_settings_it_has(name: str) -> None:
+    method, given = find(name), SETTINGS[name]
     assert method.label and method.source and method.note
     assert len({m.label for m in METHODS.values()}) == len(METHODS)
-    given = {key: SETTINGS[key] for key in method.uses}
+    assert set(given) <= set(method.names)
+    if method.settings is not RefreshConfig:
+        assert set(given) == set(method.names)
     config = method.config(**given)
-    assert {key: getattr(config, key) for key in given} == given
-    kept = {key: value for key, value in method.settings.items() if key not in given}
-    assert {key: getattr(config, key) for key in kept} == kept
-    assert "budget" in method.uses
+    assert type(config) is method.settings
+    expected = {**PRESETS.get(method.preset, {}), **method.fixed, **given}
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config.for_cache().budget == 64
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["snapkv", "snapkv-1", "pyramidkv", "quest", "refreshkv"])
+def test_a_cache_keeps_the_prompt_queries_that_a_method_looks_at(name: str) -> None:
+    own = {"snapkv-1": 1, "quest": 1}.get(name, 32)
+    assert find(name).config().for_cache().window == own
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,19 @@ def test_an_unknown_name(name: Any, message: str) -> None:
         ("full", {"mode": "refresh"}, "unknown setting of full: 'mode'"),
         ("refreshkv-fixed", {"threshold": 0.5}, "unknown setting of refreshkv-fixed"),
         ("no-refresh", {"stride": 5}, "unknown setting of no-refresh"),
+        ("full", {"stride": 5}, "stride has no effect in mode 'full'"),
+        ("refreshkv-fixed", {"trigger": "lse-drop"}, "unknown setting of refreshkv-fixed"),
+        ("refreshkv-fixed", {"decide": "head"}, "decide has no effect without a threshold"),
+        ("no-refresh", {"threshold": 0.5}, "threshold has no effect without a stride"),
+        ("no-reselection", {"score_only": True}, "unknown setting of no-reselection"),
+        ("refreshkv-fast", {"threshold": 0.5}, "threshold has no effect with trigger 'lse-drop'"),
+        ("snapkv-1", {"window": 32}, "unknown setting of snapkv-1: 'window'"),
+        ("int4-keys", {"bits": 2}, "unknown setting of int4-keys: 'bits'"),
         ("tova", {"budget": 0}, "budget must be at least 1"),
+        ("quest", {"page_size": 0}, "page_size must be an integer >= 1; got 0"),
+        ("pyramidkv", {"beta": 2.5}, "beta must be an integer >= 1; got 2.5"),
+        ("snapkv", {"window": None}, "window must be an integer >= 1; got None"),
+        ("token-select", {"threshold": 2}, "threshold is a cosine in .*; got 2"),
         ("refreshkv-paper", {"preset": "paper-qwen"}, "drop preset='paper-qwen'"),
         ("quest", {"preset": "paper-qwen"}, "drop preset"),
     ],
@@ -117,6 +146,7 @@ def test_what_the_variants_set() -> None:
     for name in NAMES:
         if find(name).make is not None:
             assert found[name].mode == "refresh"
+    assert (found["int4-keys"].bits, found["int2-keys"].bits) == (4, 2)
     assert find("refreshkv").config("paper-qwen", stride=10) == RefreshConfig(
         stride=10, threshold=0.95
     )

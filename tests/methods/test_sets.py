@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from refreshkv.kernels import REFERENCE
+from refreshkv.kernels.backend import REFERENCE
+from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods import METHODS
-from refreshkv.methods.pyramidkv import layer_budget
-from refreshkv.methods.quest import PAGE, Quest
+from refreshkv.methods.pyramidkv import PyramidKVSettings, layer_budget
+from refreshkv.methods.quest import Quest
 from refreshkv.methods.rounded_keys import round_keys
-from refreshkv.step import Attention
 from tests.helpers import random_tokens
 
 from .driver import CHOOSING, EVICTING, KEPT, Driver, close, full_attention
@@ -22,14 +22,15 @@ from .slow import SLOW, Row, ablation, snapkv
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])
 ATTENTIONS = {
     "plain": None,
-    "softcap": Attention(0.5, softcap=1.5),
-    "sinks": Attention(0.5, sinks=SINKS),
+    "softcap": AttendOptions(scale=0.5, softcap=1.5),
+    "sinks": AttendOptions(scale=0.5, sinks=SINKS),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "ragged": {"rows": 3, "group": 2, "pads": (0, 47, 18)},
     "multi-head": {"rows": 2, "kv_heads": 4, "group": 1, "dim": 32},
 }
 PROMPT, LENGTH = 60, 85
+PAGE = 16
 
 
 def check(driver: Driver, name: str, slow: Any = None) -> None:
@@ -37,7 +38,7 @@ def check(driver: Driver, name: str, slow: Any = None) -> None:
     tokens = driver.tokens
     taken = driver.run(tokens.keys.shape[2] - driver.prompt)
     for row in range(tokens.keys.shape[0]):
-        alone = Row(tokens, row, driver.prompt, driver.config, driver.attention)
+        alone = Row(tokens, row, driver.prompt, driver.config, driver.options)
         for now, sets, (output, held) in zip(
             alone.steps, (slow or SLOW[name])(alone), taken, strict=True
         ):
@@ -65,7 +66,7 @@ def test_a_long_answer_to_a_short_prompt(name: str, budget: int) -> None:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_on_the_reference_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: REFERENCE)
+    monkeypatch.setattr("refreshkv.cache.store.backend_for", lambda device: REFERENCE)
     check(Driver(random_tokens(rows=2, pads=(0, 7), length=LENGTH), name, PROMPT, budget=12), name)
 
 
@@ -73,7 +74,7 @@ def test_on_the_reference_backend(name: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", KEPT)
 def test_softcap_and_sinks(name: str, attention: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 7), length=LENGTH)
-    check(Driver(tokens, name, PROMPT, attention=ATTENTIONS[attention], budget=12), name)
+    check(Driver(tokens, name, PROMPT, options=ATTENTIONS[attention], budget=12), name)
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "snapkv-1", "int4-keys", "oracle-topk"])
@@ -91,7 +92,7 @@ def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
     driver = Driver(tokens, "pyramidkv", PROMPT, budget=40, layer=layer, layers=3)
 
     def slow(row: Row) -> Any:
-        row.budget = layer_budget(40, row.prompt, layer, 3, 32)
+        row.budget = layer_budget(40, row.prompt, layer, 3, PyramidKVSettings())
         return snapkv(32)(row)
 
     check(driver, "pyramidkv", slow)
@@ -103,7 +104,9 @@ def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
 def test_the_pyramid_falls_and_its_mean_is_the_budget(
     budget: int, tokens: int, layers: int
 ) -> None:
-    found = [layer_budget(budget, tokens, layer, layers, 32) for layer in range(layers)]
+    found = [
+        layer_budget(budget, tokens, layer, layers, PyramidKVSettings()) for layer in range(layers)
+    ]
     assert sum(found) == layers * budget
     assert found == sorted(found, reverse=True)
     assert min(found) >= min(budget, 32)
@@ -114,12 +117,12 @@ def test_the_pyramid_falls_and_its_mean_is_the_budget(
 
 def test_the_pyramid_of_the_paper() -> None:
     """A body of 480 falls from 2 * 480 - 24 to 480 / 20 = 24, on top of the window."""
-    found = [layer_budget(512, 16384, layer, 32, 32) for layer in range(32)]
+    found = [layer_budget(512, 16384, layer, 32, PyramidKVSettings()) for layer in range(32)]
     assert (found[0], found[-1]) == (936 + 32, 24 + 32)
     falls = [a - b for a, b in itertools.pairwise(found)]
     assert max(falls) - min(falls) <= 1
     # A prompt of 500 tokens can give the first layer 468 + 32: the surplus goes to the others.
-    short = [layer_budget(300, 500, layer, 32, 32) for layer in range(32)]
+    short = [layer_budget(300, 500, layer, 32, PyramidKVSettings()) for layer in range(32)]
     assert (short[0], short[-1]) == (500, 100)
 
 
@@ -127,9 +130,9 @@ def test_the_pyramid_of_the_paper() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_for_every_token_is_full_attention(name: str, attention: str) -> None:
     tokens = random_tokens(rows=3, pads=(0, 47, 18), length=LENGTH)
-    driver = Driver(tokens, name, PROMPT, attention=ATTENTIONS[attention], budget=LENGTH)
+    driver = Driver(tokens, name, PROMPT, options=ATTENTIONS[attention], budget=LENGTH)
     for now in range(PROMPT, LENGTH):
-        close(driver.step(), full_attention(tokens, now, driver.attention))
+        close(driver.step(), full_attention(tokens, now, driver.options))
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 33, 0.25])
@@ -235,11 +238,8 @@ def test_the_oracle_keeps_at_least_the_mass_of_every_other_set(name: str) -> Non
         other.step()
         oracle.step()
         seen = tokens.seen(now + 1)
-        received = oracle.cache.backend.score(
-            tokens.queries[:, :, now],
-            tokens.keys[:, :, : now + 1],
-            **oracle.attention.options(seen[:, None]),
-        ).scores
+        everything = oracle.options.over(seen[:, None])
+        received = oracle.cache.store.score(tokens.queries[:, :, now], everything).scores
         best, mass = ((received * driver.chosen).sum(-1) for driver in (oracle, other))
         assert (best >= mass - 1e-6).all()
         if name not in ("oracle-topk", "quest"):
@@ -338,7 +338,7 @@ def test_the_ablations_equal_the_slow_ones(name: str, threshold: float | None) -
     driver = Driver(tokens, name, PROMPT, budget=6, stride=3, threshold=threshold)
     outputs = [output for output, _ in driver.run(LENGTH - PROMPT)]
     for row in range(3):
-        alone = Row(tokens, row, PROMPT, driver.config, driver.attention)
+        alone = Row(tokens, row, PROMPT, driver.config, driver.options)
         for head in alone.heads:
             sets = ablation(alone, head, name)
             for now, positions, output in zip(alone.steps, sets, outputs, strict=True):
@@ -355,7 +355,7 @@ def test_an_ablation_goes_on_after_a_crop(name: str) -> None:
     driver.algorithm.crop(PROMPT + 2)
     driver.cache.crop(PROMPT + 2)
     after = driver.step()
-    full = full_attention(tokens, PROMPT + 2, driver.attention)
+    full = full_attention(tokens, PROMPT + 2, driver.options)
     assert torch.allclose(after, full, atol=1e-5) is (name == "no-reselection")
     driver.run(3)
     assert driver.stats.full_steps == 3  # the third step, the one after the crop, and three later

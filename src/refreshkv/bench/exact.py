@@ -45,7 +45,7 @@ class Exact:
         self.counts = torch.full((job.batch,), job.draft, device=job.device)
         self.draft_pass = _Pass(self, "draft", 1)
         self.full_pass = _Pass(self, "verify", job.draft + 1)
-        for layer in cache.exact_layers:
+        for layer in cache.served:
             layer.begin_exact(None)
 
     def capture(self) -> bool:
@@ -84,12 +84,12 @@ class Exact:
     def take_back(self) -> None:
         """The end is that of the context again. The last votes stay: the next draft selects from them."""
         self._commit(0)  # of drafts without a full pass
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.exact.take_back(torch.full_like(self.counts, self.job.context))
         take_back(self.cache, self.job.context)
 
     def _commit(self, kept: int) -> None:
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.exact.commit(torch.full_like(self.counts, kept))
 
 

@@ -22,7 +22,7 @@ from refreshkv.bench.rivals import attention_rivals
 from refreshkv.bench.shapes import config_of
 from refreshkv.bench.timing import WARM_UP, captured, copies_for, milliseconds, read_bandwidth
 from refreshkv.config import RefreshConfig, make_config
-from refreshkv.kernels import REFERENCE, Backend, backend_for
+from refreshkv.kernels.backend import REFERENCE, Backend, backend_for
 
 # In 16-bit dtypes logits that are nearly the same may change places.
 _SAME_INDICES = 0.9

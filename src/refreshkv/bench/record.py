@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import refreshkv
-from refreshkv.kernels import language
+from refreshkv.kernels.backend import language
 from refreshkv.text import reason
 
 Row = Mapping[str, Any]

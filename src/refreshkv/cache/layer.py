@@ -1,16 +1,16 @@
-"""The cache of one attention layer: full store, partial cache, and the state of the method."""
+"""The cache of one attention layer: full store, partial cache, and the state of the method, row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.ring import PartialCache
-from refreshkv.cache.store import DenseStore, is_identity
+from refreshkv.cache.ring import RINGS, Ring
+from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
-from refreshkv.kernels import Backend, backend_for
 from refreshkv.policy.selection import FREE, Selection
 from refreshkv.policy.triggers import trigger_for
 from refreshkv.stats import Stats
@@ -19,80 +19,80 @@ from refreshkv.stats import Stats
 class LayerCache:
     """Everything RefreshKV keeps for one layer. `step.py` drives it; this class only keeps it consistent.
 
-    Two things can stand in for a missing partial cache. After a prompt, `pending` holds its last queries, from which
-    the first decode step selects: chunked prefill and scoring passes pay nothing. After a crop there is neither, and
-    the next decode step is full.
+    Rows are independent of each other. After a prompt a row waits with the last queries of it, from which the first
+    decode step selects: chunked prefill and scoring passes pay nothing. A row whose selection is void, after a crop for
+    example, does a full step next.
 
     Args:
         config: the settings.
         index: which layer this is, for the statistics and error messages.
         stats: where decode steps are counted.
-        reserve: tokens to allocate at once where the final length is known.
+        store: the full cache; `None`: one that grows.
+        fixed: decoding makes no tensor that outlives a step, moves none, and looks at nothing on the device, so that a
+            step can be compiled and captured in a CUDA graph which serves all that follow. The store is allocated then.
 
     Attributes:
-        store: the full cache.
-        partial: the partial cache, or `None` when there is no valid one.
-        pending: `[B, Hq, T, D]`, the last prompt queries, at most `config.window`, not yet selected from.
-        anchors: `[B, Hkv, A]` int64, the best of the selection after the prompt, `FREE` for none; every later one
+        ring: the partial cache; `None` before the first selection.
+        queries: `[B, Hq, T, D]`, the last ones of each prompt, at most `config.window`.
+        waiting: `[B]` bool, rows that have not selected from them yet; `None`: no row.
+        prompt: `[B]` int64, where their prompts end.
+        anchors: `[B, Hkv, A]` int32, the best of the selection after the prompt, `FREE` for none; every later one
             keeps them.
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
-        hidden: `[B]` int64, padding tokens of each row.
-        asks_device: whether a step may look at its flags and skip what no head wants; else the kernels do.
-        slots: slots of the partial cache; `None`: as many as the largest budget.
-        watch: called after each step that selects, `(cache, query, attention, visible, positions)`: those `[B, Hkv, n]`
-            it attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
+        hidden: `[B]` int64, padding tokens of each row; `None`: to be counted, by the next step.
+        watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]` it
+            attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
 
     watch: Callable[..., None] | None = None
 
-    asks_device = True
-    slots: int | None = None
+    # What has a row for each of the batch, beside the store and the ring.
+    ROWS = ("queries", "waiting", "prompt", "anchors", "reference", "budget", "hidden")
 
     def __init__(
-        self, config: RefreshConfig, *, index: int = 0, stats: Stats | None = None, reserve: int = 0
+        self,
+        config: RefreshConfig,
+        *,
+        index: int = 0,
+        stats: Stats | None = None,
+        store: Store | None = None,
+        fixed: bool = False,
     ) -> None:
         self.config = config
         self.index = index
         self.stats = Stats() if stats is None else stats
         self.trigger = trigger_for(config)
-        self.store = DenseStore(reserve)
-        self.partial: PartialCache | None = None
-        self.pending: Tensor | None = None
+        self.store = DenseStore() if store is None else store
+        self.fixed = fixed
+        self.ring: Ring | None = None
+        self.queries: Tensor | None = None
+        self.waiting: Tensor | None = None
+        self.prompt: Tensor | None = None
         self.anchors: Tensor | None = None
         self.reference: Tensor | None = None
         self.budget: Tensor | None = None
         self.hidden: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the full store, padding included."""
-        return self.store.length
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """`[B or 1, Hkv or 1]`, how much of the store counts; `None`: all that it gives out."""
-        return None
-
-    @property
-    def ends(self) -> Tensor | None:
-        """`[B]`, the same for a selection."""
-        return None
+        self.slots: int | None = None  # of the ring; `None`: as many as the largest budget
+        if fixed:
+            self.slots = config.resolve_budget(self.store.width)
+            self._keep("budget", torch.full((self.rows,), self.slots, device=self.store.device))
+            self.stats.count_on(index, self.store.device)
 
     @property
     def rows(self) -> int:
         """Batch size."""
-        return self.store.keys.shape[0]
+        return self.store.rows
 
     @property
     def kv_heads(self) -> int:
         """KV heads."""
-        return self.store.keys.shape[1]
+        return self.store.kv_heads
 
     @property
-    def backend(self) -> Backend:
-        """The kernels for the device that the store lives on."""
-        return backend_for(self.store.keys.device)
+    def length(self) -> int:
+        """Tokens in the full store, padding included; of the fixed form, how many it has room for."""
+        return self.store.width
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """New tokens `[B, Hkv, n, D]` enter the full store; a partial step pushes the newest into the ring itself.
@@ -100,78 +100,101 @@ class LayerCache:
         Raises:
             ValueError: keys and values that do not fit each other or what the cache holds.
         """
-        if keys.shape[:3] != values.shape[:3]:
-            raise ValueError(
-                f"layer {self.index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree in rows,"
-                " KV heads and tokens"
-            )
-        if self.store.is_allocated:
-            for kind, new, held in (
-                ("keys", keys, self.store.keys),
-                ("values", values, self.store.values),
-            ):
-                for name, given, expected in (
-                    ("rows", new.shape[0], held.shape[0]),
-                    ("KV heads", new.shape[1], held.shape[1]),
-                    ("head dim", new.shape[3], held.shape[3]),
-                    ("dtype", new.dtype, held.dtype),
-                    ("device", new.device, held.device),
-                ):
-                    if given != expected:
-                        raise ValueError(
-                            f"layer {self.index}: the cache holds {name} {expected}, the new {kind} have {given};"
-                            " use a new cache"
-                        )
+        try:
+            self.store.check(keys, values)
+        except ValueError as error:
+            raise ValueError(f"layer {self.index}: {error}") from None
         self.store.append(keys, values)
 
-    def await_selection(self, queries: Tensor) -> None:
-        """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them."""
+    def await_selection(self, queries: Tensor, rows: Tensor | None = None) -> None:
+        """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them.
+
+        `rows` `[B]` bool: those that had a prompt; `None`: all. The others go on as they are; T is that of those which wait
+        already.
+        """
         last = queries[:, :, -self.config.window :]
-        if self.pending is not None:
-            last = torch.cat([self.pending, last], 2)[:, :, -self.config.window :]
-        # A view would keep the queries of the whole prompt alive.
-        self.pending = last.detach().clone()
-        self.partial = None
+        every = torch.ones(self.rows, dtype=torch.bool, device=queries.device)
+        if rows is None:
+            if self.waiting is not None and self.queries is not None:
+                last = torch.cat([self.queries, last], 2)[:, :, -self.config.window :]
+            # A view would keep the queries of the whole prompt alive.
+            self.queries, self.waiting = last.detach().clone(), every
+            self.prompt = self.store.lengths.clone()
+            return
+        if self.queries is None or self.prompt is None:
+            self.queries, self.prompt = torch.zeros_like(last), torch.zeros_like(self.store.lengths)
+        self.queries = torch.where(rows[:, None, None, None], last, self.queries)
+        self.prompt = torch.where(rows, self.store.lengths, self.prompt)
+        self.waiting = rows if self.waiting is None else rows | self.waiting
+
+    def go_on_from(self, other: LayerCache, length: int) -> None:
+        """Share the store of a cache with the same prompt, cut to `length` tokens, and wait with its last queries.
+
+        What `other` decodes from here on is lost, and so is what an earlier cache did that shares it too.
+        """
+        other.store.level(length)
+        self.store = other.store
+        wanted = self.config.window - 1  # and those of the token that follows
+        if wanted and other.queries is not None:
+            self.queries = other.queries[:, :, -wanted:].clone()
+            self.prompt = self.store.lengths.clone()
+            self.wait_again()
+
+    def wait_again(self) -> None:
+        """Every row selects from the last queries of its prompt (once more)."""
+        if self.queries is not None and self.prompt is not None:
+            self.waiting = torch.ones(self.rows, dtype=torch.bool, device=self.queries.device)
+
+    def resolve_budget(
+        self, visible: Tensor | None, tokens: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`; all later ones are.
+
+        `visible` `[B, width]` bool; `None` when everything is. `rows` `[B]` bool: the others keep theirs; `None`: all.
+        """
+        hidden = self.count_padding(visible)
+        shares = [self.config.resolve_budget(count) for count in (tokens - hidden).tolist()]
+        budget = torch.tensor(shares, dtype=torch.int64, device=self.store.device)
+        if rows is not None and self.budget is not None:
+            budget = torch.where(rows, budget, self.budget)
+        self._keep("budget", budget)
+        if self.ring is not None:
+            assert self.budget is not None
+            self.ring.allow(self.budget)
+
+    def count_padding(self, visible: Tensor | None) -> Tensor:
+        """Set and return `hidden`, from the visible tokens `[B, width]`."""
+        if visible is None:
+            hidden = torch.zeros(self.rows, dtype=torch.int64, device=self.store.device)
+        else:
+            inside = torch.arange(self.store.width, device=visible.device)
+            hidden = (~visible & (inside < self.store.lengths[:, None])).sum(-1)
+        self._keep("hidden", hidden)
+        return hidden
 
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
         """Rebuild the partial cache of `heads` (`[B, Hkv]` bool; `None` is all)."""
-        if self.partial is None:
-            if heads is not None and not bool(heads.all()):
-                raise RuntimeError(f"layer {self.index}: the first refresh must serve every head")
+        if self.ring is None:
             if self.budget is None:
                 raise RuntimeError(f"layer {self.index}: resolve_budget before the first refresh")
-            self.partial = self._new_partial(self.budget)
-            heads = None
-        self.partial.refresh(selection, heads)
+            self.ring = RINGS[self.config.ring](self.store, self.budget, self.slots)
+        self.ring.refresh(selection, heads)
 
     def remember(self, reference: Tensor, heads: Tensor | None) -> None:
         """The reference of `heads` (`[B, Hkv]` bool; `None` is all) becomes `[B, Hkv, R]`."""
         if heads is not None and self.reference is not None:
             reference = torch.where(heads[..., None], reference, self.reference)
-        self.reference = reference
+        self._keep("reference", reference)
 
-    def push_newest(self) -> None:
-        """The token appended last enters the partial cache."""
-        assert self.partial is not None
-        self.partial.push(self.store.keys[:, :, -1], self.store.values[:, :, -1], self.length - 1)
-
-    def resolve_budget(self, visible: Tensor | None, tokens: int) -> None:
-        """Turn the budget into tokens for a prompt of `tokens` tokens of which `visible` `[B, tokens]` count.
-
-        A partial cache of the old budget is dropped.
-        """
-        hidden = self.count_padding(visible).tolist()
-        shares = [self.config.resolve_budget(tokens - padding) for padding in hidden]
-        self.budget = torch.tensor(shares, dtype=torch.int64, device=self.store.keys.device)
-        self.partial = None
-
-    def count_padding(self, visible: Tensor | None) -> Tensor:
-        """Set and return `hidden`, from the visible tokens `[B, L]`."""
-        if visible is None:
-            self.hidden = torch.zeros(self.rows, dtype=torch.int64, device=self.store.keys.device)
-        else:
-            self.hidden = (~visible).sum(-1)
-        return self.hidden
+    def anchor(self, anchors: Tensor, rows: Tensor) -> None:
+        """`[B, Hkv, A]` stay in every selection of `rows` `[B]` bool until their next prompt."""
+        if self.anchors is not None:
+            width = max(anchors.shape[2], self.anchors.shape[2])
+            old, anchors = (
+                F.pad(x, (0, width - x.shape[2]), value=FREE) for x in (self.anchors, anchors)
+            )
+            anchors = torch.where(rows[:, None, None], anchors, old)
+        self._keep("anchors", anchors)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on. The partial cache may hold some of them, so the next step is full."""
@@ -182,6 +205,12 @@ class LayerCache:
         if self.anchors is not None:
             self.anchors = self.anchors.masked_fill(self.anchors >= length, FREE)
         self.hidden = None  # padding may be among what is gone
+
+    def forget_selection(self) -> None:
+        """The next decode step is full, unless a prompt comes first."""
+        self.waiting = self.prompt = None
+        if self.ring is not None:
+            self.ring.void()
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the old row `rows[i]`: beams, several return sequences, finished rows. `[B']` int64.
@@ -194,22 +223,35 @@ class LayerCache:
         if rows.numel() == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
             raise ValueError(f"layer {self.index}: cannot take rows {rows.tolist()} of {self.rows}")
         self.store.take_rows(rows)
-        if self.partial is not None:
-            self.partial.take_rows(rows)
-        for name in ("pending", "anchors", "reference", "budget", "hidden"):
+        for name in self.ROWS:
             state = getattr(self, name)
             if state is not None:
-                setattr(self, name, state.index_select(0, rows))
+                self._keep(name, state.index_select(0, rows))
+        if self.ring is not None:
+            self.ring.take_rows(rows)
+            assert self.budget is not None
+            self.ring.allow(self.budget)
 
     def reset(self) -> None:
-        """Back to empty; the statistics stay."""
+        """Back to empty; the statistics stay, and in the fixed form the memory."""
         self.store.reset()
         self.forget_selection()
-        self.anchors = self.budget = self.hidden = None
+        if not self.fixed:
+            self.ring = self.queries = None
+            self.anchors = self.reference = self.budget = self.hidden = None
 
-    def _new_partial(self, budget: Tensor) -> PartialCache:
-        return PartialCache(self.store, budget, self.backend)
+    def tensors(self) -> list[Tensor]:
+        """All that a decode step reads and writes, beside the store and its length."""
+        state = [self.anchors, self.reference, self.budget, self.hidden]
+        ring = [] if self.ring is None else self.ring.tensors()
+        return ring + [tensor for tensor in state if tensor is not None]
 
-    def forget_selection(self) -> None:
-        """The next decode step is full, unless a prompt comes first."""
-        self.partial = self.pending = self.reference = None
+    def _keep(self, name: str, new: Tensor) -> None:
+        """State of a fixed form stays where it is."""
+        old = getattr(self, name)
+        if self.fixed and old is not None and old.shape == new.shape:
+            old.copy_(new)
+        else:
+            setattr(
+                self, name, new.clone(memory_format=torch.contiguous_format) if self.fixed else new
+            )

@@ -1,20 +1,26 @@
-"""The partial cache of one layer: a ring of K slots per (row, KV head), sorted lowest score first."""
+"""The partial cache of one layer: a ring of K slots per (row, KV head), sorted lowest score first.
+
+`Ring` knows which positions are in it and counts; `CopiedRing` keeps copies of their keys and values beside, which a
+partial step reads in one piece, and `IndexedRing` reads them from the store. Letters as in `kernels.options`.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.store import DenseStore
-from refreshkv.kernels import Backend
+from refreshkv.cache.store import Store
+from refreshkv.kernels.options import Attended, AttendOptions, Entries
 from refreshkv.policy.selection import FREE, Selection
 
-_SPARE = 64  # slots of head room when the ring grows towards its budget
+_SPARE = 64  # slots of head room when a ring grows towards its budget
 
 
-class PartialCache:
-    """Copies of the K selected entries, contiguous so that a partial step reads nothing else.
+class Ring(ABC):
+    """Positions of the selected tokens, and of those after them.
 
     A refresh fills slots 0 .. n-1 with the n = min(K, tokens) best, lowest score first. The j-th new token
     goes to slot (n + j) mod K, j from 0: the free slots first, then over the lowest-scored entry, the next
@@ -23,49 +29,53 @@ class PartialCache:
 
     Entries that follow the most attended ones may be fetched in between (`fetch`); they too push out the lowest.
 
-    Attributes:
-        keys, values: `[B, Hkv, C, D]`; C <= K grows with what is stored, so that a generous budget costs no memory.
-        positions: `[B, Hkv, C]` int64, the place of each entry in the full store, `FREE` where there is none.
+    Args:
+        store: the full cache.
         budget: `[B]` int64, K of each row.
-        filled: `[B, Hkv]` int64, n at the last refresh.
+        slots: as many for every row, whatever its budget, allocated at once; `None`: the ring grows with what it holds,
+            so that a generous budget costs no memory.
+
+    Attributes:
+        positions: `[B, Hkv, C]` int32, the position of each entry in the full store, `FREE` where there is none.
+        filled: `[B, Hkv]` int64, n at the last refresh; 0 where nothing was selected yet, or it is void.
         pushed: `[B, Hkv]` int64, entries pushed since then, fetched ones included.
         steps: `[B, Hkv]` int64, partial steps since then.
         newest: `[B, Hkv]` int64, the slot of the token pushed last.
-        fetched: `[B, Hkv]` int64, entries fetched since then.
+        fetched: `[B, Hkv]` int64, entries fetched in the last step.
     """
 
-    def __init__(self, store: DenseStore, budget: Tensor, backend: Backend) -> None:
+    # What has a row for each of the batch, but for the budget, which is the cache's.
+    ROWS = ("positions", "filled", "pushed", "steps", "newest", "fetched")
+
+    def __init__(self, store: Store, budget: Tensor, slots: int | None = None) -> None:
         self._store = store
-        self._backend = backend
-        self.budget = budget
-        rows, heads = store.keys.shape[:2]
-        self.keys = store.keys.new_empty(rows, heads, 0, store.keys.shape[-1])
-        self.values = store.values.new_empty(rows, heads, 0, store.values.shape[-1])
-        self.positions = torch.empty(rows, heads, 0, dtype=torch.int64, device=budget.device)
-        self.filled = torch.zeros(rows, heads, dtype=torch.int64, device=budget.device)
+        self._slots = slots
+        rows, heads, device = store.rows, store.kv_heads, budget.device
+        self.positions = torch.full(
+            (rows, heads, slots or 0), FREE, dtype=torch.int32, device=device
+        )
+        self.filled = torch.zeros(rows, heads, dtype=torch.int64, device=device)
         self.pushed = torch.zeros_like(self.filled)
         self.steps = torch.zeros_like(self.filled)
         self.newest = torch.zeros_like(self.filled)
         self.fetched = torch.zeros_like(self.filled)
-        self._largest = int(budget.max())
-        self._most = 0  # no head uses more slots than this; known without asking the device
-        self._uniform = False  # every head uses exactly `_most`
-        self._full = False  # every ring is full, as far as is known
+        self.allow(budget)
+        self._most = 0  # no row uses more slots than this; known without asking the device
+
+    def allow(self, budget: Tensor) -> None:
+        """K of each row, `[B]` int64, from here on; counts in the next refresh of a row."""
+        self.budget = budget
+        self._largest = self._slots or int(budget.max())
 
     @property
     def used(self) -> Tensor:
         """`[B, Hkv]` int64, how many slots hold a token."""
         return torch.minimum(self.filled + self.pushed, self.budget[:, None])
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[B, Hkv, n, D]` and how many of them count, `[B, Hkv]` int64 or `None` for all."""
-        keys, values = self.keys[:, :, : self._most], self.values[:, :, : self._most]
-        return keys, values, None if self._uniform else self.used
-
     def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
         """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store."""
         slots = selection.positions.shape[-1]
-        self._reserve(slots)
+        self._reserve(max(slots, self._most))
         new = F.pad(selection.positions, (0, self.positions.shape[2] - slots), value=FREE)
         if heads is None:
             self.filled.copy_(selection.filled)
@@ -77,104 +87,140 @@ class PartialCache:
             self.pushed.masked_fill_(heads, 0)
             self.steps.masked_fill_(heads, 0)
             self.positions.copy_(torch.where(heads[..., None], new, self.positions))
-        self._backend.gather(self._store.keys, selection.positions, self.keys, heads)
-        self._backend.gather(self._store.values, selection.positions, self.values, heads)
-        self._measure()
+        self._copy(selection.positions, heads)
 
-    def push(self, keys: Tensor, values: Tensor, positions: Tensor | int) -> None:
-        """The token being decoded enters every ring, over the lowest-scored entry where there is no free slot.
-
-        Args:
-            keys, values: `[B, Hkv, D]`.
-            positions: its place in the full store, for all or `[B, 1]` for each row.
-        """
-        self._make_room(1)
-        self.newest.copy_(self._next_slot())
-        self._write(self.newest, keys, values, positions)
-        self.pushed += 1
+    def push(self, positions: Tensor) -> None:
+        """The token being decoded, at `positions` `[B]`, enters: over the lowest entry if no slot is free."""
+        self._reserve(self._most + 1)
+        self.newest.copy_((self.filled + self.pushed) % self.budget[:, None])
+        wanted = positions.int()[:, None, None].expand(*self.newest.shape, 1)
+        self._insert(wanted)
         self.steps += 1
         self.fetched.zero_()
 
-    def fetch(self, positions: Tensor) -> None:
-        """Tokens of the store enter as pushed ones do, but those that are there already.
+    def attend(
+        self,
+        query: Tensor,
+        options: AttendOptions,
+        *,
+        successor: int = 0,
+        end: Tensor | None = None,
+    ) -> Attended:
+        """Attention `[B, Hq, D]` over the ring; then what follows the most attended entries is fetched.
 
-        `positions` `[B, Hkv, m]` int64, distinct in a ring, `FREE` for none. It is not a step. With m fetched a step a
-        ring has turned over after K / (m + 1) steps without a refresh.
+        Args:
+            query: `[B, Hq, D]`, of the token pushed last.
+            options: of the model.
+            successor: how many entries fetch the token after them (ours; paper: 0).
+            end: `[B]` int64, tokens from there on are not fetched. Without `successor` there is none.
         """
-        self._make_room(positions.shape[2])
+        attended, best = self._attend(query, options.over(lengths=self.used), successor)
+        if successor:
+            assert end is not None
+            held = self.positions.gather(-1, best)
+            after = (held != FREE) & (held + 1 < end[:, None, None])
+            self.fetch(torch.where(after, held + 1, FREE))
+        return attended
+
+    def fetch(self, positions: Tensor) -> None:
+        """Tokens of the store enter as pushed ones do, but those that are there already. It is not a step.
+
+        `positions` `[B, Hkv, m]` int32, distinct in a ring, `FREE` for none. With m fetched a step a ring has turned over
+        after K / (m + 1) steps without a refresh.
+        """
+        self._reserve(self._most + positions.shape[2])
         self.fetched.copy_(self._insert(positions))
-        if not self._full:
-            self._measure()
+
+    def void(self) -> None:
+        """What was selected is no longer true: the next step of every row is full."""
+        self.filled.zero_()
+        self.pushed.zero_()
+        self.positions.fill_(FREE)
 
     def take_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row `rows[i]`. `[B']` int64."""
-        for name in (
-            "keys",
-            "values",
-            "positions",
-            "budget",
-            "filled",
-            "pushed",
-            "steps",
-            "newest",
-            "fetched",
-        ):
-            setattr(self, name, getattr(self, name).index_select(0, rows))
-        self._measure()
+        """Row i becomes the old row `rows[i]`, `[B']` int64; `allow` says what K they have."""
+        for name in self.ROWS:
+            old = getattr(self, name)
+            new = old.index_select(0, rows)
+            if self._slots is None:
+                setattr(self, name, new)
+            else:
+                old.copy_(new)
 
-    def _insert(self, positions: Tensor) -> Tensor:
-        """Copy tokens of the store into the rings; returns how many were not there, `[B, Hkv]`."""
-        return self._backend.insert(
-            self._store.keys,
-            self._store.values,
-            positions,
-            ring_keys=self.keys,
-            ring_values=self.values,
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and writes, but for the budget."""
+        return [getattr(self, name) for name in self.ROWS]
+
+    @abstractmethod
+    def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
+        """Attention, and the slots of the `count` most attended entries but the newest, `[B, Hkv, count]` int64."""
+
+    def _insert(self, wanted: Tensor, **copies: Tensor | None) -> Tensor:
+        """Tokens at `wanted` `[B, Hkv, m]` int32 enter, but those that are there; how many did, `[B, Hkv]`."""
+        copies = copies or {"ring_keys": None, "ring_values": None}
+        return self._store.insert(
+            wanted,
+            **copies,
             ring_positions=self.positions,
             filled=self.filled,
             pushed=self.pushed,
             budget=self.budget,
         )
 
-    def _next_slot(self) -> Tensor:
-        return (self.filled + self.pushed) % self.budget[:, None]
-
-    def _write(self, slot: Tensor, keys: Tensor, values: Tensor, positions: Tensor | int) -> None:
-        """One entry into `slot` `[B, Hkv]` of every ring."""
-        rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        heads = torch.arange(slot.shape[1], device=slot.device)
-        self.keys[rows, heads, slot] = keys
-        self.values[rows, heads, slot] = values
-        if isinstance(positions, int):
-            self.positions[rows, heads, slot] = positions
-        else:
-            self.positions[rows, heads, slot] = positions.expand_as(slot)
-
-    def _make_room(self, entries: int) -> None:
-        """Some head will use so many slots more."""
-        if not self._full:
-            self._most = min(self._most + entries, self._largest)
-            self._reserve(self._most)
-
-    def _measure(self) -> None:
-        """Look at the device once, so that a step need not."""
-        used = self.used
-        self._largest = int(self.budget.max())
-        self._most = int(used.max())
-        self._full = bool((used == self.budget[:, None]).all())
-        self._uniform = bool((used == self._most).all()) and bool(
-            (self.budget == self.budget[0]).all()
-        )
+    def _copy(self, positions: Tensor, heads: Tensor | None) -> None:  # noqa: B027
+        """Entries to slots 0 .. after a refresh; a ring of positions has none."""
 
     def _reserve(self, slots: int) -> None:
-        """Make room for `slots` slots, at most the largest budget."""
-        capacity = self.keys.shape[2]
-        if slots <= capacity:
-            return
-        self._allocate(max(slots, min(self._largest, slots + max(_SPARE, slots // 4))))
+        """Room for `slots` slots, at most the largest budget."""
+        self._most = min(slots, self._largest)
+        capacity = self.positions.shape[2]
+        if self._most > capacity:
+            self._grow(min(self._largest, self._most + max(_SPARE, self._most // 4)))
 
-    def _allocate(self, slots: int) -> None:
-        extra = slots - self.keys.shape[2]
+    def _grow(self, slots: int) -> None:
+        self.positions = F.pad(self.positions, (0, slots - self.positions.shape[2]), value=FREE)
+
+
+class CopiedRing(Ring):
+    """A ring with keys and values of its own.
+
+    Attributes:
+        keys, values: `[B, Hkv, C, D]`.
+    """
+
+    ROWS = ("keys", "values", *Ring.ROWS)
+
+    def __init__(self, store: Store, budget: Tensor, slots: int | None = None) -> None:
+        super().__init__(store, budget, slots)
+        self.keys, self.values = store.room_for(slots or 0)
+
+    def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
+        entries, backend = Entries(self.keys, self.values), self._store.backend
+        if not count:
+            return backend.attend(query, entries, options), self.newest[..., None]
+        return backend.attend_and_rank(query, entries, options, newest=self.newest, count=count)
+
+    def _copy(self, positions: Tensor, heads: Tensor | None) -> None:
+        ring = {"ring_keys": self.keys, "ring_values": self.values}
+        self._store.gather(positions, **ring, heads=heads)
+
+    def _insert(self, wanted: Tensor, **copies: Tensor | None) -> Tensor:
+        return super()._insert(wanted, ring_keys=self.keys, ring_values=self.values)
+
+    def _grow(self, slots: int) -> None:
+        extra = slots - self.positions.shape[2]
+        super()._grow(slots)
         self.keys = F.pad(self.keys, (0, 0, 0, extra))
         self.values = F.pad(self.values, (0, 0, 0, extra))
-        self.positions = F.pad(self.positions, (0, extra), value=FREE)
+
+
+class IndexedRing(Ring):
+    """A ring of positions alone: 4 bytes a slot, and the entries are read where they lie in the store."""
+
+    def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
+        return self._store.attend_at(
+            query, self.positions, options, newest=self.newest, count=count
+        )
+
+
+RINGS = {"copied": CopiedRing, "indexed": IndexedRing}

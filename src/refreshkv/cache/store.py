@@ -1,19 +1,239 @@
-"""The full KV cache of one layer: every token, kept in buffers that grow in place."""
+"""The full KV cache of one layer: every token, and all that is computed over them.
+
+Nothing above a store touches its tensors: a caller writes tokens, and asks for attention, scores, votes or copies.
+Where the entries lie is the store's own: side by side in buffers that grow (`DenseStore`), in buffers of fixed size
+(`StaticStore`), in pages (`PagedStore`). Letters as in `kernels.options`.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from refreshkv.kernels.backend import Backend, backend_for
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
+
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
 _GROWTH = 1.25  # so the copies of all re-allocations add up to four per token
-_RESERVE_BEYOND = (
-    4096  # tokens: an answer of this length fits without re-allocation after any prompt
-)
+# Tokens: an answer of this length fits without re-allocation after any prompt.
+_RESERVE_BEYOND = 4096
 
 
-class DenseStore:
-    """K and V of all tokens, `[B, Hkv, length, D]` views into buffers with spare capacity.
+class Store(ABC):
+    """K and V of all tokens.
+
+    A subclass says where they lie. The options of a verb carry what is visible, `[B or 1, Hkv or 1, width]`, and which
+    heads are wanted; where each row ends the store adds itself.
+
+    Attributes:
+        ends: `[B]` int64, how many tokens each row has; `None`: all have `width`.
+    """
+
+    ends: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Positions that masks and scores are about: no row has more tokens."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """B."""
+
+    @property
+    @abstractmethod
+    def is_allocated(self) -> bool:
+        """Whether anything was ever written since the last `reset`."""
+
+    @abstractmethod
+    def entries(self) -> Entries:
+        """Where the tokens lie, for a kernel.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+
+    @abstractmethod
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+        """Tokens `[B, Hkv, n, D]` of row i go to the positions `starts[i]` and after, `[B]` int64, over what is there.
+
+        Where a row ends does not change.
+        """
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, `[B, Hkv, n, D]`, at the end of every row."""
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on; their room is used again.
+
+        Raises:
+            ValueError: a negative length.
+        """
+
+    @abstractmethod
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the old row `rows[i]`; repeats and omissions are allowed. `[B']` int64."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return self.entries().kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.entries().keys.device
+
+    @property
+    def backend(self) -> Backend:
+        """The kernels for that device."""
+        return backend_for(self.device)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the K and V of one token and one KV head."""
+        entries = self.entries()
+        return sum(x.shape[-1] * x.element_size() for x in (entries.keys, _values(entries)))
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B]` int64, how many tokens each row has."""
+        if self.ends is None:
+            return torch.full((self.rows,), self.width, device=self.device)
+        return self.ends
+
+    def let_rows_differ(self) -> None:
+        """From here on rows may end at different positions: `ends` is a tensor of its own, which the caller changes."""
+        self.ends = self.lengths.clone()
+
+    def level(self, length: int) -> None:
+        """Every row has at least `length` tokens, and keeps those."""
+        self.ends = None
+        self.crop(length)
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Raises `ValueError` for tokens that do not fit each other or what the store holds."""
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree in rows, KV heads and tokens"
+            )
+        if not self.is_allocated:
+            return
+        entries = self.entries()
+        for kind, new, held in (("keys", keys, entries.keys), ("values", values, _values(entries))):
+            for name, theirs, ours in (
+                ("rows", new.shape[0], self.rows),
+                ("KV heads", new.shape[1], held.shape[1]),
+                ("head dim", new.shape[3], held.shape[3]),
+                ("dtype", new.dtype, held.dtype),
+                ("device", new.device, held.device),
+            ):
+                if theirs != ours:
+                    raise ValueError(
+                        f"the cache holds {name} {ours}, the new {kind} have {theirs}; use a new cache"
+                    )
+
+    def room_for(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, slots, D]` of zeros, of the dtype and on the device of these."""
+        entries = self.entries()
+        keys, values = entries.keys, _values(entries)
+        shape = (self.rows, entries.kv_heads, slots)
+        return keys.new_zeros(*shape, keys.shape[-1]), values.new_zeros(*shape, values.shape[-1])
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, width, D]`, for attention that is not ours."""
+        entries = self.entries()
+        return entries.keys, _values(entries)
+
+    def attend(self, query: Tensor, options: AttendOptions) -> Attended:
+        """Attention of one query a row, `[B, Hq, D]`."""
+        return self.backend.attend(query, self.entries(), self._within(options))
+
+    def score(self, query: Tensor, options: AttendOptions) -> Scored:
+        """The attention that each token receives from one query a row, without touching the values."""
+        return self.backend.score(query, self.entries(), self._within(options))
+
+    def attend_and_score(self, query: Tensor, options: AttendOptions) -> tuple[Attended, Scored]:
+        """Both, from one pass."""
+        return self.backend.attend_and_score(query, self.entries(), self._within(options))
+
+    def verify(
+        self,
+        queries: Tensor,
+        options: AttendOptions,
+        *,
+        starts: Tensor,
+        counts: Tensor | None = None,
+        window: int | None = None,
+    ) -> tuple[Attended, Scored]:
+        """Attention of several queries a row, `[B, Hq, T, D]`, causal from `starts` on; see `reference.verify`."""
+        rows = {"starts": starts, "counts": counts, "window": window}
+        return self.backend.verify(queries, self.entries(), options, **rows)
+
+    def vote(
+        self,
+        queries: Tensor,
+        options: AttendOptions,
+        *,
+        starts: Tensor,
+        counts: Tensor | None = None,
+    ) -> Scored:
+        """The scores of `verify` without touching the values."""
+        return self.backend.vote(queries, self.entries(), options, starts=starts, counts=counts)
+
+    def attend_at(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        options: AttendOptions,
+        *,
+        newest: Tensor,
+        count: int,
+    ) -> tuple[Attended, Tensor]:
+        """Attention over the tokens at `positions` `[B, Hkv, K]` int32, `FREE` ones left out, and the best of them.
+
+        As `reference.attend_and_rank`; the options are those of the list.
+        """
+        entries = self.entries()
+        listed = Entries(entries.keys, entries.values, entries.blocks, positions, entries.rows)
+        if not count:
+            attended = self.backend.attend(query, listed, options)
+            return attended, newest.new_empty(*newest.shape, 0)
+        return self.backend.attend_and_rank(query, listed, options, newest=newest, count=count)
+
+    def gather(
+        self,
+        wanted: Tensor,
+        *,
+        ring_keys: Tensor,
+        ring_values: Tensor,
+        heads: Tensor | None = None,
+    ) -> None:
+        """Copies of the tokens at the positions `wanted` for a ring; see `reference.gather`."""
+        ring = {"ring_keys": ring_keys, "ring_values": ring_values, "heads": heads}
+        self.backend.gather(self.entries(), wanted, **ring)
+
+    def insert(self, wanted: Tensor, **ring: Tensor | None) -> Tensor:
+        """Tokens enter a ring, but those that are there already; see `reference.insert`."""
+        return self.backend.insert(self.entries(), wanted, **ring)
+
+    def _within(self, options: AttendOptions) -> AttendOptions:
+        if self.ends is None:
+            return options
+        return options.over(options.visible, lengths=self.ends[:, None], heads=options.heads)
+
+
+class DenseStore(Store):
+    """`[B, Hkv, width, D]` views into buffers with spare capacity.
 
     An append writes in place. When the capacity is used up both buffers are re-allocated a quarter larger, so that the
     copies add up to a constant per token; `reserve` (tokens) avoids them where the final length is known. A host may
@@ -26,29 +246,30 @@ class DenseStore:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    @classmethod
+    def over(cls, keys: Tensor, values: Tensor, length: int) -> DenseStore:
+        """A store in the buffers of another, `[B, Hkv, C, D]`, of which the first `length` positions are filled."""
+        store = cls()
+        store._keys, store._values, store.length = keys, values, length
+        return store
+
+    @property
+    def width(self) -> int:
+        return self.length
+
+    @property
+    def rows(self) -> int:
+        return _allocated(self._keys).shape[0]
+
     @property
     def is_allocated(self) -> bool:
-        """Whether anything was ever appended since the last `reset`."""
         return self._keys is not None
 
-    @property
-    def keys(self) -> Tensor:
-        """`[B, Hkv, length, D]` view, after RoPE."""
-        return self._buffer(self._keys)[:, :, : self.length]
-
-    @property
-    def values(self) -> Tensor:
-        """`[B, Hkv, length, D]` view."""
-        return self._buffer(self._values)[:, :, : self.length]
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of the K and V of one token and one KV head."""
-        keys, values = self._buffer(self._keys), self._buffer(self._values)
-        return keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+    def entries(self) -> Entries:
+        keys, values = _allocated(self._keys), _allocated(self._values)
+        return Entries(keys[:, :, : self.length], values[:, :, : self.length])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens, `[B, Hkv, n, D]`, at the end."""
         end = self.length + keys.shape[2]
         self._keys = self._with_room(self._keys, keys, end)
         self._values = self._with_room(self._values, values, end)
@@ -57,41 +278,33 @@ class DenseStore:
         self.length = end
 
     def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
-        """Tokens `[B, Hkv, n, D]` of row i go to the places `starts[i]` and after, `[B]` int64, over what is there.
-
-        The store is as long as its longest row; a shorter row ends in zeros, or in what it held there before.
-        """
+        """See `Store.write`. The store is as wide as its longest row; a shorter one ends in zeros, or what it held."""
         end = int(starts.max()) + keys.shape[2]
         self._keys = self._with_room(self._keys, keys, end)
         self._values = self._with_room(self._values, values, end)
-        # A kernel may multiply a hidden place by zero, and unused room may hold NaN.
+        # A kernel may multiply a hidden entry by zero, and unused room may hold NaN.
         self._keys[:, :, self.length : end] = 0
         self._values[:, :, self.length : end] = 0
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        places = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
-        self._keys[rows, :, places] = keys.transpose(1, 2)
-        self._values[rows, :, places] = values.transpose(1, 2)
+        scatter(self._keys, self._values, keys, values, starts)
         self.length = max(self.length, end)
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on; their room is used again.
-
-        Raises:
-            ValueError: a negative length.
-        """
         if length < 0:
             raise ValueError(f"cannot crop to {length} tokens")
         self.length = min(self.length, length)
+        if self.ends is not None:
+            self.ends = self.ends.clamp(max=length)
 
     def take_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row `rows[i]`; repeats and omissions are allowed. `[B']` int64."""
-        self._keys = self._take(self._buffer(self._keys), rows)
-        self._values = self._take(self._buffer(self._values), rows)
+        self._keys = self._take(_allocated(self._keys), rows)
+        self._values = self._take(_allocated(self._values), rows)
+        if self.ends is not None:
+            self.ends = self.ends.index_select(0, rows)
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.length = 0
-        self._keys = self._values = None
+        self._keys = self._values = self.ends = None
 
     def _with_room(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= needed:
@@ -110,13 +323,28 @@ class DenseStore:
             new[target, :, : self.length] = buffer[source, :, : self.length]
         return new
 
-    @staticmethod
-    def _buffer(buffer: Tensor | None) -> Tensor:
-        if buffer is None:
-            raise RuntimeError("the store is empty: append before reading")
-        return buffer
+
+def scatter(
+    buffer_keys: Tensor, buffer_values: Tensor, keys: Tensor, values: Tensor, starts: Tensor
+) -> None:
+    """Tokens `[B, Hkv, n, D]` go to the positions `starts[i]` and after of the buffers `[B, Hkv, C, D]`."""
+    rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+    positions = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
+    buffer_keys[rows, :, positions] = keys.transpose(1, 2)
+    buffer_values[rows, :, positions] = values.transpose(1, 2)
 
 
 def is_identity(rows: Tensor, count: int) -> bool:
     """Whether taking `rows` of `count` rows changes nothing."""
     return rows.shape[0] == count and bool((rows == torch.arange(count, device=rows.device)).all())
+
+
+def _allocated(buffer: Tensor | None) -> Tensor:
+    if buffer is None:
+        raise RuntimeError("the store is empty: append before reading")
+    return buffer
+
+
+def _values(entries: Entries) -> Tensor:
+    assert entries.values is not None
+    return entries.values

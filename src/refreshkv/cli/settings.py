@@ -1,8 +1,7 @@
-"""The settings of a method as options: one for each field of `RefreshConfig`, of its type and described as there."""
+"""Settings as options, of the type and with the description that they have in the themes of `RefreshConfig`."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -13,25 +12,38 @@ import click
 
 from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
-from refreshkv.config import PRESETS, RefreshConfig, make_config
+from refreshkv.config import PRESETS, RefreshConfig, make_config, names_of
 
+Command = Callable[..., Any]
 _NONE = {"stride": common.STRIDE.word}  # the word for `None`; "none" for the others
 
 
-def options(command: Callable[..., Any]) -> Callable[..., Any]:
+def option(name: str, **attributes: Any) -> Callable[[Command], Command]:
+    """The option of one setting; `attributes` are click's, on top of the type and the description."""
+    hint, flag, word = (
+        get_type_hints(RefreshConfig)[name],
+        f"--{name.replace('_', '-')}",
+        _none(name),
+    )
+    kinds = set(get_args(hint) or (hint,))
+    kind: Any = hint
+    if hint is bool:
+        flag, kind = f"{flag}/--no-{flag[2:]}", None
+    elif get_origin(hint) is Literal:
+        kind = click.Choice(get_args(hint))
+    elif NoneType in kinds:
+        (number,) = kinds - {NoneType}
+        kind = common.OrWord(number, word)
+    elif kinds == {int, float}:
+        kind = common.Budget()
+    said = " ".join(_described()[name].split()).replace("`None`", repr(word)).replace("`", "")
+    return click.option(flag, **{"type": kind, "default": None, "help": said, **attributes})
+
+
+def options(command: Command) -> Command:
     """`--method`, `--preset` and one option a setting. None has a default here: the preset, or the method, holds it."""
-    described = _descriptions()
-    hints = get_type_hints(RefreshConfig)
-    for field in reversed(dataclasses.fields(RefreshConfig)):
-        kind = _kind(field.name, hints[field.name])
-        name = f"--{field.name.replace('_', '-')}"
-        if kind is bool:
-            declared = click.option(
-                f"{name}/--no-{name[2:]}", default=None, help=described[field.name]
-            )
-        else:
-            declared = click.option(name, type=kind, help=described[field.name])
-        command = declared(command)
+    for name in reversed(names_of(RefreshConfig)):
+        command = option(name)(command)
     presets = f"Named settings to start from: {', '.join(PRESETS)}."
     command = click.option("--preset", help=presets)(command)
     compared = "A method that RefreshKV is compared with; `refreshkv eval --list` names them."
@@ -45,15 +57,12 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
         BadInput: an unknown method or preset, a value out of range, or one without effect.
     """
     overrides = {
-        name: None if value == _NONE.get(name, "none") else value
+        name: None if value == _none(name) else value
         for name, value in given.items()
         if value is not None
     }
-    if overrides.get("mode") == "full":
-        ignored = {"method": method, "preset": preset, **overrides, "mode": None}
-        for name in (name for name, value in ignored.items() if value is not None):
-            shown = name.replace("_", "-")
-            raise BadInput(f"--{shown} has no effect in --mode full; leave it out")
+    if overrides.get("mode") == "full" and "budget" in overrides:  # here nothing is compared
+        raise BadInput("--budget has no effect in --mode full; leave it out")
     with common.bad_input():
         if method is None:
             make_config(preset, **overrides)
@@ -64,24 +73,12 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
     return {"method": method, "preset": preset, **overrides}
 
 
-def _kind(name: str, hint: Any) -> Any:
-    """The option type for the type of a field."""
-    if get_origin(hint) is Literal:
-        return click.Choice(get_args(hint))
-    kinds = get_args(hint) or (hint,)
-    if NoneType in kinds:
-        (number,) = set(kinds) - {NoneType}
-        return common.OrWord(number, _NONE.get(name, "none"))
-    return common.Budget() if set(kinds) == {int, float} else hint
+def _none(name: str) -> str:
+    return _NONE.get(name, "none")
 
 
-def _descriptions() -> dict[str, str]:
-    """What the docstring of `RefreshConfig` says of each field."""
-    text = inspect.cleandoc(RefreshConfig.__doc__ or "").partition("Attributes:")[2]
-    parts = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
-    return {
-        name: " ".join(said.split())
-        .replace("`None`", repr(_NONE.get(name, "none")))
-        .replace("`", "")
-        for name, said in parts
-    }
+def _described() -> dict[str, str]:
+    """What the themes say of each setting."""
+    texts = [inspect.cleandoc(theme.__doc__ or "") for theme in RefreshConfig.__mro__]
+    lists = [text.partition("Attributes:")[2] for text in texts]
+    return dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", "\n".join(lists), re.MULTILINE))

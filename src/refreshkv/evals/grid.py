@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from refreshkv.config import RefreshConfig
+from refreshkv.config import Budgeted
 from refreshkv.methods import find
 from refreshkv.tasks.task import Count, Example, Task
 from refreshkv.text import setting_of
@@ -28,7 +28,7 @@ class MethodSpec:
         common = {} if budget is None else {"budget": budget}
         return {**common, **self.settings}
 
-    def config(self, budget: int | float | None) -> RefreshConfig:
+    def config(self, budget: int | float | None) -> Budgeted:
         """What the method runs with.
 
         Raises:

@@ -1,7 +1,7 @@
 """One prefill for all methods of a batch: each goes on from a cache that holds the prompts but for their last token.
 
 The prompts of a comparison are the same for every method, prefill does not depend on the method, and on long prompts it
-takes most of the time. A method that looks at prompt queries while they pass (H2O, SnapKV) runs its own.
+takes most of the time. A method that looks at all prompt queries while they pass (H2O) runs its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Prefills:
             if _is_ours(layer) != _is_ours(ours):
                 return None  # a sliding layer, which is ours in the lossless mode only
             if _is_ours(ours):
-                _go_on(layer, ours, tokens.shape[1] - 1)
+                ours.inner.go_on_from(layer.inner, tokens.shape[1] - 1)
             else:
                 cache.layers[place] = copy.deepcopy(layer)
         cache.is_kept = False
@@ -61,7 +61,7 @@ class Prefills:
 
     @torch.no_grad()
     def _prefill(self, tokens: Tensor, mask: Tensor) -> RefreshCache:
-        with refreshkv.attach(self.model, mode="full", window=_WINDOW) as session:
+        with refreshkv.attach(self.model, mode="refresh", window=_WINDOW) as session:
             cache = session.new_cache(reserve=tokens.shape[1])
             with cache.prompt():
                 self.model(
@@ -77,15 +77,6 @@ class Prefills:
 
 def _is_ours(layer: object) -> TypeGuard[RefreshLayer]:
     return isinstance(layer, RefreshLayer)
-
-
-def _go_on(base: RefreshLayer, layer: RefreshLayer, length: int) -> None:
-    """`layer` takes the store of `base`, cut to its prompt again, and as many of its last queries as it wants."""
-    base.inner.store.crop(length)
-    layer.inner.store = base.inner.store
-    wanted, queries = layer.inner.config.window - 1, base.inner.pending
-    assert queries is not None
-    layer.inner.pending = queries[:, :, -wanted:].clone() if wanted else None
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

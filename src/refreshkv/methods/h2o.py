@@ -8,59 +8,52 @@ import torch
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.methods.kept import Eviction, prompt_weights, weights
+from refreshkv.config import Grouped
+from refreshkv.kernels.options import AttendOptions
+from refreshkv.methods.kept import Eviction, Look
 from refreshkv.methods.method import Method
 from refreshkv.policy.selection import reduce_group
-from refreshkv.step import Attention
 
-_BLOCK = (
-    1 << 21
-)  # attention weights of the prompt made at once: larger blocks leave the processor's cache
+# Attention weights of the prompt made at once: larger blocks leave the processor's cache.
+_BLOCK = 1 << 21
 
 
 class H2O(Eviction):
     """K // 2 entries by the attention received so far, the other half the newest. `scores` is `[B, Hq, L]`."""
 
     sees_prompt = True
+    settings: Grouped
 
     def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> None:
-        super().observe(cache, queries, attention, visible)
+        super().observe(cache, queries, options, visible)
         length, count = cache.length, queries.shape[2]
-        keys = cache.store.keys.float()
         received = queries.new_zeros(*queries.shape[:2], length, dtype=torch.float32)
         if self.scores is not None:
             received[..., : length - count] = self.scores
-        block = max(1, _BLOCK // received.numel())
-        for first in range(0, count, block):
-            some = queries[:, :, first : first + block]
-            end = length - count + first + some.shape[2]  # these queries see no later token
+        for some in queries.split(max(1, _BLOCK // received.numel()), 2):
+            count -= some.shape[2]
+            end = length - count  # these queries see no later token
             seen = None if visible is None else visible[:, :end]
-            received[..., :end] += prompt_weights(some, keys[:, :, :end], attention, seen).sum(2)
+            look = Look(cache, some[:, :, -1], options, seen, end)
+            received[..., :end] += look.votes(some)
         self.scores = received
 
-    def score_prompt(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
+    def score_prompt(self, prompt: Look) -> Tensor:
         assert self.scores is not None  # since `observe`
         return self.scores
 
-    def ranking(self, cache: LayerCache, tokens: int) -> Tensor:
-        assert self.scores is not None and cache.budget is not None
-        heavy = reduce_group(self.scores, cache.kv_heads, self.config.group_reduction)
-        places = torch.arange(heavy.shape[-1], device=heavy.device)
-        newest = tokens - (cache.budget - cache.budget // 2)[:, None, None]
-        return heavy.masked_fill(places >= newest, math.inf)
+    def ranking(self, look: Look) -> Tensor:
+        assert self.scores is not None and look.cache.budget is not None
+        heavy = reduce_group(self.scores, look.cache.kv_heads, self.settings.group_reduction)
+        positions = torch.arange(heavy.shape[-1], device=heavy.device)
+        newest = look.cache.budget - look.cache.budget // 2
+        return heavy.masked_fill(positions >= look.length - newest[:, None, None], math.inf)
 
-    def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        output = super().step(cache, query, attention, visible)
-        assert self.kept is not None and self.scores is not None
-        received = weights(query[:, :, None], cache.store.keys, attention, self.kept[:, :, None])
-        self.scores = self.scores + received[:, :, 0]
-        return output
+    def attended(self, now: Look) -> None:
+        assert self.scores is not None
+        self.scores = self.scores + now.votes(now.query[:, :, None], self.kept)
 
 
 METHOD = Method(
@@ -74,6 +67,6 @@ METHOD = Method(
         "K/2 heavy hitters and K/2 newest. Every query of the prompt counts, then every step over what it attended to."
         " The paper has one set per head; ours, one per KV head, ranks by the maximum over its query heads."
     ),
-    uses=("budget", "group_reduction"),
+    settings=Grouped,
     make=H2O,
 )

@@ -8,77 +8,164 @@ prompt's visible tokens, and the token being decoded counts inside K. Padding is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
+from refreshkv.config import Budgeted, Reduction
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy.selection import FREE, Selection, rank_keys
-from refreshkv.step import Algorithm, Attention, count_again
+from refreshkv.step import Algorithm, count_again, over_heads
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a query looks at the tokens up to its own. All that the methods ask of a store and its kernels is here.
+
+    Attributes:
+        cache: the layer; after a prompt, its store holds one token more.
+        query: `[B, Hq, D]`, that of the last of the tokens.
+        options: scale, softcap and sinks of the model.
+        visible: `[B, L]` bool, False for padding; `None` when there is none.
+        length: L, how many tokens there are.
+    """
+
+    cache: LayerCache
+    query: Tensor
+    options: AttendOptions
+    visible: Tensor | None
+    length: int
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, Hkv, L, D]`."""
+        return self.cache.store.dense()[0][:, :, : self.length]
+
+    @property
+    def seen(self) -> Tensor:
+        """`visible`, whether there is padding or not."""
+        if self.visible is not None:
+            return self.visible
+        return self.query.new_ones(self.cache.rows, self.length, dtype=torch.bool)
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[B]`, the visible tokens of each row."""
+        assert self.cache.hidden is not None
+        return self.length - self.cache.hidden
+
+    def attend(self, kept: Tensor) -> Tensor:
+        """`[B, Hq, D]`: attention over the entries of `kept` `[B, Hkv, L]` bool."""
+        return self.cache.store.attend(self.query, self._over(kept)).output
+
+    def scores(
+        self, reduction: Reduction, *, keys: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """`[B, Hkv, L]` float32: the attention that each token, or each of `kept` `[B, Hkv, L]`, receives.
+
+        `keys` `[B, Hkv, L, D]`: instead of the layer's own.
+        """
+        mask, store = over_heads(self.visible) if kept is None else kept, self.cache.store
+        options = self._over(mask, reduction)
+        if keys is None:
+            return store.score(self.query, options).scores[..., : self.length]
+        return store.backend.score(self.query, Entries(keys), options).scores
+
+    def votes(self, queries: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The same from the newest T tokens, per query head: `[B, Hq, L]` float32, summed; NaN counts as 0.
+
+        Each of the `queries` `[B, Hq, T, D]` sees no later token than its own. The kernels give one score per KV head,
+        so they are asked for one query head of every group at a time.
+        """
+        groups, sinks = (self.cache.kv_heads, -1), self.options.sinks
+        starts = torch.full((len(queries),), self.length - queries.shape[2], device=queries.device)
+        options = self._over(over_heads(self.visible) if kept is None else kept)
+        received = list[Tensor]()
+        for member in queries.unflatten(1, groups).unbind(2):
+            own = None if sinks is None else sinks.unflatten(0, groups)[:, len(received)]
+            votes = self.cache.store.vote(member, replace(options, sinks=own), starts=starts)
+            received.append(votes.scores[..., : self.length])
+        return torch.stack(received, 2).flatten(1, 2).nan_to_num_(0.0) * queries.shape[2]
+
+    def best(self, scores: Tensor, budget: Tensor | None = None, **options: Any) -> Tensor:
+        """`[B, Hkv, L]` bool: the K tokens with the best `scores` `[B, Hkv, L]`; see `selection.select`."""
+        budget = self.cache.budget if budget is None else budget
+        options = {"pool_kernel": 1, "visible": self.visible, **options}
+        return mask_of(self.cache.store.backend.select(scores, budget, **options), self.length)
+
+    def _over(self, mask: Tensor | None, reduction: Reduction | None = None) -> AttendOptions:
+        """The options for the tokens of `mask` `[B, Hkv or 1, L]` bool, `None` for all, and none after them."""
+        if mask is None and self.length < self.cache.store.width:
+            mask = self.seen[:, None]
+        if mask is not None:
+            mask = F.pad(mask, (0, self.cache.store.width - self.length))
+        return self.options.over(mask, reduction=reduction)
 
 
 class KeptEntries(Algorithm, ABC):
     """Attends, in every step, to the entries that `choose` names. Every tensor it keeps has rows first.
 
     Args:
-        config: the settings.
+        settings: those of the method.
         layer: which of the served layers this is, from 0.
         layers: how many layers are served.
     """
 
-    def __init__(self, config: RefreshConfig, layer: int, layers: int) -> None:
-        self.config = config
+    def __init__(self, settings: Budgeted, layer: int, layers: int) -> None:
+        self.settings = settings
         self.layer = layer
         self.layers = layers
 
     @abstractmethod
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        """`[B, Hkv, L]` bool: the entries to attend to; arguments as for `step`."""
+    def choose(self, now: Look) -> Tensor:
+        """`[B, Hkv, L]` bool: the entries to attend to."""
 
-    def begin(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        """A prompt has ended with `query` `[B, Hq, D]` and K is known; the store holds one token more.
+    def begin(self, prompt: Look) -> None:
+        """A prompt has ended, and K is known. What is kept of the one before goes."""
+        self.reset()
 
-        `visible` `[B, L - 1]`: that of the prompt.
-        """
+    def attended(self, now: Look) -> None:
+        """A step is over."""
 
-    def overhead(self, cache: LayerCache) -> Tensor | int:
+    def overhead(self, now: Look) -> Tensor | int:
         """Entries that choosing reads per KV head, `[B]`."""
         return 0
 
     def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
-        if cache.pending is not None:
-            prompt = None if visible is None else visible[:, :-1]
-            cache.resolve_budget(prompt, cache.length - 1)
-            self.begin(cache, cache.pending[:, :, -1], attention, prompt)
-            cache.pending = None
+        if cache.waiting is not None:
+            assert cache.prompt is not None and cache.queries is not None
+            cache.resolve_budget(visible, cache.prompt)
+            last, prompt = cache.queries[:, :, -1], None if visible is None else visible[:, :-1]
+            self.begin(Look(cache, last, options, prompt, cache.length - 1))
+            cache.waiting = None
         elif cache.hidden is None:
             count_again(cache, visible)
-        kept = self.choose(cache, query, attention, visible)
-        output = cache.backend.attend(
-            query, cache.store.keys, cache.store.values, **attention.options(kept)
-        ).output
+        now = Look(cache, query, options, visible, cache.length)
+        kept = self.choose(now)
+        output = now.attend(kept)
         if cache.watch is not None:
             positions = torch.arange(cache.length, device=query.device).where(kept, FREE)
-            cache.watch(cache, query, attention, visible, positions)
-        assert cache.hidden is not None
+            cache.watch(cache, query, options, visible, positions)
         cache.stats.record(
             cache.index,
             kv_heads=cache.kv_heads,
             entry_bytes=cache.store.entry_bytes,
             full=0,
             steps=cache.rows * cache.kv_heads,
-            read=kept.sum((1, 2)) + self.overhead(cache) * cache.kv_heads,
-            available=(cache.length - cache.hidden) * cache.kv_heads,
+            read=kept.sum((1, 2)) + self.overhead(now) * cache.kv_heads,
+            available=now.tokens * cache.kv_heads,
         )
+        self.attended(now)
         return output
+
+    def crop(self, length: int) -> None:
+        self.reset()
 
     def take_rows(self, rows: Tensor) -> None:
         for name, value in vars(self).items():
@@ -102,56 +189,42 @@ class Eviction(KeptEntries):
         newcomer: the score of a token that has just entered.
     """
 
+    kept: Tensor | None = None
+    scores: Tensor | None = None
     newcomer = 0.0
 
-    def __init__(self, config: RefreshConfig, layer: int, layers: int) -> None:
-        super().__init__(config, layer, layers)
-        self.kept: Tensor | None = None
-        self.scores: Tensor | None = None
-
     @abstractmethod
-    def score_prompt(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        """`scores` of the prompt's tokens; arguments as for `begin`."""
+    def score_prompt(self, prompt: Look) -> Tensor:
+        """`scores` of the prompt's tokens."""
 
-    def ranking(self, cache: LayerCache, tokens: int) -> Tensor:
-        """`[B, Hkv, L]`: the lowest leaves. `tokens`: how long the text is, the entering token included."""
+    def ranking(self, look: Look) -> Tensor:
+        """`[B, Hkv, L]`, or without the token that enters: the lowest leaves."""
         assert self.scores is not None
         return self.scores
 
-    def begin(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        self.scores = self.score_prompt(cache, query, attention, visible)
-        prompt = cache.length - 1
-        ranking = self.ranking(cache, prompt)
-        selection = cache.backend.select(ranking, cache.budget, pool_kernel=1, visible=visible)
-        self.kept = mask_of(selection, prompt)
+    def begin(self, prompt: Look) -> None:
+        self.scores = self.score_prompt(prompt)
+        self.kept = prompt.best(self.ranking(prompt))
 
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        assert self.kept is not None and self.scores is not None and cache.budget is not None
-        ranks = rank_keys(self.ranking(cache, cache.length))
-        lowest = ranks.masked_fill(~self.kept, torch.iinfo(ranks.dtype).max).argmin(
-            -1, keepdim=True
-        )
-        has_room = self.kept.sum(-1, keepdim=True) < cache.budget[:, None, None]
+    def choose(self, now: Look) -> Tensor:
+        assert self.kept is not None and self.scores is not None and now.cache.budget is not None
+        ranks = rank_keys(self.ranking(now)).masked_fill(~self.kept, torch.iinfo(torch.int64).max)
+        lowest = ranks.argmin(-1, keepdim=True)
+        has_room = self.kept.sum(-1, keepdim=True) < now.cache.budget[:, None, None]
         kept = self.kept.scatter(-1, lowest, self.kept.gather(-1, lowest) & has_room)
         self.kept = F.pad(kept, (0, 1), value=True)
         self.scores = F.pad(self.scores, (0, 1), value=self.newcomer)
         return self.kept
 
     def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> None:
         if self.kept is not None:
             raise RuntimeError(
                 f"{type(self).__name__} has evicted entries, and another prompt, or a draft to verify, would see them"
                 " all: use a new cache for every prompt"
             )
-        super().observe(cache, queries, attention, visible)
+        super().observe(cache, queries, options, visible)
 
     def crop(self, length: int) -> None:
         raise RuntimeError(f"{type(self).__name__} cannot take tokens back: use a new cache")
@@ -162,47 +235,4 @@ def mask_of(selection: Selection, length: int) -> Tensor:
     positions = selection.positions
     mask = positions.new_zeros(*positions.shape[:2], length + 1, dtype=torch.bool)
     # Free slots all mark one column too many.
-    return mask.scatter_(-1, positions.where(positions >= 0, length), True)[..., :length]
-
-
-def weights(queries: Tensor, keys: Tensor, attention: Attention, visible: Tensor) -> Tensor:
-    """Attention weights of several queries, in float32.
-
-    Args:
-        queries: `[B, Hq, T, D]`.
-        keys: `[B, Hkv, L, D]`.
-        attention: scale, softcap, sinks.
-        visible: bool, broadcasts to `[B, Hkv, T, L]`.
-
-    Returns:
-        `[B, Hq, T, L]`; 0 where a query sees nothing.
-    """
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, T, D]
-    logits = grouped.flatten(2, 3) @ keys.float().transpose(-1, -2) * attention.scale
-    if attention.softcap is not None:
-        logits = torch.tanh(logits / attention.softcap) * attention.softcap
-    logits = logits.unflatten(2, grouped.shape[2:4]).masked_fill(
-        ~visible[:, :, None], float("-inf")
-    )
-    received = logits.softmax(-1).nan_to_num_(0.0)
-    if (
-        attention.sinks is not None
-    ):  # what is left beside the sink: exp(lse) / (exp(lse) + exp(sink))
-        sinks = attention.sinks.float().unflatten(0, (keys.shape[1], -1))[..., None, None]
-        received *= torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks)
-    return received.flatten(1, 2)
-
-
-def prompt_weights(
-    queries: Tensor, keys: Tensor, attention: Attention, visible: Tensor | None
-) -> Tensor:
-    """Causal attention weights of the newest T tokens, `[B, Hq, T, L]`; 0 for queries that are padding.
-
-    `queries` `[B, Hq, T, D]`, `keys` `[B, Hkv, L, D]`, `visible` `[B, L]`.
-    """
-    count, length = queries.shape[2], keys.shape[2]
-    places = torch.arange(length, device=keys.device)
-    seen = (places <= places[length - count :, None])[None]
-    if visible is not None:
-        seen = seen & visible[:, None] & visible[:, length - count :, None]
-    return weights(queries, keys, attention, seen[:, None])
+    return mask.scatter_(-1, positions.where(positions >= 0, length).long(), True)[..., :length]

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.methods.kept import KeptEntries, mask_of
+from refreshkv.config import Grouped
+from refreshkv.methods.kept import KeptEntries, Look
 from refreshkv.methods.method import Method
-from refreshkv.step import Attention, over_heads
 
 
 class Oracle(KeptEntries):
     """Exact top-K of every step and KV head."""
 
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        scores, _ = cache.backend.score(
-            query,
-            cache.store.keys,
-            **attention.options(over_heads(visible)),
-            reduction=self.config.group_reduction,
-        )
-        selection = cache.backend.select(scores, cache.budget, pool_kernel=1, visible=visible)
-        return mask_of(selection, cache.length)
+    settings: Grouped
+
+    def choose(self, now: Look) -> Tensor:
+        return now.best(now.scores(self.settings.group_reduction))
 
 
 METHOD = Method(
@@ -31,6 +23,6 @@ METHOD = Method(
     label="oracle top-K",
     source="ours: the upper bound for a budget",
     note="By the maximum over a group's query heads, without pooling. Counts K entries; finding them reads every key.",
-    uses=("budget", "group_reduction"),
+    settings=Grouped,
     make=Oracle,
 )

@@ -3,64 +3,60 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
-from refreshkv.methods.kept import KeptEntries
+from refreshkv.config import Grouped, at_least
+from refreshkv.methods.kept import KeptEntries, Look
 from refreshkv.methods.method import Method
 from refreshkv.policy.selection import reduce_group
-from refreshkv.step import Attention
 
-PAGE = 16  # tokens
+
+@dataclass(frozen=True, kw_only=True)
+class QuestSettings(Grouped):
+    """Settings of Quest.
+
+    Attributes:
+        page_size: tokens of a page (paper's code: 16).
+    """
+
+    page_size: int = at_least(1, 16)
 
 
 class Quest(KeptEntries):
-    """Pages of 16 visible tokens, the last page always among those read.
+    """Pages of visible tokens, the last page always among those read.
 
     Attributes:
         low, high: `[B, Hkv, P, D]`, the least and greatest key of each page, per dimension; infinite in an empty page.
     """
 
-    def __init__(self, config: RefreshConfig, layer: int, layers: int) -> None:
-        super().__init__(config, layer, layers)
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+    settings: QuestSettings
+    low: Tensor | None = None
+    high: Tensor | None = None
 
-    def begin(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        self.reset()
-
-    def crop(self, length: int) -> None:
-        self.reset()
-
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
+    def choose(self, now: Look) -> Tensor:
+        cache, size = now.cache, self.settings.page_size
         assert cache.budget is not None
-        if visible is None:
-            visible = query.new_ones(cache.rows, cache.length, dtype=torch.bool)
-        page = ((visible.cumsum(-1) - 1) // PAGE).clamp(min=0)  # [B, L]
+        page = ((now.seen.cumsum(-1) - 1) // size).clamp(min=0)  # [B, L]
         new = slice(-1, None) if self.low is not None else slice(None)
-        self._bound(cache.store.keys[:, :, new], page[:, new], visible[:, new])
-        bounds = reduce_group(self.bounds(query), cache.kv_heads, self.config.group_reduction)
+        self._bound(now.keys[:, :, new], page[:, new], now.seen[:, new])
+        bounds = reduce_group(self.bounds(now.query), cache.kv_heads, self.settings.group_reduction)
         bounds = bounds.scatter(-1, page[:, None, -1:].expand(-1, cache.kv_heads, -1), math.inf)
         # Lowest first, so that the best pages stand at the end; at a tie the later.
-        places = torch.arange(bounds.shape[-1], device=bounds.device)
-        wanted = (cache.budget + PAGE - 1) // PAGE
-        among_best = (places >= bounds.shape[-1] - wanted[:, None, None]).expand_as(bounds)
+        pages = torch.arange(bounds.shape[-1], device=bounds.device)
+        wanted = (cache.budget + size - 1) // size
+        among_best = (pages >= bounds.shape[-1] - wanted[:, None, None]).expand_as(bounds)
         read = torch.zeros_like(among_best).scatter(
             -1, bounds.argsort(dim=-1, stable=True), among_best
         )
-        return read.gather(-1, page[:, None].expand(-1, cache.kv_heads, -1)) & visible[:, None]
+        return read.gather(-1, page[:, None].expand(-1, cache.kv_heads, -1)) & now.seen[:, None]
 
-    def overhead(self, cache: LayerCache) -> Tensor | int:
-        assert cache.hidden is not None
-        return (cache.length - cache.hidden + PAGE - 1) // PAGE  # two vectors, as one entry has
+    def overhead(self, now: Look) -> Tensor | int:
+        size = self.settings.page_size
+        return (now.tokens + size - 1) // size  # two vectors, as one entry has
 
     def bounds(self, query: Tensor) -> Tensor:
         """No key of a page has a greater product with the query `[B, Hq, D]`. `[B, Hq, P]`; -inf for an empty page."""
@@ -104,6 +100,6 @@ METHOD = Method(
         " every layer has the same K, where the paper leaves the first two dense; one set per KV head, by the maximum"
         " over its query heads. The bounds of a page count as one entry read."
     ),
-    uses=("budget", "group_reduction"),
+    settings=QuestSettings,
     make=Quest,
 )

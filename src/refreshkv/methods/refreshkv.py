@@ -5,70 +5,53 @@ from __future__ import annotations
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.config import PRESETS, RefreshConfig
-from refreshkv.methods.method import ALL_SETTINGS, Make, Method
-from refreshkv.step import (
-    Algorithm,
-    Attention,
-    FullStep,
-    decode_step,
-    full_step,
-    over_heads,
-)
+from refreshkv.config import Budgeted
+from refreshkv.kernels.options import AttendOptions
+from refreshkv.methods.method import Method
+from refreshkv.step import Algorithm, decode_step, full_step, over_heads
 
 
-class Ablation(Algorithm):
-    """RefreshKV with another full step."""
+class NoReselection(Algorithm):
+    """RefreshKV with a full step that only attends."""
 
-    def __init__(self, on_full: FullStep) -> None:
-        self.on_full = on_full
+    def __init__(self, settings: Budgeted, layer: int, layers: int) -> None:
+        pass
 
     def step(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
+        self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
-        return decode_step(cache, query, attention, visible, self.on_full)
+        return decode_step(cache, query, options, visible, attend_only)
 
 
 def attend_only(
     cache: LayerCache,
     query: Tensor,
-    attention: Attention,
+    options: AttendOptions,
     visible: Tensor | None,
     heads: Tensor | None,
 ) -> Tensor:
     """Attends to everything and re-selects nothing: the partial cache goes on as after a partial step."""
-    if cache.partial is None:  # after a crop there is nothing to go on with
-        return full_step(cache, query, attention, visible, heads)
+    ring = cache.ring
+    if ring is None or bool(
+        (ring.filled == 0).any()
+    ):  # after a crop there is nothing to go on with
+        return full_step(cache, query, options, visible, heads)
     if heads is None:  # else the partial step has let the new token in
-        cache.push_newest()
-    return cache.backend.attend(
-        query, cache.store.keys, cache.store.values, **attention.options(over_heads(visible))
-    ).output
-
-
-def _ablation(on_full: FullStep) -> Make:
-    def make(config: RefreshConfig, layer: int, layers: int) -> Algorithm:
-        return Ablation(on_full)
-
-    return make
+        ring.push(cache.store.lengths - 1)
+    return cache.store.attend(query, options.over(over_heads(visible))).output
 
 
 _PAPER = (
     'Xu, Goyal and Choi, "RefreshKV: Updating Small KV Cache During Long-form Generation",'
     " ACL 2025, arXiv 2411.05787"
 )
-_FIXED_STRIDE = tuple(
-    name for name in ALL_SETTINGS if name not in ("threshold", "decide", "trigger", "drop")
-)
-_NO_STRIDE = tuple(name for name in _FIXED_STRIDE if name != "stride")
 
 FULL = Method(
     name="full",
     label="full attention",
     source="ordinary attention",
     note="K does not matter; it is accepted so that a comparison can name one for all.",
-    settings={"mode": "full"},
-    uses=("budget",),
+    fixed={"mode": "full"},
 )
 REFRESHKV = Method(
     name="refreshkv",
@@ -81,30 +64,28 @@ FAST = Method(
     label="RefreshKV, fast",
     source="ours",
     note='The preset "fast": lossy, full where the log-sum-exp of a head has dropped.',
-    settings=PRESETS["fast"],
+    preset="fast",
 )
 FIXED = Method(
     name="refreshkv-fixed",
     label="RefreshKV, fixed stride",
     source=f"{_PAPER}, ablations",
     note="Every due step is full, whatever the query.",
-    settings={"threshold": None},
-    uses=_FIXED_STRIDE,
+    fixed={"threshold": None, "trigger": "query"},
 )
 AS_IN_PAPER = Method(
     name="refreshkv-paper",
     label="RefreshKV as in the paper",
     source=f"{_PAPER}, section 3",
     note='The preset "paper-llama": stride 5, full where the cosine is at most 0.85, decided per layer.',
-    settings=PRESETS["paper-llama"],
+    preset="paper-llama",
 )
 NO_REFRESH = Method(
     name="no-refresh",
     label="RefreshKV, never refreshed",
     source=f"{_PAPER}, ablations",
     note="The selection after the prompt, then the newest tokens: SnapKV with window 1.",
-    settings={"stride": None},
-    uses=_NO_STRIDE,
+    fixed={"stride": None, "trigger": "query"},
 )
 NO_FULL_ATTENTION = Method(
     name="no-full-attention",
@@ -114,7 +95,8 @@ NO_FULL_ATTENTION = Method(
         "As refreshkv-paper, but a step that re-selects reads the keys only and attends to the new partial cache; it is"
         " counted as a full step that reads half."
     ),
-    settings={**PRESETS["paper-llama"], "score_only": True},
+    preset="paper-llama",
+    fixed={"score_only": True},
 )
 NO_RESELECTION = Method(
     name="no-reselection",
@@ -124,6 +106,7 @@ NO_RESELECTION = Method(
         "As refreshkv-paper, but a full step only attends: the partial cache goes on from the selection after the"
         " prompt, and queries are compared with the last of the prompt."
     ),
-    settings=PRESETS["paper-llama"],
-    make=_ablation(attend_only),
+    preset="paper-llama",
+    fixed={"score_only": False},
+    make=NoReselection,
 )

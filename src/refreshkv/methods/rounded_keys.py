@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
-from refreshkv.methods.kept import KeptEntries, mask_of
+from refreshkv.config import Grouped, setting
+from refreshkv.methods.kept import KeptEntries, Look
 from refreshkv.methods.method import Method
-from refreshkv.step import Attention, over_heads
 
 _ENTRY = 32  # bits of a dimension of an entry: key and value of 16 each
 _RANGE = 32  # bits that the least component and the step of a rounded key take
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedKeysSettings(Grouped):
+    """Settings of the selection by rounded keys.
+
+    Attributes:
+        bits: of a component of a key in the copy.
+    """
+
+    bits: int = setting(4, "is a number of bits from 1 to 8", lambda bits: 1 <= bits <= 8)
 
 
 class RoundedKeys(KeptEntries):
@@ -24,43 +33,19 @@ class RoundedKeys(KeptEntries):
         rounded: `[B, Hkv, L, D]`, what the copy gives back.
     """
 
-    def __init__(self, config: RefreshConfig, layer: int, layers: int, *, bits: int) -> None:
-        super().__init__(config, layer, layers)
-        self.bits = bits
-        self.rounded: Tensor | None = None
+    settings: RoundedKeysSettings
+    rounded: Tensor | None = None
 
-    def begin(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        self.reset()
+    def choose(self, now: Look) -> Tensor:
+        keys = now.keys if self.rounded is None else now.keys[:, :, -1:]
+        new = round_keys(keys, self.settings.bits)
+        self.rounded = new if self.rounded is None else torch.cat([self.rounded, new], 2)
+        return now.best(now.scores(self.settings.group_reduction, keys=self.rounded), recent=1)
 
-    def crop(self, length: int) -> None:
-        self.reset()
-
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        keys = cache.store.keys
-        if self.rounded is None:
-            self.rounded = round_keys(keys, self.bits)
-        else:
-            self.rounded = torch.cat([self.rounded, round_keys(keys[:, :, -1:], self.bits)], 2)
-        scores, _ = cache.backend.score(
-            query,
-            self.rounded,
-            **attention.options(over_heads(visible)),
-            reduction=self.config.group_reduction,
-        )
-        selection = cache.backend.select(
-            scores, cache.budget, pool_kernel=1, visible=visible, recent=1
-        )
-        return mask_of(selection, cache.length)
-
-    def overhead(self, cache: LayerCache) -> Tensor:
+    def overhead(self, now: Look) -> Tensor:
         """The copy of every visible token, as a share of an entry of 16 bits a number."""
-        assert cache.hidden is not None
-        dims = cache.store.keys.shape[-1]
-        bits = (cache.length - cache.hidden) * (self.bits * dims + _RANGE)
+        dims = now.keys.shape[-1]
+        bits = now.tokens * (self.settings.bits * dims + _RANGE)
         return (bits + _ENTRY * dims - 1) // (_ENTRY * dims)
 
 
@@ -84,8 +69,9 @@ def _method(bits: int) -> Method:
             f"Every step scores all tokens by a copy of the keys in {bits} bits a component (and a range a token), and"
             " attends to the K best. Counts K entries and the copy."
         ),
-        uses=("budget", "group_reduction"),
-        make=partial(RoundedKeys, bits=bits),
+        settings=RoundedKeysSettings,
+        fixed={"bits": bits},
+        make=RoundedKeys,
     )
 
 

@@ -3,68 +3,51 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
-from refreshkv.methods.kept import Eviction, prompt_weights
+from refreshkv.config import Grouped, at_least, odd
+from refreshkv.methods.kept import Eviction, Look
 from refreshkv.methods.method import Method
 from refreshkv.policy.selection import pool, reduce_group
-from refreshkv.step import Attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKVSettings(Grouped):
+    """Settings of SnapKV.
+
+    Attributes:
+        window: the last prompt queries, which vote.
+        keep_window: the window's own tokens stay; else they stand for election like all others.
+        pool_kernel: odd width of the max-pooling over neighbouring tokens. 1 turns it off.
+    """
+
+    window: int = at_least(1, 32)
+    keep_window: bool = True
+    pool_kernel: int = odd(7)
 
 
 class SnapKV(Eviction):
-    """The window stays, and the best of the tokens before it by the pooled attention that the window gave them.
+    """The window stays, and the best of the tokens before it by the pooled attention that the window gave them."""
 
-    With `keep_window=False` the window's tokens stand for election like all others.
-    """
-
+    settings: SnapKVSettings
     newcomer = math.inf  # new tokens are newer than the window: they leave last, in their order
 
-    sees_prompt = True
-
-    def __init__(
-        self,
-        config: RefreshConfig,
-        layer: int,
-        layers: int,
-        *,
-        window: int = 32,
-        keep_window: bool = True,
-    ) -> None:
-        super().__init__(config, layer, layers)
-        self.window = window
-        self.keep_window = keep_window
-        self.queries: Tensor | None = None  # [B, Hq, T <= window, D], the last of the prompt
-
-    def observe(
-        self, cache: LayerCache, queries: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        super().observe(cache, queries, attention, visible)
-        last = queries[:, :, -self.window :]
-        if self.queries is not None:
-            last = torch.cat([self.queries, last], 2)[:, :, -self.window :]
-        self.queries = last.detach().clone()
-
-    def score_prompt(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        assert self.queries is not None
-        prompt = cache.length - 1
-        keys = cache.store.keys[:, :, :prompt]
-        votes = prompt_weights(self.queries, keys, attention, visible).sum(2)
-        self.queries = None
-        scores = reduce_group(votes, cache.kv_heads, self.config.group_reduction)
-        first = max(0, prompt - self.window) if self.keep_window else prompt
+    def score_prompt(self, prompt: Look) -> Tensor:
+        cache, settings = prompt.cache, self.settings
+        assert cache.queries is not None
+        scores = reduce_group(prompt.votes(cache.queries), cache.kv_heads, settings.group_reduction)
+        first = prompt.length
+        if settings.keep_window:
+            first = max(0, first - settings.window)
         # Neither the window nor padding (no weight at all) lends its neighbours a score.
-        scores = pool(scores[..., :first], self.config.pool_kernel) if first else scores[..., :0]
-        return torch.nn.functional.pad(scores, (0, prompt - first), value=math.inf)
+        scores = pool(scores[..., :first], settings.pool_kernel) if first else scores[..., :0]
+        return F.pad(scores, (0, prompt.length - first), value=math.inf)
 
 
 _PAPER = 'Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", NeurIPS 2024, arXiv 2404.14469'
-USES = ("budget", "group_reduction", "pool_kernel")
 
 SNAPKV = Method(
     name="snapkv",
@@ -75,7 +58,7 @@ SNAPKV = Method(
         " repeats the keys and selects per query head), max-pooling 7 as in RefreshKV's comparison (the code's default:"
         " average, 5), and K stays fixed while decoding: the lowest-scored entry leaves (the paper only appends)."
     ),
-    uses=USES,
+    settings=SnapKVSettings,
     make=SnapKV,
 )
 SNAPKV_1 = Method(
@@ -83,6 +66,7 @@ SNAPKV_1 = Method(
     label="SnapKV, window 1",
     source=f"{_PAPER}; as compared with in RefreshKV, section 4",
     note="The last prompt query alone votes and nothing is forced; equals RefreshKV that never refreshes.",
-    uses=USES,
-    make=lambda config, layer, layers: SnapKV(config, layer, layers, window=1, keep_window=False),
+    settings=SnapKVSettings,
+    fixed={"window": 1, "keep_window": False},
+    make=SnapKV,
 )

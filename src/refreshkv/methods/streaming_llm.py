@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.methods.kept import Eviction
+from refreshkv.config import Budgeted, at_least
+from refreshkv.methods.kept import Eviction, Look
 from refreshkv.methods.method import Method
-from refreshkv.step import Attention
 
-SINKS = 4
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMSettings(Budgeted):
+    """Settings of StreamingLLM.
+
+    Attributes:
+        sinks: how many of the first tokens stay (paper: 4).
+    """
+
+    sinks: int = at_least(0, 4)
 
 
 class StreamingLLM(Eviction):
-    """The first four visible tokens score 1 and the others 0; ties go to the later token."""
+    """The first visible tokens score 1 and the others 0; ties go to the later token."""
 
-    def score_prompt(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        assert cache.budget is not None
-        if visible is None:
-            visible = torch.ones(1, cache.length - 1, dtype=torch.bool, device=query.device)
-        sinks = (cache.budget - 1).clamp(max=SINKS)  # the token being decoded has its place
-        first = visible & (visible.cumsum(-1) <= sinks[:, None])
-        return first.float()[:, None].expand(-1, cache.kv_heads, -1)
+    settings: StreamingLLMSettings
+
+    def score_prompt(self, prompt: Look) -> Tensor:
+        assert prompt.cache.budget is not None
+        sinks = (prompt.cache.budget - 1).clamp(max=self.settings.sinks)  # and the newest token
+        first = prompt.seen & (prompt.seen.cumsum(-1) <= sinks[:, None])
+        return first.float()[:, None].expand(-1, prompt.cache.kv_heads, -1)
 
 
 METHOD = Method(
@@ -38,6 +45,6 @@ METHOD = Method(
         "4 sinks and the K - 4 newest. Ours: entries keep their true positions; the paper numbers them anew inside the"
         " cache, which matters beyond the trained length."
     ),
-    uses=("budget",),
+    settings=StreamingLLMSettings,
     make=StreamingLLM,
 )

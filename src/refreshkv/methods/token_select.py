@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.layer import LayerCache
-from refreshkv.config import RefreshConfig
-from refreshkv.methods.kept import KeptEntries, mask_of
+from refreshkv.config import Budgeted, cosine
+from refreshkv.methods.kept import KeptEntries, Look
 from refreshkv.methods.method import Method
-from refreshkv.step import Attention, over_heads
 
 # The paper reads 128 first tokens, 2048 chosen ones and the 512 newest.
 _READ, _SINKS, _RECENT = 2688, 128, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelectSettings(Budgeted):
+    """Settings of TokenSelect.
+
+    Attributes:
+        threshold: a step chooses again where the query's cosine to that of the last choice is below this (paper: 0.9).
+            `None` chooses in every step.
+    """
+
+    threshold: float | None = cosine(0.9, "to choose in every step")
 
 
 class TokenSelect(KeptEntries):
@@ -25,67 +37,45 @@ class TokenSelect(KeptEntries):
         asked: `[B]` bool, the rows that chose in this step.
     """
 
-    def __init__(self, config: RefreshConfig, layer: int, layers: int) -> None:
-        super().__init__(config, layer, layers)
-        self.query: Tensor | None = None
-        self.chosen: Tensor | None = None
-        self.asked: Tensor | None = None
+    settings: TokenSelectSettings
+    query: Tensor | None = None
+    chosen: Tensor | None = None
+    asked: Tensor | None = None
 
-    def begin(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> None:
-        self.query = self.chosen = None  # the first step of a prompt chooses
-
-    def choose(
-        self, cache: LayerCache, query: Tensor, attention: Attention, visible: Tensor | None
-    ) -> Tensor:
-        assert cache.budget is not None
-        if visible is None:
-            visible = query.new_ones(cache.rows, cache.length, dtype=torch.bool)
-        sinks = cache.budget * _SINKS // _READ
-        recent = (cache.budget * _RECENT // _READ).clamp(min=1)  # the token being decoded
-        first = visible & (visible.cumsum(-1) <= sinks[:, None])
-        now = query.flatten(1).float()
-        if self.query is None or self.chosen is None or self.config.threshold is None:
+    def choose(self, now: Look) -> Tensor:
+        budget, threshold = now.cache.budget, self.settings.threshold
+        query = now.query.flatten(1).float()
+        assert budget is not None
+        sinks = budget * _SINKS // _READ
+        recent = (budget * _RECENT // _READ).clamp(min=1)  # the token being decoded
+        first = now.seen & (now.seen.cumsum(-1) <= sinks[:, None])
+        if self.query is None or self.chosen is None or threshold is None:
             self.asked = torch.ones_like(sinks, dtype=torch.bool)
-            self.query, self.chosen = now, torch.zeros_like(first)[:, None]
+            self.query, self.chosen = query, torch.zeros_like(first)[:, None]
         else:
-            self.asked = F.cosine_similarity(now, self.query) < self.config.threshold
+            self.asked = F.cosine_similarity(query, self.query) < threshold
             self.chosen = F.pad(self.chosen, (0, 1))
         if bool(self.asked.any()):
-            scores, _ = cache.backend.score(
-                query,
-                cache.store.keys,
-                **attention.options(over_heads(visible)),
-                reduction="mean",
-            )
-            found = cache.backend.select(
-                scores.sum(1, keepdim=True),
-                cache.budget - sinks - recent,
-                pool_kernel=1,
-                visible=visible & ~first & ~_newest(cache, recent),
-            )
+            scores = now.scores("mean").sum(1, keepdim=True)
+            between = now.seen & ~first & ~_newest(now, recent)
+            chosen = now.best(scores, budget - sinks - recent, visible=between)
             asked = self.asked[:, None]
-            self.chosen = torch.where(asked[..., None], mask_of(found, cache.length), self.chosen)
-            self.query = torch.where(asked, now, self.query)
+            self.chosen = torch.where(asked[..., None], chosen, self.chosen)
+            self.query = torch.where(asked, query, self.query)
         # A short text has fewer to choose: more of the newest have room.
-        room = cache.budget - sinks - self.chosen.sum((1, 2))
-        kept = self.chosen | (first | visible & _newest(cache, room))[:, None]
-        return kept.expand(-1, cache.kv_heads, -1)
+        room = budget - sinks - self.chosen.sum((1, 2))
+        kept = self.chosen | (first | now.seen & _newest(now, room))[:, None]
+        return kept.expand(-1, now.cache.kv_heads, -1)
 
-    def overhead(self, cache: LayerCache) -> Tensor | int:
+    def overhead(self, now: Look) -> Tensor | int:
         """Choosing reads the keys, which are half of an entry."""
-        assert self.asked is not None and cache.hidden is not None
-        return self.asked * ((cache.length - cache.hidden + 1) // 2)
-
-    def crop(self, length: int) -> None:
-        self.query = self.chosen = None
+        assert self.asked is not None
+        return self.asked * ((now.tokens + 1) // 2)
 
 
-def _newest(cache: LayerCache, counts: Tensor) -> Tensor:
-    """`[B, L]` bool: the newest `counts` `[B]` places."""
-    places = torch.arange(cache.length, device=counts.device)
-    return places >= cache.length - counts[:, None]
+def _newest(now: Look, counts: Tensor) -> Tensor:
+    """`[B, L]` bool: the newest `counts` `[B]` tokens."""
+    return torch.arange(now.length, device=counts.device) >= now.length - counts[:, None]
 
 
 METHOD = Method(
@@ -100,7 +90,6 @@ METHOD = Method(
         " choice falls below 0.9; sinks, chosen and newest tokens in the paper's proportions (128 : 2048 : 512) within"
         " K. Choosing reads the keys, counted as half of every entry."
     ),
-    settings={"threshold": 0.9},
-    uses=("budget", "threshold"),
+    settings=TokenSelectSettings,
     make=TokenSelect,
 )

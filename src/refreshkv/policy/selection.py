@@ -24,7 +24,7 @@ _RECENT = 4.0
 class Selection(NamedTuple):
     """The tokens chosen for each partial cache.
 
-    positions: `[B, Hkv, K]` int64, slots 0 .. filled-1 hold tokens with the lowest score first, the rest `FREE`.
+    positions: `[B, Hkv, K]` int32, slots 0 .. filled-1 hold tokens with the lowest score first, the rest `FREE`.
         K is `slots` or else the largest budget of the batch, and at most L.
     filled: `[B, Hkv]` int64, how many slots hold a token.
     """
@@ -89,7 +89,7 @@ def candidates(
     if anchors is not None:
         inside = (anchors >= 0) & (anchors < length)
         lift = pooled.new_zeros(rows, kv_heads, length + 1)
-        lift.scatter_(-1, torch.where(inside, anchors, length), _ANCHOR)
+        lift.scatter_(-1, torch.where(inside, anchors, length).long(), _ANCHOR)
         pooled = pooled + lift[..., :length]
     if isinstance(recent, Tensor) or recent:
         if isinstance(recent, Tensor):
@@ -146,7 +146,7 @@ def select(
         visible: `[B, L]` bool, False where a token is padding; `None` when there is none.
         heads: `[B, Hkv]` bool, which heads the caller wants; the others may hold anything. A hint for speed only.
         recent: how many of the newest tokens are kept whatever their score, for all or `[B]` int64.
-        anchors: `[B, Hkv, A]` int64, positions kept after those whatever their score, `FREE` for none; one
+        anchors: `[B, Hkv, A]` int32, positions kept after those whatever their score, `FREE` for none; one
             that is named twice counts once.
         ends: `[B]` int64, where each row ends; `None`: all at L.
         slots: the K of the result; `None`: the largest budget, which asks the device.
@@ -158,4 +158,4 @@ def select(
     slot = torch.arange(most, device=scores.device)
     lowest_first = (filled[..., None] - 1 - slot).clamp(min=0)
     positions = best_first.gather(-1, lowest_first)
-    return Selection(positions.masked_fill(slot >= filled[..., None], FREE), filled)
+    return Selection(positions.masked_fill(slot >= filled[..., None], FREE).int(), filled)

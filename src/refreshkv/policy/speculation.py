@@ -1,5 +1,6 @@
-"""Which drafted tokens stand, and the token after them, so that the text has exactly the target's distribution.
+"""How many tokens are drafted, which of them stand, and the token after them.
 
+The text has exactly the target's distribution.
 Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", ICML 2023, algorithm 1.
 Letters: B batch, s drafted tokens, V vocabulary. Drafts beyond a row's count do not exist.
 """
@@ -8,6 +9,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+class DraftLength:
+    """How many tokens each row drafts in a cycle: more after drafts that all stood (ours).
+
+    Args:
+        most: tokens that a row drafts at most.
+        confidence: a row stops after a token whose best alternative has a probability below this, whatever it draws
+            there: else the draws that count would no longer be draws from their distribution.
+        like: `[B]` int64, for the number of rows and the device.
+
+    Attributes:
+        length: `[B]` int64, drafts of each row in the next cycle.
+    """
+
+    def __init__(self, most: int, confidence: float, like: Tensor) -> None:
+        self.most = most
+        self.confidence = confidence
+        self.length = torch.full_like(like, most)
+
+    def within(self, active: Tensor, room: Tensor | None) -> Tensor:
+        """`[B]` drafts of this cycle: none of rows that are not `active`, and a row with `room` for n tokens n - 1."""
+        counts = torch.where(active, self.length, 0)
+        return counts if room is None else torch.minimum(counts, (room - 1).clamp(min=0))
+
+    def goes_on(self, drafted: Tensor, counts: Tensor, probabilities: Tensor) -> Tensor:
+        """`[B]` bool, rows that draft on after `drafted` of `counts` tokens; the last from `probabilities` `[B, V]`."""
+        return (drafted < counts) & (probabilities.amax(-1) >= self.confidence)
+
+    def learn(self, active: Tensor, counts: Tensor, accepted: Tensor) -> None:
+        """A row whose drafts all stood dares more; another, a little more than what stood. All `[B]`."""
+        longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)
+        self.length = torch.where(active, longer, self.length)
 
 
 def accept_greedy(drafts: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

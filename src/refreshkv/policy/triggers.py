@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.config import Decide, RefreshConfig
+from refreshkv.config import Decide, Schedule
 
 
 class Trigger:
-    """Never refresh: SnapKV with observation window 1. Base of every other trigger."""
+    """Base of the triggers. By itself it remembers nothing and asks for nothing."""
 
     def reference(self, query: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         """What to remember of a full step, `[B, Hkv, R]` with any R.
@@ -48,6 +48,10 @@ class Trigger:
         return None
 
 
+class Never(Trigger):
+    """No refresh: SnapKV with observation window 1."""
+
+
 @dataclass(frozen=True)
 class FixedStride(Trigger):
     """Every S-th step is full."""
@@ -59,7 +63,7 @@ class FixedStride(Trigger):
 
 
 @dataclass(frozen=True)
-class QueryComparison(FixedStride):
+class QueryDrift(FixedStride):
     """The paper: every S-th step is full where the query has drifted, cos(query, reference) <= threshold."""
 
     threshold: float
@@ -104,12 +108,12 @@ class LseDrop(Trigger):
         return (fallen > self.drop).any(-1)
 
 
-def trigger_for(config: RefreshConfig) -> Trigger:
-    """The trigger that a configuration asks for."""
-    if config.trigger == "lse-drop":
-        return LseDrop(config.drop, config.stride)
-    if config.stride is None:
-        return Trigger()
-    if config.threshold is None:
-        return FixedStride(config.stride)
-    return QueryComparison(config.stride, config.threshold, config.decide)
+def trigger_for(schedule: Schedule) -> Trigger:
+    """The trigger that a schedule asks for."""
+    if schedule.trigger == "lse-drop":
+        return LseDrop(schedule.drop, schedule.stride)
+    if schedule.stride is None:
+        return Never()
+    if schedule.threshold is None:
+        return FixedStride(schedule.stride)
+    return QueryDrift(schedule.stride, schedule.threshold, schedule.decide)

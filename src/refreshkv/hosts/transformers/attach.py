@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from refreshkv.config import RefreshConfig, make_config
+from refreshkv.config import Budgeted, RefreshConfig, make_config
 from refreshkv.hosts.transformers import drafting
 from refreshkv.hosts.transformers.attachment import attachment_of, join
 from refreshkv.hosts.transformers.cache import RefreshCache
@@ -75,17 +75,15 @@ def attach(
             "give either a RefreshConfig or a method or preset with single settings, not both"
         )
     found = None if method is None else find(method)
-    if config is None:
-        config = (
-            make_config(preset, **overrides) if found is None else found.config(preset, **overrides)
-        )
+    make = make_config if found is None else found.config
+    settings = make(preset, **overrides) if config is None else config
     model = _unwrapped(model)
     support = supported(model)
     if not support.ok:
         raise UnsupportedModelError(support.reason)
     if support.reason:
         warnings.warn(support.reason, stacklevel=2)
-    return Session(model, config, method=found, stats=stats)
+    return Session(model, settings, method=found, stats=stats)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -119,7 +117,7 @@ class Session:
 
     Attributes:
         model: the attached model.
-        config: the settings.
+        config: the settings; of a compared method its own.
         method: the method, where one was named.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
         implementation_below: the attention implementation that serves prefill and the layers that are not ours.
@@ -128,7 +126,7 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
-        config: RefreshConfig,
+        config: Budgeted,
         *,
         method: Method | None = None,
         stats: Stats | None = None,
@@ -162,10 +160,11 @@ class Session:
             raise ValueError(
                 f"method {self.method.name!r} has no static cache: drop cache_implementation='static'"
             )
-        if self.config.mode == "exact" and exact_reason(self.model.config) is None:
-            max_cache_len += self.config.draft + 1  # of a row that has all but its last token
+        config = self.config.for_cache()
+        if config.mode == "exact" and exact_reason(self.model.config) is None:
+            max_cache_len += config.draft + 1  # of a row that has all but its last token
         cache = StaticRefreshCache(
-            self.model.config, self.config, max_cache_len=max_cache_len, stats=self.stats
+            self.model.config, config, max_cache_len=max_cache_len, stats=self.stats
         )
         cache.owner = self._key
         return cache

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from refreshkv.hosts.transformers.attention import register
-from refreshkv.hosts.transformers.cache import IMPLEMENTATION_PREFIX
+from refreshkv.hosts.transformers.served import IMPLEMENTATION_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,13 +16,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreshkv.hosts.transformers.cache import (
+from refreshkv.hosts.transformers.served import (
     IMPLEMENTATION_PREFIX,
     as_autocast,
     layer_of,
     without_autocast,
 )
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions
 
 
 def register(inner: str) -> str:
@@ -85,7 +85,7 @@ def refresh_attention(
         # attend to them in full.
         if layer.current.awaiting is layer:
             layer.current.awaiting = None
-            attention = Attention(
+            options = AttendOptions(
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 # sdpa knows no softcap: older transformers drop it silently (and newer ones choose eager), and a decode
                 # step must not disagree with the prefill of the same model.
@@ -94,7 +94,7 @@ def refresh_attention(
             )
             ours = as_autocast(query)
             with without_autocast(query.device):
-                output = layer.attend(ours, attention, attention_mask)
+                output = layer.attend(ours, options, attention_mask)
             if output is not None:
                 # Contiguous, as every implementation of transformers leaves it: a model may call `view`.
                 return output.transpose(1, 2).contiguous(), None

@@ -1,4 +1,4 @@
-"""The decoding loop of the lossless mode, called by `generate` in place of its own greedy or sampling loop (ours).
+"""The decoding loop of the exact mode, called by `generate` in place of its own greedy or sampling loop (ours).
 
 A cycle: every row drafts over its partial caches, one pass over all rows verifies the drafts, and each row keeps as
 many of them as are right and one token more. Rows run ahead of each other; what `generate` lets a caller see
@@ -16,12 +16,13 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from refreshkv.hosts.transformers.cache import RefreshCache, without_autocast
+from refreshkv.hosts.transformers.cache import RefreshCache
 from refreshkv.hosts.transformers.fallback import CACHES, full_reason, say_full
 from refreshkv.hosts.transformers.processors import process
+from refreshkv.hosts.transformers.served import without_autocast
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
-from refreshkv.policy.speculation import accept_greedy, accept_sampled
+from refreshkv.policy.speculation import DraftLength, accept_greedy, accept_sampled
 from refreshkv.stats import DraftCounts
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class _Run:
         start: places of the prompt in the cache.
         made: `[B]` int64, new tokens of each row; the last of them has not been through the model.
         ended: `[B]` bool, rows whose last token is an end token.
-        draft: `[B]` int64, how many tokens each row drafts next.
+        draft: how many tokens each row drafts.
     """
 
     def __init__(
@@ -139,9 +140,7 @@ class _Run:
         self.rows, self.prompt = input_ids.shape
         self.ids = input_ids
         self.made = torch.zeros(self.rows, dtype=torch.int64, device=input_ids.device)
-        self.most = cache.refresh.draft
-        self.confidence = cache.refresh.confidence
-        self.draft = torch.full_like(self.made, self.most)
+        self.draft = DraftLength(cache.refresh.draft, cache.refresh.confidence, self.made)
         self.ended = torch.zeros_like(self.made, dtype=torch.bool)
         pad = config._pad_token_tensor
         self.pad = 0 if pad is None else pad.to(input_ids.device)
@@ -163,7 +162,7 @@ class _Run:
         self.start = int(self.cache.get_seq_length())
         if self.static and self.model._valid_auto_compile_criteria(model_kwargs, self.config):
             self.call = self.model.get_compiled_call(self.config.compile_config)
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.begin_exact(visible)
         logits = outputs.logits[:, -1:].float()
         self._reserve(1)
@@ -174,11 +173,10 @@ class _Run:
     def cycle(self, going: Tensor) -> None:
         """Draft, verify, keep. Rows that are not `going` `[B]`, have ended or have all their tokens sit out."""
         active = going & ~self.ended
-        counts = torch.where(active, self.draft, 0)
-        if self.new is not None:
-            room = self.new - self.made
+        room = None if self.new is None else self.new - self.made
+        if room is not None:
             active = active & (room > 0)
-            counts = torch.minimum(counts, (room - 1).clamp(min=0)) * active
+        counts = self.draft.within(active, room)
         self._reserve(int(counts.max()) + 1)
         drafts, draft_probs, counts = self._drafts(counts)
         last = self._last()[:, None]
@@ -195,12 +193,10 @@ class _Run:
         )
         kept = self._keep(tokens, torch.where(active, accepted + 1, 0), logits, scores)
         with without_autocast(kept.device):
-            for layer in self.cache.exact_layers:
+            for layer in self.cache.served:
                 layer.exact.commit(kept)
         self._count(counts, accepted, kept, active)
-        # A row whose drafts all stood dares more; another, a little more than what stood.
-        longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)
-        self.draft = torch.where(active, longer, self.draft)
+        self.draft.learn(active, counts, accepted)
 
     def stop(self, rows: Tensor, new: int) -> None:
         """`rows` `[B]` bool have finished with `new` tokens; what they have beyond is forgotten."""
@@ -208,7 +204,7 @@ class _Run:
 
     def abandon(self) -> None:
         """After an error: a cache that somebody holds on to keeps what every row has."""
-        layers = [layer for layer in self.cache.exact_layers if layer.exact is not None]
+        layers = [layer for layer in self.cache.served if layer.exact is not None]
         if self.cache.is_kept:
             shortest = min([int(layer.exact.ends.min()) for layer in layers], default=0)
             for layer in layers:
@@ -242,8 +238,7 @@ class _Run:
     def _drafts(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At most `counts` `[B]` tokens a row, written behind those of `ids` too.
 
-        A row stops after a place where its best token has a probability below `confidence` (whatever it draws there:
-        else the draws that count would no longer be draws from their distribution), and after an end of text.
+        A row stops where it is not confident, and after an end of text.
 
         Returns:
             `[B, s]` tokens, `[B, s, V]` what they were drawn from (empty where nothing is drawn), `[B]` how many count.
@@ -261,7 +256,7 @@ class _Run:
             token = self._choose(scores, share)
             self.ids.scatter_(1, (self.prompt + self.made + step)[:, None], token[:, None])
             drafted = drafted + going
-            going = going & (drafted < counts) & (share.amax(-1) >= self.confidence)
+            going = going & self.draft.goes_on(drafted, counts, share)
             for ends in self.ends:
                 going = going & ~torch.isin(token, ends.to(token.device))
             tokens.append(token)
@@ -277,7 +272,7 @@ class _Run:
         """The full pass over `[B, T]`; one that is compiled always takes as many tokens as it ever may."""
         count = tokens.shape[1]
         if self.static:
-            tokens = torch.nn.functional.pad(tokens, (0, self.most + 1 - count))
+            tokens = torch.nn.functional.pad(tokens, (0, self.draft.most + 1 - count))
         return self._forward(tokens)[:, :count]
 
     def _forward(self, tokens: Tensor, ahead: int = 0) -> Tensor:
@@ -357,13 +352,13 @@ class _Run:
         self.call = self.model  # once, over any number of tokens: not worth a graph
         have = self.prompt + self.made - 1
         missing = (last - have).clamp(min=0)
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.exact.take_back(self.start + self.made - 1)
         if int(missing.max()):
             places = have[:, None] + torch.arange(int(missing.max()), device=have.device)
             with self.cache.drafting("verify", missing):
                 self._forward(sequences.gather(1, places.clamp(max=last)))
-        for layer in self.cache.exact_layers:
+        for layer in self.cache.served:
             layer.end_exact(self.start + last - self.prompt)
 
 

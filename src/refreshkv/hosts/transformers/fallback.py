@@ -66,7 +66,7 @@ def full_reason(
     if reason is not None:
         return reason
     cache = model_kwargs[CACHE]
-    if isinstance(cache, StaticRefreshCache) and len(cache.exact_layers) < len(cache.layers):
+    if isinstance(cache, StaticRefreshCache) and len(cache.served) < len(cache.layers):
         return "over a static cache its sliding-window layers cannot take a draft back"
     positions = model_kwargs.get("position_ids")
     if positions is None:

@@ -68,7 +68,7 @@ def compiled() -> ctypes.CDLL:
 
 def build(extra: Sequence[str] = ()) -> Path:
     """The compiled library, from the cache if it is there; `extra` flags come last."""
-    compiler = _compiler()
+    command = compiler()
     own = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     flags = (*_FLAGS, own, *extra)
     made_of = b"\0".join(
@@ -78,18 +78,18 @@ def build(extra: Sequence[str] = ()) -> Path:
         ]
     )
     stem = f"native-{hashlib.sha256(made_of).hexdigest()[:16]}-"
-    if compiler:
-        stem += f"{hashlib.sha256(shlex.join(compiler).encode()).hexdigest()[:8]}-"
+    if command:
+        stem += f"{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]}-"
     folder = safe_folder.kept() or safe_folder.private()
     found = _find(folder, stem)
     if found is None:
-        if not compiler:
+        if not command:
             raise BuildError("no C++ compiler is on the path")
         if not os.access(folder, os.W_OK):
             folder = safe_folder.private()
         with safe_folder.alone(folder):
             # Another process may have made it while this one waited.
-            found = _find(folder, stem) or _compile([*compiler, *flags], folder, stem)
+            found = _find(folder, stem) or _compile([*command, *flags], folder, stem)
     return found
 
 
@@ -105,7 +105,7 @@ def load(path: Path) -> ctypes.CDLL:
             ("attend", 1, 0),
             ("select", 1, 0),
             ("insert", 1, 0),
-            ("gather", 4, 12),
+            ("gather", 1, 0),
             ("top_slots", 3, 3),
         ):
             kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
@@ -115,7 +115,7 @@ def load(path: Path) -> ctypes.CDLL:
     return found
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The command of the compiler; empty where there is none."""
     try:
         named = shlex.split(os.environ.get("CXX", ""))
@@ -169,6 +169,6 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def whole(tensor: Tensor | None) -> Tensor | None:
-    """Its numbers one after the other; the caller keeps what may be a copy."""
-    return None if tensor is None else tensor.contiguous()
+def whole(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Its numbers one after the other, in `dtype`; the caller keeps what may be a copy."""
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()

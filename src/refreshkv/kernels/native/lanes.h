@@ -9,13 +9,18 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-using bfloat16 = uint16_t;
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -31,7 +36,7 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef uint16_t Row __attribute__((vector_size(4 * kLanes)));  // twice as many bfloat16 as lanes
+typedef uint16_t Row __attribute__((vector_size(4 * kLanes)));  // twice as many numbers of 16 bits as lanes
 
 template <typename Vector, typename Element>
 inline Vector load(const Element* from) {
@@ -78,26 +83,56 @@ inline float sum(Floats v) {
   return folded(v, [](Floats a, Floats b) { return a + b; });
 }
 
-inline Floats widened(Halves v) {
+// Register by register between float32 and what is kept: to the nearest, ties to even; a NaN stays one.
+inline Floats widened(const float* from) { return load<Floats>(from); }
+inline Floats widened(const bfloat16* from) {
+  const Halves v = load<Halves>(from);
 #ifdef __AVX512F__
   return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)v) << 16);
 #else
   return (Floats)(__builtin_convertvector(v, Words) << 16);
 #endif
 }
-// To the nearest, ties to even; a NaN stays one.
-inline Halves narrowed(Floats v) {
+inline Floats widened(const float16* from) {
+  const Halves v = load<Halves>(from);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)v);
+#else
+  const Words bits = __builtin_convertvector(v, Words), size = (bits & 0x7fff) << 13;
+  // An exponent that is 112 too small, by a number that subnormal ones need: as integers, which are exact.
+  const Words exponent = bits & 0x7c00;
+  const Floats subnormal = __builtin_convertvector((Ints)(bits & 0x3ff), Floats) * 0x1p-24f;
+  const Words normal = exponent == 0x7c00 ? size | 0x7f800000 : size + (112u << 23);
+  return (Floats)((exponent == 0 ? (Words)subnormal : normal) | (bits & 0x8000) << 16);
+#endif
+}
+inline void narrow(float* to, Floats v) { store(to, v); }
+inline void narrow(bfloat16* to, Floats v) {
 #ifdef __AVX512BF16__
-  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+  store(to, (Halves)_mm512_cvtneps_pbh((__m512)v));
 #else
   const Words bits = (Words)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, Halves);
+  store(to, __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, Halves));
+#endif
+}
+inline void narrow(float16* to, Floats v) {
+#if defined(__AVX512F__)
+  store(to, (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store(to, (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Words bits = (Words)v, size = bits & 0x7fffffff;
+  const Words normal = (size + 0xfff + ((size >> 13) & 1) - (112u << 23)) >> 13;
+  // Below 2^-14 the last bit is worth 2^-24: that of a float beside 0.5.
+  const Words subnormal = (Words)((Floats)size + 0.5f) - 0x3f000000;
+  const Words number = size >= 0x477ff000 ? Words{} + 0x7c00 : size < 0x38800000 ? subnormal : normal;
+  store(to, __builtin_convertvector((v == v ? number : Words{} + 0x7e00) | ((bits >> 16) & 0x8000), Halves));
 #endif
 }
 
-// 2^x for x <= 0, -inf included. A number becomes 0 below -126, where bfloat16 has nothing left to tell, if not later.
-// A NaN stays one; in plain vectors because its lowest nine bits, which the shift moves, are 0 where the inputs are
-// bfloat16.
+// 2^x for x <= 0, -inf included. A number becomes 0 below -126, if not later. A NaN stays one.
 inline Floats power_of_two(Floats x) {
 #ifdef __AVX512DQ__
   const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
@@ -117,7 +152,8 @@ inline Floats power_of_two(Floats x) {
 #ifdef __AVX512DQ__
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  return (Floats)(((Ints)p + ((Ints)shifted << 23)) & ~vanishes);
+  const Floats power = (Floats)(((Ints)p + ((Ints)shifted << 23)) & ~vanishes);
+  return x == x ? power : x;
 #endif
 }
 

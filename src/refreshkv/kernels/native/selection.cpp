@@ -4,6 +4,7 @@
 #include <new>
 #include <vector>
 
+#include "entries.h"
 #include "lanes.h"
 
 namespace {
@@ -21,11 +22,6 @@ inline int64_t key_of(float score, int64_t position) {
   return static_cast<int64_t>(bits_of(score)) * (int64_t{1} << 32) + position;
 }
 
-// Where the heads of the rows lie: bytes from one to the next.
-struct Strides {
-  int64_t row, head, token;
-};
-
 }  // namespace
 
 extern "C" {
@@ -37,9 +33,9 @@ struct Choice {
   const uint8_t* visible;  // [B, L] contiguous, or null
   const uint8_t* heads;    // [B, Hkv] contiguous, or null
   const int64_t* recent;   // [B], or null
-  const int64_t* anchors;  // [B, Hkv, A] contiguous, or null
+  const int32_t* anchors;  // [B, Hkv, A] contiguous, or null
   const int64_t* ends;     // [B], or null
-  int64_t* positions;      // [B, Hkv, slots] contiguous, filled with -1
+  int32_t* positions;      // [B, Hkv, slots] contiguous, filled with -1
   int64_t* filled;         // [B, Hkv]
   int64_t rows, kv_heads, length, anchor_count, slots, pool_kernel, threads;
 };
@@ -49,7 +45,7 @@ namespace {
 
 constexpr float kAnchor = 2.0f, kRecent = 4.0f;  // as in selection.py: above every score
 
-// Each token takes the best score of its neighbours; `own` and `pooled` have `reach` places more on both sides.
+// Each token takes the best score of its neighbours; `own` and `pooled` have `reach` more on both sides.
 void pool(const float* scores, const uint8_t* visible, int64_t length, int64_t reach, float* own, float* pooled) {
   std::fill(own, own + reach, 0.0f);
   std::fill(own + reach + length, own + length + 2 * reach + kLanes, 0.0f);
@@ -69,7 +65,7 @@ int64_t count_from(int32_t least, const float* scores, int64_t length) {
   return count;
 }
 
-// The keys of the `count` >= 1 best, lowest first, in the last places of `keys`. Lanes behind `length` are negative.
+// The keys of the `count` >= 1 best, lowest first, at the end of `keys`. Lanes behind `length` are negative.
 void best_keys(const float* scores, int64_t length, int64_t count, std::vector<int64_t>& keys) {
   // Bit by bit: a bound that enough scores reach, and few more.
   int32_t least = 0;
@@ -127,7 +123,7 @@ __attribute__((noinline)) void choose(const Choice& job, int64_t row, int64_t he
   std::fill(ranked + end, ranked + end + kLanes, -1.0f);
   best_keys(ranked, end, count, shelf.keys);
   const int64_t* best = shelf.keys.data() + shelf.keys.size() - count;
-  for (int64_t i = 0; i < count; ++i) job.positions[part * job.slots + i] = best[i] & 0xffffffff;
+  for (int64_t i = 0; i < count; ++i) job.positions[part * job.slots + i] = static_cast<int32_t>(best[i]);
 }
 
 }  // namespace
@@ -153,68 +149,93 @@ int refreshkv_select(const Choice* given) {
   return failed;
 }
 
-// Tokens `positions` [B, Hkv, K] of the `length` in `source` to the first slots of `out`, `bytes` each; others leave
-// theirs.
-void refreshkv_gather(const char* source, const int64_t* positions, char* out, const uint8_t* heads, int64_t rows,
-                      int64_t kv_heads, int64_t length, int64_t slots, int64_t bytes, int64_t source_row,
-                      int64_t source_head, int64_t source_token, int64_t out_row, int64_t out_head, int64_t out_token,
-                      int64_t threads) {
+// The rings of all rows that are kept; null where a ring has positions alone.
+struct Ring {
+  char *keys, *values;  // [R, Hkv, C, D] by strides
+  int64_t kept, slots, key_bytes, value_bytes;  // R, C, and those of an entry
+  Strides key, value;
+
+  void put(int64_t row, int64_t head, int64_t slot, const char* from_key, const char* from_value) const {
+    if (!keys) return;
+    std::memcpy(keys + row * key.row + head * key.head + slot * key.token, from_key, key_bytes);
+    std::memcpy(values + row * value.row + head * value.head + slot * value.token, from_value, value_bytes);
+  }
+};
+
+// What `reference.gather` does.
+struct Gather {
+  Entries entries;
+  Ring ring;
+  const int32_t* wanted;  // [B, Hkv, K] contiguous
+  const uint8_t* heads;   // [B, Hkv] contiguous, or null
+  int64_t rows, count, threads;
+};
+
+void refreshkv_gather(const Gather* given) {
   constexpr int64_t ahead = 16;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
-  for (int64_t part = 0; part < rows * kv_heads; ++part) {
-    if (heads && !heads[part]) continue;
+  const Gather& job = *given;
+  const int64_t kv_heads = job.entries.kv_heads, count = std::min(job.count, job.ring.slots);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(job.threads))
+  for (int64_t part = 0; part < job.rows * kv_heads; ++part) {
     const int64_t row = part / kv_heads, head = part % kv_heads;
-    const char* from = source + row * source_row + head * source_head;
-    char* to = out + row * out_row + head * out_head;
-    const int64_t* wanted = positions + part * slots;
-    const auto stored = [&](int64_t slot) { return wanted[slot] >= 0 && wanted[slot] < length; };
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      if (slot + ahead < slots && stored(slot + ahead))
-        for (int64_t line = 0; line < bytes; line += 64)
-          __builtin_prefetch(from + wanted[slot + ahead] * source_token + line);
-      if (stored(slot)) std::memcpy(to + slot * out_token, from + wanted[slot] * source_token, bytes);
+    const int64_t into = job.entries.kept_row(row, job.ring.kept);
+    if (into < 0 || (job.heads && !job.heads[part])) continue;
+    const Held held(job.entries, row, head);
+    const int32_t* wanted = job.wanted + part * job.count;
+    const char *key, *value;
+    for (int64_t slot = 0; slot < count; ++slot) {
+      held.find(wanted[std::min(slot + ahead, count - 1)], nullptr, key, value);
+      for (int64_t line = 0; key && line < job.ring.key_bytes; line += 64) __builtin_prefetch(key + line);
+      for (int64_t line = 0; key && line < job.ring.value_bytes; line += 64) __builtin_prefetch(value + line);
+      held.find(wanted[slot], nullptr, key, value);
+      if (key) job.ring.put(into, head, slot, key, value);
     }
   }
 }
 
-// What `reference.insert` does, for keys and values of `key_bytes` and `value_bytes` a token.
-struct Entry {
-  const char *keys, *values;  // the store
-  char *ring_keys, *ring_values;
-  const int64_t* wanted;    // [B, Hkv, m] contiguous
-  int64_t* ring_positions;  // [B, Hkv, C] contiguous
-  const int64_t* filled;    // [B, Hkv]
-  int64_t* pushed;          // [B, Hkv]
-  const int64_t* budget;    // [B]
-  int64_t* entered;         // [B, Hkv]
-  int64_t rows, kv_heads, length, wanted_count, slots, key_bytes, value_bytes;
-  Strides key, value, ring_key, ring_value;
+// What `reference.insert` does.
+struct Insert {
+  Entries entries;
+  Ring ring;
+  const int32_t* wanted;  // [B, Hkv, m] contiguous
+  int32_t* positions;     // [R, Hkv, C] contiguous, of the ring
+  const int64_t* filled;  // [R, Hkv]
+  int64_t* pushed;        // [R, Hkv]
+  const int64_t* budget;  // [R]
+  int64_t* entered;       // [B, Hkv]
+  int64_t rows, count;
 };
 
-void refreshkv_insert(const Entry* given) {
-  const Entry& job = *given;
-  for (int64_t part = 0; part < job.rows * job.kv_heads; ++part) {
-    const int64_t row = part / job.kv_heads, head = part % job.kv_heads;
-    int64_t* held = job.ring_positions + part * job.slots;
-    const int64_t* wanted = job.wanted + part * job.wanted_count;
-    const auto at = [&](auto* data, const Strides& strides, int64_t token) {
-      return data + row * strides.row + head * strides.head + token * strides.token;
-    };
-    const int64_t budget = std::min(job.budget[row], job.slots);
+void refreshkv_insert(const Insert* given) {
+  const Insert& job = *given;
+  const int64_t kv_heads = job.entries.kv_heads, slots = job.ring.slots;
+  struct Missing {
+    int32_t position;
+    const char *key, *value;
+  };
+  std::vector<Missing> missing;
+  for (int64_t part = 0; part < job.rows * kv_heads; ++part) {
+    const int64_t row = part / kv_heads, head = part % kv_heads;
+    const int64_t into = job.entries.kept_row(row, job.ring.kept), pair = into * kv_heads + head;
+    const int64_t budget = into < 0 ? 0 : std::min(job.budget[into], slots);
+    job.entered[part] = 0;
+    if (budget <= 0) continue;
+    const Held held(job.entries, row, head);
+    int32_t* positions = job.positions + pair * slots;
     // What is there is looked at before anything enters.
-    std::vector<int64_t> missing;
-    for (int64_t i = 0; budget > 0 && i < job.wanted_count; ++i)
-      if (wanted[i] >= 0 && wanted[i] < job.length &&
-          std::find(held, held + job.slots, wanted[i]) == held + job.slots)
-        missing.push_back(wanted[i]);
-    for (const int64_t position : missing) {
+    missing.clear();
+    for (int64_t i = 0; i < job.count; ++i) {
+      Missing one{job.wanted[part * job.count + i], nullptr, nullptr};
+      held.find(one.position, nullptr, one.key, one.value);
+      if (one.key && std::find(positions, positions + slots, one.position) == positions + slots) missing.push_back(one);
+    }
+    for (const Missing& one : missing) {
       // Unsigned, because a sum of such may wrap; % of a negative number is negative or 0.
-      const auto next = static_cast<int64_t>(uint64_t(job.filled[part]) + uint64_t(job.pushed[part]));
-      job.pushed[part] = static_cast<int64_t>(uint64_t(job.pushed[part]) + 1);
+      const auto next = static_cast<int64_t>(uint64_t(job.filled[pair]) + uint64_t(job.pushed[pair]));
+      job.pushed[pair] = static_cast<int64_t>(uint64_t(job.pushed[pair]) + 1);
       const int64_t slot = (next % budget + budget) % budget;
-      std::memcpy(at(job.ring_keys, job.ring_key, slot), at(job.keys, job.key, position), job.key_bytes);
-      std::memcpy(at(job.ring_values, job.ring_value, slot), at(job.values, job.value, position), job.value_bytes);
-      held[slot] = position;
+      job.ring.put(into, head, slot, one.key, one.value);
+      positions[slot] = one.position;
     }
     job.entered[part] = static_cast<int64_t>(missing.size());
   }
@@ -230,9 +251,9 @@ void refreshkv_top_slots(const float* scores, const int64_t* newest, int64_t* be
     for (int64_t slot = 0; count > 0 && slot < slots; ++slot) {
       const int64_t key = key_of(slot == newest[part] ? -1.0f : counted(row[slot]), slot);
       if (kept == count && key < keys[kept - 1]) continue;
-      int64_t place = kept;
-      for (; place > 0 && keys[place - 1] < key; --place) keys[place] = keys[place - 1];
-      keys[place] = key;
+      int64_t rank = kept;
+      for (; rank > 0 && keys[rank - 1] < key; --rank) keys[rank] = keys[rank - 1];
+      keys[rank] = key;
       kept = std::min(kept + 1, count);
     }
     for (int64_t i = 0; i < count; ++i) best[part * count + i] = keys[i] & 0xffffffff;

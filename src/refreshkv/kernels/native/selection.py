@@ -8,34 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refreshkv.kernels import options
 from refreshkv.kernels.native.build import address, compiled, ready, whole
+from refreshkv.kernels.native.entries import Entries, numbers, pointers, strides
 from refreshkv.policy.selection import FREE, Selection, pool_width, slot_count
-
-_WRITTEN = ("ring_positions", "pushed")
 
 
 class Choice(ctypes.Structure):
     """`struct Choice` of `selection.cpp`, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scores", "budget", "visible", "heads", "recent", "anchors", "ends")),
-        *((name, ctypes.c_void_p) for name in ("positions", "filled")),
-        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "length", "anchor_count", "slots", "pool_kernel")),
-        ("threads", ctypes.c_int64),
-    )  # fmt: skip
+        *pointers("scores", "budget", "visible", "heads", "recent", "anchors", "ends"),
+        *pointers("positions", "filled"),
+        *numbers("rows", "kv_heads", "length", "anchor_count", "slots", "pool_kernel", "threads"),
+    )
 
 
-class Entry(ctypes.Structure):
-    """`struct Entry` of `selection.cpp`, field by field."""
+class Ring(ctypes.Structure):
+    """`struct Ring` of `selection.cpp`, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "ring_keys", "ring_values", "wanted")),
-        *((name, ctypes.c_void_p) for name in ("ring_positions", "filled", "pushed", "budget", "entered")),
-        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "length", "wanted_count", "slots")),
-        *((name, ctypes.c_int64) for name in ("key_bytes", "value_bytes")),
-        *((f"{of}_{step}", ctypes.c_int64) for of in ("key", "value", "ring_key", "ring_value")
-          for step in ("row", "head", "token")),
-    )  # fmt: skip
+        *pointers("keys", "values"),
+        *numbers("kept", "slots", "key_bytes", "value_bytes"),
+        *numbers(*(f"{of}_{step}" for of in ("key", "value") for step in ("row", "head", "token"))),
+    )
+
+    def __init__(self, kept: int, slots: int, keys: Tensor | None, values: Tensor | None) -> None:
+        bytes_of = (0 if x is None else x.shape[-1] * x.element_size() for x in (keys, values))
+        at = *map(address, (keys, values)), kept, slots, *bytes_of
+        super().__init__(*at, *strides(keys), *strides(values))
+
+
+class Gather(ctypes.Structure):
+    """`struct Gather` of `selection.cpp`, field by field."""
+
+    _fields_ = (
+        ("entries", Entries),
+        ("ring", Ring),
+        *pointers("wanted", "heads"),
+        *numbers("rows", "count", "threads"),
+    )
+
+
+class Insert(ctypes.Structure):
+    """`struct Insert` of `selection.cpp`, field by field."""
+
+    _fields_ = (
+        ("entries", Entries),
+        ("ring", Ring),
+        *pointers("wanted", "positions", "filled", "pushed", "budget", "entered"),
+        *numbers("rows", "count"),
+    )
 
 
 def select(
@@ -53,11 +76,12 @@ def select(
     """See `selection.select`."""
     rows, kv_heads, length = scores.shape
     slots = slot_count(budget, slots, length)
-    positions = torch.full((rows, kv_heads, slots), FREE)
+    positions = torch.full((rows, kv_heads, slots), FREE, dtype=torch.int32)
     filled = torch.empty(rows, kv_heads, dtype=torch.int64)
     if not isinstance(recent, Tensor):
         recent = torch.full((rows,), max(0, min(recent, length)))
     visible = None if visible is None else visible.expand(rows, -1)
+    anchors = whole(anchors, torch.int32)
     # The list keeps what are copies.
     inputs = list(map(whole, (scores.float(), budget, visible, heads, recent, anchors, ends)))
     job = Choice(
@@ -70,43 +94,41 @@ def select(
     return Selection(positions, filled)
 
 
-def gather(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
-    """See `reference.gather`."""
-    rows, kv_heads, slots = positions.shape
-    positions, heads = whole(positions), whole(heads)
-    size = source.element_size()
-    compiled().refreshkv_gather(
-        *map(address, (source, positions, out, heads)),
-        *(rows, kv_heads, source.shape[2], slots, source.shape[-1] * size),
-        *(step * size for x in (source, out) for step in x.stride()[:3]),
-        torch.get_num_threads(),
-    )
-
-
-def insert(
-    keys: Tensor,
-    values: Tensor,
+def gather(
+    entries: options.Entries,
     wanted: Tensor,
     *,
     ring_keys: Tensor,
     ring_values: Tensor,
+    heads: Tensor | None = None,
+) -> None:
+    """See `reference.gather`."""
+    where = Entries(entries)
+    ring = Ring(len(ring_keys), ring_keys.shape[2], ring_keys, ring_values)
+    wanted, heads = whole(wanted, torch.int32), whole(heads)
+    count, threads = wanted.shape[2], torch.get_num_threads()
+    job = Gather(where, ring, *map(address, (wanted, heads)), len(wanted), count, threads)
+    compiled().refreshkv_gather(ctypes.byref(job))
+
+
+def insert(
+    entries: options.Entries,
+    wanted: Tensor,
+    *,
+    ring_keys: Tensor | None,
+    ring_values: Tensor | None,
     ring_positions: Tensor,
     filled: Tensor,
     pushed: Tensor,
     budget: Tensor,
 ) -> Tensor:
     """See `reference.insert`."""
-    rows, kv_heads, count = wanted.shape
-    wanted, filled, budget = whole(wanted), whole(filled), whole(budget)
-    entered = torch.empty_like(filled)
-    size = keys.element_size()
-    job = Entry(
-        *map(address, (keys, values, ring_keys, ring_values, wanted)),
-        *map(address, (ring_positions, filled, pushed, budget, entered)),
-        *(rows, kv_heads, keys.shape[2], count, ring_positions.shape[2]),
-        *(x.shape[-1] * size for x in (keys, values)),
-        *(step * size for x in (keys, values, ring_keys, ring_values) for step in x.stride()[:3]),
-    )  # fmt: skip
+    where = Entries(entries)
+    ring = Ring(len(ring_positions), ring_positions.shape[2], ring_keys, ring_values)
+    wanted, filled, budget = whole(wanted, torch.int32), whole(filled), whole(budget)
+    entered = torch.empty(wanted.shape[:2], dtype=torch.int64)
+    tensors = wanted, ring_positions, filled, pushed, budget, entered
+    job = Insert(where, ring, *map(address, tensors), len(wanted), wanted.shape[2])
     compiled().refreshkv_insert(ctypes.byref(job))
     return entered
 
@@ -123,10 +145,13 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
 
 
 def serves(*given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: what is moved or written has its numbers side by side."""
-    moved = (x for x in (*given, *named.values()) if isinstance(x, Tensor) and x.dim() == 4)
-    return (
-        all(x.stride(-1) == 1 for x in moved)
-        and all(named[name].is_contiguous() for name in _WRITTEN if name in named)
-        and ready()
-    )
+    """Whether these functions take such arguments here: what is copied has to lie in one piece."""
+    every = *given, *named.values()
+    stored = [
+        x
+        for entries in every
+        if isinstance(entries, options.Entries)
+        for x in (entries.keys, entries.values)
+    ]
+    stored += [named.get("ring_keys"), named.get("ring_values")]
+    return ready() and all(x is None or x.stride(-1) == 1 for x in stored)

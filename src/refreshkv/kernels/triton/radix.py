@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.triton_common import Config
+from refreshkv.kernels.triton.common import Config
 from refreshkv.policy.selection import FREE
 
-PLACE_BITS = tl.constexpr(25)
+TOKEN_BITS = tl.constexpr(25)
 DIGIT_BITS = tl.constexpr(12)
 DIGITS = tl.constexpr(
     5
-)  # 31 bits of a score >= 0 and those of its place, the first digit being short
+)  # 31 bits of a score >= 0 and those of its token, the first digit being short
 BINS = tl.constexpr(1 << 12)
 LONGEST = 1 << 25
 COUNT = Config(block=4096, warps=8, stages=1)  # tokens
@@ -43,7 +43,7 @@ def largest(ranks: Tensor, counts: Tensor, budget: Tensor, most: int) -> tuple[T
     found = budget.new_empty(*pairs, DIGITS.value, 2)
     filled, taken = budget.new_empty(pairs), budget.new_empty(pairs)
     chosen = budget.new_empty(*pairs, most)
-    positions = torch.empty_like(chosen)
+    positions = torch.empty_like(chosen, dtype=torch.int32)
     blocks = (max(1, triton.cdiv(length, COUNT.block)), kv_heads, rows)
     for digit in range(1, DIGITS.value):
         count_kernel[blocks](
@@ -101,8 +101,8 @@ def count_kernel(
     first = tl.program_id(0) == 0
     if DIGIT == 1:
         prefix = tl.cast(0, tl.int64)
-        tokens = tl.sum(tl.load(counts_ptr - BINS + tl.arange(0, BINS)))
-        need = tl.minimum(tl.load(budget_ptr + row), tl.minimum(tokens, most))
+        total = tl.sum(tl.load(counts_ptr - BINS + tl.arange(0, BINS)))
+        need = tl.minimum(tl.load(budget_ptr + row), tl.minimum(total, most))
         need = tl.maximum(need, 0)
         tl.store(filled_ptr + own, need, mask=first)
         tl.store(taken_ptr + own, tl.cast(0, tl.int64), mask=first)
@@ -111,8 +111,8 @@ def count_kernel(
     if need > 0:
         digit, need = next_digit(counts_ptr - BINS, need)
         prefix = (prefix << DIGIT_BITS) | digit
-        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        key = load_keys(ranks_ptr + own * length, places, length)
+        tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        key = load_keys(ranks_ptr + own * length, tokens, length)
         key >>= DIGIT_BITS * (DIGITS - 1 - DIGIT)
         agrees = (key >> DIGIT_BITS) == prefix
         tl.atomic_add(counts_ptr + (key & (BINS - 1)), 1, mask=agrees)
@@ -121,10 +121,10 @@ def count_kernel(
 
 
 @triton.jit
-def load_keys(ranks_ptr, places, length):
+def load_keys(ranks_ptr, tokens, length):
     """Score over position, negative for what does not count."""
-    bits = tl.load(ranks_ptr + places, mask=places < length, other=-1)
-    return (bits.to(tl.int64) << PLACE_BITS) | places
+    bits = tl.load(ranks_ptr + tokens, mask=tokens < length, other=-1)
+    return (bits.to(tl.int64) << TOKEN_BITS) | tokens
 
 
 @triton.jit
@@ -145,8 +145,8 @@ def collect_kernel(
     if need > 0:
         digit, _ = next_digit(counts_ptr + last * BINS, need)
         smallest = (tl.load(found_ptr + last * 2) << DIGIT_BITS) | digit
-        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        key = load_keys(ranks_ptr + own * length, places, length)
+        tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        key = load_keys(ranks_ptr + own * length, tokens, length)
         reaches = (key >= smallest).to(tl.int32)
         enough = tl.sum(reaches)
         if enough > 0:
@@ -188,7 +188,7 @@ def sort_kernel(
 def slot_kernel(
     chosen_ptr,  # [B, Hkv, K] int64, sorted chunks
     filled_ptr,  # [B, Hkv] int64
-    positions_ptr,  # [B, Hkv, K] int64
+    positions_ptr,  # [B, Hkv, K] int32
     most,
     FREE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -200,7 +200,7 @@ def slot_kernel(
     used = slot < filled
     chosen_ptr += own * most
     positions_ptr += own * most
-    tl.store(positions_ptr + slot, tl.cast(FREE, tl.int64), mask=(slot >= filled) & (slot < most))
+    tl.store(positions_ptr + slot, FREE, mask=(slot >= filled) & (slot < most))
     key = tl.load(chosen_ptr + slot, mask=used, other=0)
     rank = tl.zeros([CHUNK], tl.int64)
     for chunk in range(0, filled, CHUNK):
@@ -214,5 +214,5 @@ def slot_kernel(
             smaller = tl.where(fits & (probe < key), further, smaller)
             step //= 2
         rank += smaller
-    place_mask = (tl.cast(1, tl.int64) << PLACE_BITS) - 1
-    tl.store(positions_ptr + rank, key & place_mask, mask=used & (rank < most))
+    token_mask = (tl.cast(1, tl.int64) << TOKEN_BITS) - 1
+    tl.store(positions_ptr + rank, (key & token_mask).to(tl.int32), mask=used & (rank < most))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreshkv.kernels.reference import Attended
+from refreshkv.kernels.options import Attended
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,9 +42,10 @@ def on_its_device(operation: Callable[P, R]) -> Callable[P, R]:
     """Triton launches on the current device, which need not be that of the first argument."""
 
     @functools.wraps(operation)
-    def run(*tensors: P.args, **options: P.kwargs) -> R:
-        with torch.cuda.device_of(next(iter((*tensors, *options.values())))):
-            return operation(*tensors, **options)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        first = next(iter((*given, *named.values())))
+        with torch.cuda.device_of(getattr(first, "keys", first)):
+            return operation(*given, **named)
 
     return run
 
@@ -61,36 +62,12 @@ def split_count(heads: int, entries: int, block: int) -> int:
     return min(max(fill, waves, 1), MOST_SPLITS)
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """`tensor` with its last dimension contiguous; every store already has it so."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def for_every_head(tensor: Tensor | None, rows: int, kv_heads: int) -> Tensor | None:
-    """A view `[B, Hkv, ...]` of `[B or 1, Hkv or 1, ...]`."""
-    return None if tensor is None else tensor.expand(rows, kv_heads, *tensor.shape[2:])
-
-
-def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """The first `count` strides in elements; zeros for no tensor."""
-    return (0,) * count if tensor is None else tensor.stride()[:count]
-
-
 @triton.jit
 def span(length, BLOCK: tl.constexpr):
     """First and last entry (exclusive) of this program's split, axis 0 of the grid; the same when it has none."""
     blocks = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(0))
     first = tl.program_id(0).to(tl.int64) * blocks * BLOCK
     return tl.minimum(first, length), tl.minimum(first + blocks * BLOCK, length)
-
-
-@triton.jit
-def own_length(lengths_ptr, place, entries):
-    """How many of the entries count for this head, int64: `lengths_ptr[place]`, or all of them."""
-    length = tl.cast(entries, tl.int64)
-    if lengths_ptr is not None:
-        length = tl.minimum(length, tl.maximum(tl.load(lengths_ptr + place).to(tl.int64), 0))
-    return length
 
 
 @triton.jit
@@ -126,37 +103,6 @@ def beside_sink(lse, sink):
 
 
 @triton.jit
-def group_weights(
-    logits_ptr,
-    lse_ptr,
-    sinks_ptr,
-    first,
-    places,
-    inside,
-    entries,
-    GROUP: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Attention that each place received from the query heads of a KV head, their mean or maximum; 0 where not inside.
-
-    Logits `[G, entries]` and lse `[G]` are those of the group, which begins at query head `first` of the sinks `[Hq]`.
-    """
-    reduced = tl.zeros(places.shape, tl.float32)
-    for member in tl.static_range(GROUP):
-        lse = tl.load(lse_ptr + member)
-        row = logits_ptr + member * tl.cast(entries, tl.int64)
-        logits = tl.load(row + places, mask=inside, other=float("-inf"))
-        weights = tl.exp(logits - tl.where(lse == float("-inf"), 0.0, lse))
-        if sinks_ptr is not None:
-            weights *= beside_sink(lse, tl.load(sinks_ptr + first + member))
-        if MEAN:
-            reduced += weights / GROUP
-        else:
-            reduced = tl.maximum(reduced, weights, propagate_nan=tl.PropagateNan.ALL)
-    return reduced
-
-
-@triton.jit
 def merge_kernel(
     partial_ptr,  # [B, Hq * Q, S, D] float32, or None
     partial_lse_ptr,  # [B, Hq * Q, S] float32
@@ -178,15 +124,13 @@ def merge_kernel(
     if heads_ptr is not None:
         if not tl.load(heads_ptr + (row * queries + query) // MEMBERS):
             return
-    place = row.to(tl.int64) * queries + query
+    own = row.to(tl.int64) * queries + query
     every = tl.arange(0, MOST)
-    lses = tl.load(
-        partial_lse_ptr + place * splits + every, mask=every < splits, other=float("-inf")
-    )
+    lses = tl.load(partial_lse_ptr + own * splits + every, mask=every < splits, other=float("-inf"))
     top = tl.max(lses, 0)
     origin = tl.where(top == float("-inf"), 0.0, top)
     lse = origin + tl.log(tl.sum(tl.exp(lses - origin), 0))
-    tl.store(lse_ptr + place, lse)
+    tl.store(lse_ptr + own, lse)
     if output_ptr is not None:
         total = tl.where(top == float("-inf"), 0.0, lse)
         dims = tl.arange(0, DIM_PAD)
@@ -194,16 +138,16 @@ def merge_kernel(
         for first in range(0, splits, AT_ONCE):
             some = first + tl.arange(0, AT_ONCE)
             some_lse = tl.load(
-                partial_lse_ptr + place * splits + some, mask=some < splits, other=float("-inf")
+                partial_lse_ptr + own * splits + some, mask=some < splits, other=float("-inf")
             )
             # A split that saw nothing left its output unwritten.
             used = (some_lse > float("-inf"))[:, None] & (dims < DIM)[None, :]
-            offsets = (place * splits + some)[:, None] * DIM + dims[None, :]
+            offsets = (own * splits + some)[:, None] * DIM + dims[None, :]
             partial = tl.load(partial_ptr + offsets, mask=used, other=0.0)
             acc += tl.sum(tl.exp(some_lse - total)[:, None] * partial, 0)
         if sinks_ptr is not None:
             acc *= beside_sink(lse, tl.load(sinks_ptr + query // QUERIES))
-        tl.store(output_ptr + place * DIM + dims, acc, mask=dims < DIM)
+        tl.store(output_ptr + own * DIM + dims, acc, mask=dims < DIM)
 
 
 def merge(

@@ -1,0 +1,284 @@
+"""The operations as `torch.library` operators, so that a decode step is one graph for `torch.compile`.
+
+An operator is opaque to the compiler: it runs what `backend_for` picks for the device of its tensors, which on a CPU
+may look at them. What the compiler learns is shapes, and those follow from shapes alone. Signatures as in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreshkv.kernels.backend import Backend, backend_for
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
+from refreshkv.policy.selection import Selection
+
+# The fields of `Entries` and `AttendOptions`, in their order.
+_ENTRIES = "Tensor keys, Tensor? values, Tensor? blocks, Tensor? positions, Tensor? rows"
+_OPTIONS = (
+    "float scale, float? softcap, Tensor? sinks, str reduction, Tensor? visible, Tensor? lengths,"
+    " Tensor? heads"
+)
+_ATTEND = f"Tensor query, {_ENTRIES}, {_OPTIONS}"
+_ENTRY_FIELDS = tuple(field.name for field in fields(Entries))
+_OPTION_FIELDS = tuple(field.name for field in fields(AttendOptions))
+
+
+def _operator(
+    name: str,
+    schema: str,
+    results: int,
+    shapes: Callable[..., Any],
+    writes: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """Define `refreshkv::name`, which takes every field and argument by itself, in the order of `schema`.
+
+    Args:
+        name: of an operation in `Backend`.
+        schema: its arguments.
+        results: how many tensors come back.
+        shapes: empty results, from the arguments by name.
+        writes: the arguments that the kernel writes into.
+    """
+    names = [argument.split()[-1] for argument in schema.split(", ")]
+    grouped = {*_ENTRY_FIELDS, *_OPTION_FIELDS}
+
+    def run(*flat: Any) -> Any:
+        every = dict(zip(names, flat, strict=True))
+        arguments = [every.pop(names[0])] if names[0] not in grouped else []
+        if "keys" in every:
+            arguments.append(Entries(*(every.pop(field) for field in _ENTRY_FIELDS)))
+        if "scale" in every:
+            options = {field: every.pop(field) for field in _OPTION_FIELDS}
+            arguments.append(AttendOptions(**options))
+        result = getattr(backend_for(flat[0].device), name)(*arguments, **every)
+        if results == 0:
+            return None
+        tensors = _distinct(result)
+        assert len(tensors) == results, f"{name} gave {len(tensors)} tensors"  # torch would crash
+        return tensors[0] if results == 1 else tuple(tensors)
+
+    operator = torch.library.custom_op(
+        f"refreshkv::{name}",
+        run,
+        mutates_args=writes,
+        schema=f"({schema}) -> ({', '.join(['Tensor'] * results)})",
+    )
+    operator.register_fake(lambda *flat: shapes(**dict(zip(names, flat, strict=True))))
+    return operator
+
+
+def _distinct(result: Any) -> list[Tensor]:
+    """The tensors of nested results, each once, contiguous."""
+    if isinstance(result, Tensor):
+        return [result.contiguous()]
+    tensors: list[Tensor] = []
+    for part in result:
+        tensors += [new for new in _distinct(part) if not any(new is old for old in tensors)]
+    return tensors
+
+
+def _attended(query: Tensor, values: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """As `Attended`."""
+    return (
+        values.new_empty(*query.shape[:-1], values.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+    )
+
+
+def _scores(
+    query: Tensor, keys: Tensor, blocks: Tensor | None, positions: Tensor | None, **_: Any
+) -> Tensor:
+    entries = Entries(keys, None, blocks, positions)
+    shape = (query.shape[0], entries.kv_heads, entries.count)
+    return query.new_empty(shape, dtype=torch.float32)
+
+
+def _selected(scores: Tensor, slots: int, **_: Any) -> tuple[Tensor, Tensor]:
+    """As `Selection`."""
+    shape = (*scores.shape[:2], max(0, min(slots, scores.shape[2])))
+    return scores.new_empty(shape, dtype=torch.int32), scores.new_empty(
+        shape[:2], dtype=torch.int64
+    )
+
+
+_attend = _operator("attend", _ATTEND, 2, _attended)
+_attend_and_score = _operator(
+    "attend_and_score", _ATTEND, 3, lambda **given: (*_attended(**given), _scores(**given))
+)
+_attend_and_rank = _operator(
+    "attend_and_rank",
+    f"{_ATTEND}, Tensor newest, int count",
+    3,
+    lambda newest, count, **given: (
+        *_attended(**given),
+        newest.new_empty(*newest.shape, max(0, min(count, _scores(**given).shape[-1]))),
+    ),
+)
+_score = _operator(
+    "score",
+    _ATTEND,
+    2,
+    lambda **given: (_scores(**given), _attended(**{**given, "values": given["keys"]})[1]),
+)
+_verify = _operator(
+    "verify",
+    f"{_ATTEND}, Tensor starts, Tensor? counts, int? window",
+    3,
+    lambda **given: (*_attended(**given), _scores(**given)),
+)
+_select = _operator(
+    "select",
+    "Tensor scores, Tensor budget, int pool_kernel, Tensor? visible, Tensor? heads, Tensor? recent,"
+    " Tensor? anchors, Tensor? ends, int slots",
+    2,
+    _selected,
+)
+_gather = _operator(
+    "gather",
+    f"{_ENTRIES}, Tensor wanted, Tensor(a!) ring_keys, Tensor(b!) ring_values, Tensor? heads",
+    0,
+    lambda **_: None,
+    writes=("ring_keys", "ring_values"),
+)
+_insert = _operator(
+    "insert",
+    f"{_ENTRIES}, Tensor wanted, Tensor(a!)? ring_keys, Tensor(b!)? ring_values,"
+    " Tensor(c!) ring_positions, Tensor filled, Tensor(d!) pushed, Tensor budget",
+    1,
+    lambda wanted, pushed, **_: pushed.new_empty(wanted.shape[:2]),
+    writes=("ring_keys", "ring_values", "ring_positions", "pushed"),
+)
+
+
+def _entries(entries: Entries) -> tuple[Any, ...]:
+    return entries.keys, entries.values, entries.blocks, entries.positions, entries.rows
+
+
+def _options(options: AttendOptions) -> tuple[Any, ...]:
+    return (
+        options.scale,
+        options.softcap,
+        options.sinks,
+        options.reduction,
+        options.visible,
+        options.lengths,
+        options.heads,
+    )
+
+
+def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
+    """See `reference.attend`."""
+    return Attended(*_attend(query, *_entries(entries), *_options(options)))
+
+
+def attend_and_score(
+    query: Tensor, entries: Entries, options: AttendOptions
+) -> tuple[Attended, Scored]:
+    """See `reference.attend_and_score`."""
+    output, lse, scores = _attend_and_score(query, *_entries(entries), *_options(options))
+    return Attended(output, lse), Scored(scores, lse)
+
+
+def attend_and_rank(
+    query: Tensor, entries: Entries, options: AttendOptions, *, newest: Tensor, count: int
+) -> tuple[Attended, Tensor]:
+    """See `reference.attend_and_rank`."""
+    flat = *_entries(entries), *_options(options)
+    output, lse, best = _attend_and_rank(query, *flat, newest, count)
+    return Attended(output, lse), best
+
+
+def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:
+    """See `reference.score`."""
+    return Scored(*_score(query, *_entries(entries), *_options(options)))
+
+
+def verify(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+    window: int | None = None,
+) -> tuple[Attended, Scored]:
+    """See `reference.verify`."""
+    flat = *_entries(entries), *_options(options)
+    output, lse, scores = _verify(query, *flat, starts, counts, window)
+    return Attended(output, lse), Scored(scores, lse)
+
+
+def vote(query: Tensor, entries: Entries, options: AttendOptions, **rows: Any) -> Scored:
+    """See `reference.vote`. No compiled pass calls it."""
+    return backend_for(query.device).vote(query, entries, options, **rows)
+
+
+def select(
+    scores: Tensor,
+    budget: Tensor,
+    *,
+    pool_kernel: int = 7,
+    visible: Tensor | None = None,
+    heads: Tensor | None = None,
+    recent: int | Tensor = 0,
+    anchors: Tensor | None = None,
+    ends: Tensor | None = None,
+    slots: int | None = None,
+) -> Selection:
+    """See `policy.selection.select`."""
+    if slots is None:
+        raise ValueError(
+            "select needs slots: the compiler would have to look at the largest budget"
+        )
+    if not isinstance(recent, Tensor):
+        kept = max(0, min(recent, scores.shape[2]))
+        recent = budget.new_full(budget.shape, kept)
+    rules = visible, heads, recent, anchors, ends
+    return Selection(*_select(scores, budget, pool_kernel, *rules, slots))
+
+
+def gather(
+    entries: Entries,
+    wanted: Tensor,
+    *,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    heads: Tensor | None = None,
+) -> None:
+    """See `reference.gather`."""
+    _gather(*_entries(entries), wanted, ring_keys, ring_values, heads)
+
+
+def insert(
+    entries: Entries,
+    wanted: Tensor,
+    *,
+    ring_keys: Tensor | None,
+    ring_values: Tensor | None,
+    ring_positions: Tensor,
+    filled: Tensor,
+    pushed: Tensor,
+    budget: Tensor,
+) -> Tensor:
+    """See `reference.insert`."""
+    ring = ring_keys, ring_values, ring_positions, filled, pushed, budget
+    return _insert(*_entries(entries), wanted, *ring)
+
+
+OPERATORS = Backend(
+    "operators",
+    attend=attend,
+    attend_and_score=attend_and_score,
+    attend_and_rank=attend_and_rank,
+    score=score,
+    verify=verify,
+    vote=vote,
+    select=select,
+    gather=gather,
+    insert=insert,
+)

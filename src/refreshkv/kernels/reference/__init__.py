@@ -1,0 +1,26 @@
+"""What every operation computes, in short, readable float32; any device."""
+
+from refreshkv.kernels.reference.attention import (
+    attend,
+    attend_and_rank,
+    attend_and_score,
+    score,
+    top_slots,
+    verify,
+    vote,
+)
+from refreshkv.kernels.reference.rings import gather, insert
+from refreshkv.policy.selection import select
+
+__all__ = [
+    "attend",
+    "attend_and_rank",
+    "attend_and_score",
+    "gather",
+    "insert",
+    "score",
+    "select",
+    "top_slots",
+    "verify",
+    "vote",
+]

@@ -1,0 +1,260 @@
+"""One pass over keys and values: each split of a KV head on its own, for the query heads of a group together.
+
+The queries of a group, one token or the newest T of a row, are the rows of one matrix product, padded to the 16 that
+tensor cores take: keys and values are read once for all of them, and at 1 to 8 queries the pass waits for memory
+either way. Where G * T queries need several tiles, these run side by side and share the L2 cache. The logits are kept
+where scores or ranks follow, so that no key is read twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, window_within
+from refreshkv.kernels.triton.common import (
+    Config,
+    absorb,
+    finished_logits,
+    merge,
+    padded,
+    span,
+    split_count,
+)
+from refreshkv.kernels.triton.layout import (
+    LIMITS,
+    asked_for,
+    contiguous_rows,
+    kept_row,
+    look_up,
+    options_of,
+    own_length,
+    page_of,
+    shown,
+    store_of,
+    strides,
+)
+
+# By the larger padded head dim and the bytes of an element. In 16 bits none spills and two programs fit an SM. Products
+# of float32 take no tensor cores.
+IN_PLACE = {
+    (64, 2): Config(block=128, warps=4, stages=3),
+    (128, 2): Config(block=64, warps=4, stages=3),
+    (256, 2): Config(block=32, warps=8, stages=3),
+    (64, 4): Config(block=64, warps=8, stages=2),
+    (128, 4): Config(block=32, warps=8, stages=2),
+    (256, 4): Config(block=32, warps=8, stages=2),
+}
+# Entries by a list or in pages. The list is read ahead of the keys, which takes stages: with these, as many keys are
+# under way.
+LISTED = {
+    (64, 2): Config(block=64, warps=4, stages=5),
+    (128, 2): Config(block=64, warps=4, stages=5),
+    (256, 2): Config(block=32, warps=4, stages=5),
+    (64, 4): Config(block=64, warps=8, stages=3),
+    (128, 4): Config(block=16, warps=8, stages=3),
+    (256, 4): Config(block=16, warps=8, stages=3),
+}
+_SECOND_LIST_STAGES = 2  # more, for positions in pages
+# Queries of a group in one matrix product.
+TILE = {(64, 2): 64, (128, 2): 64, (256, 2): 32, (64, 4): 32, (128, 4): 32, (256, 4): 16}
+
+
+def attend_in_splits(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor | None = None,
+    counts: Tensor | None = None,
+    window: int | None = None,
+    keep_logits: bool = False,
+) -> tuple[Attended, Tensor | None]:
+    """`reference.attend` for `[B, Hq, T, D]`, or with `starts` `reference.verify`; and logits `[B, Hq * T, n]` if kept.
+
+    Without values the log-sum-exp alone.
+    """
+    query = contiguous_rows(query)
+    rows, heads, queries, dim = query.shape
+    kv_heads, values = entries.kv_heads, entries.values
+    value_dim = 0 if values is None else values.shape[-1]
+    kind = (padded(max(dim, value_dim), least=64), entries.keys.itemsize)
+    lists = (entries.positions is not None) + (entries.blocks is not None)
+    config = (LISTED if lists else IN_PLACE)[kind]
+    config = replace(config, stages=config.stages + _SECOND_LIST_STAGES * (lists == 2))
+    tile = min(padded(heads // kv_heads * queries), TILE[kind])
+    tiles = triton.cdiv(heads // kv_heads * queries, tile)
+    splits = split_count(rows * kv_heads * tiles, entries.count, config.block)
+    lse = query.new_empty(rows, heads * queries, splits, dtype=torch.float32)
+    output = None if values is None else lse.new_empty(*lse.shape, value_dim)
+    logits = lse.new_empty(rows, heads * queries, entries.count) if keep_logits else None
+    store, limits = store_of(entries)
+    how = options_of(options, rows, kv_heads)
+    attend_kernel[(splits, kv_heads * tiles, rows)](
+        query,
+        store,
+        *limits,
+        how,
+        starts,
+        counts,
+        output,
+        lse,
+        logits,
+        entries.count,
+        window_within(window, entries.count + queries),
+        *strides(query, 3),
+        PAGE=page_of(entries),
+        GROUP=heads // kv_heads,
+        QUERIES=queries,
+        DIM=dim,
+        DIM_PAD=padded(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=padded(value_dim),
+        TILE=tile,
+        TILES=tiles,
+        BLOCK=config.block,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    merged = merge(
+        output,
+        lse,
+        dtype=query.dtype if values is None else values.dtype,
+        sinks=options.sinks,
+        heads=how.heads_ptr,
+        queries=queries,
+    )
+    return Attended(*(x.unflatten(1, (heads, queries)) for x in merged)), logits
+
+
+@triton.jit
+def start_of(starts_ptr, row, queries, length):
+    """The position of a row's first query, which does not lie outside of -queries .. length."""
+    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length)
+
+
+@triton.jit
+def reach(start, queries, length, window):
+    """The first position that the first of the queries sees, and the end of what the last one sees."""
+    begin = start * 0
+    if window is not None:
+        begin = tl.maximum(start - window + 1, 0)
+    return begin, tl.minimum(start + queries, length)
+
+
+@triton.jit
+def seen_by(last, positions, inside, window):
+    """Whether the query at position `last` sees a position; the arguments broadcast."""
+    seen = (positions <= last) & inside
+    if window is not None:
+        seen = seen & (positions > last - window)
+    return seen
+
+
+@triton.jit(do_not_specialize=LIMITS)
+def attend_kernel(
+    query_ptr,  # [B, Hq, T, D]
+    store,
+    width,
+    kept,
+    pages,
+    how,
+    starts_ptr,  # [B] int64, or None: every query sees everything
+    counts_ptr,  # [B] int64, or None
+    output_ptr,  # [B, Hq * T, S, Dv] float32, or None: the log-sum-exp alone is wanted
+    lse_ptr,  # [B, Hq * T, S] float32
+    logits_ptr,  # [B, Hq * T, n] float32, or None
+    entries,
+    window,
+    query_row,
+    query_head,
+    query_token,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile of a group's queries over one split; grid (S, Hkv * tiles, B)."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    head, kv_heads = (tl.program_id(1) // TILES).to(tl.int64), tl.num_programs(1) // TILES
+    row = tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    member = tl.program_id(1) % TILES * TILE + tl.arange(0, TILE)  # head by head, query by query
+    own = member < GROUP * QUERIES
+    queries = (row * kv_heads + head) * GROUP * QUERIES + member
+
+    kept = kept_row(store.rows_ptr, row, kept)
+    end = tl.where(kept >= 0, own_length(how, row, head, entries), 0)
+    begin = end * 0
+    last = member * 0
+    if starts_ptr is not None:
+        start = start_of(starts_ptr, row, QUERIES, entries)
+        begin, reached = reach(start, QUERIES, entries, window)
+        last = start + member % QUERIES
+        end = tl.minimum(end, reached)
+        if counts_ptr is not None:
+            end = tl.where(tl.load(counts_ptr + row) > 0, end, begin)
+    first, stop = span(tl.maximum(end - begin, 0), BLOCK)
+    if first >= stop:
+        tl.store(lse_ptr + queries * splits + split, float("-inf"), mask=own)
+        return
+
+    dims, value_dims = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
+    query_ptr += row * query_row + (head * GROUP + member // QUERIES)[:, None] * query_head
+    query_ptr += (member % QUERIES)[:, None] * query_token
+    query = tl.load(query_ptr + dims[None, :], mask=own[:, None] & (dims < DIM)[None, :], other=0.0)
+    acc = tl.zeros([TILE, VALUE_PAD], tl.float32)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    for block in tl.range(begin + first, begin + stop, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        inside = index < begin + stop
+        seen = shown(how, row, head, index, inside)
+        key_at, value_at, seen = look_up(store, width, pages, row, kept, head, index, seen, PAGE)
+        # What is not seen is not read: it may hold anything.
+        keys = tl.load(
+            store.keys_ptr + key_at[:, None] + dims[None, :],
+            mask=seen[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        logits = finished_logits(products, how.scale, how.softcap)
+        counted = seen[None, :]
+        if starts_ptr is not None:
+            counted = seen_by(last[:, None], index[None, :], counted, window)
+        logits = tl.where(counted, logits, float("-inf"))
+        if logits_ptr is not None:
+            tl.store(
+                logits_ptr + queries[:, None] * entries + index[None, :],
+                logits,
+                mask=own[:, None] & inside[None, :],
+            )
+        values = None
+        if store.values_ptr is not None:
+            values = tl.load(
+                store.values_ptr + value_at[:, None] + value_dims[None, :],
+                mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+        acc, top, mass = absorb(logits, values, acc, top, mass)
+
+    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
+    tl.store(lse_ptr + queries * splits + split, lse, mask=own)
+    if store.values_ptr is not None:
+        acc /= tl.where(mass == 0, 1.0, mass)[:, None]
+        tl.store(
+            output_ptr + (queries * splits + split)[:, None] * VALUE_DIM + value_dims[None, :],
+            acc,
+            mask=own[:, None] & (value_dims < VALUE_DIM)[None, :],
+        )

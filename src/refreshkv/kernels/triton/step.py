@@ -1,0 +1,218 @@
+"""The operations of one query token: the partial step, the full step and the scores, from one pass over the entries.
+
+Scores and ranks need the log-sum-exp of the whole row, so the pass keeps its logits (4 bytes a query head and token,
+where keys and values have 512 a KV head at head dim 128) and a second kernel turns them into what is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
+from refreshkv.kernels.triton.common import Config, beside_sink, on_its_device, padded
+from refreshkv.kernels.triton.layout import asked_for, options_of, own_length
+from refreshkv.kernels.triton.layout import serves as serves
+from refreshkv.kernels.triton.split import attend_in_splits
+
+# Entries whose scores are computed, or ranked, by one program.
+SCORES = Config(block=1024, warps=4, stages=1)
+RANK = Config(block=1024, warps=4, stages=1)
+_LOWEST = tl.constexpr(-(2**63))
+
+
+@on_its_device
+def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
+    """See `reference.attend`."""
+    return _attended(query, entries, options)[0]
+
+
+@on_its_device
+def attend_and_score(
+    query: Tensor, entries: Entries, options: AttendOptions
+) -> tuple[Attended, Scored]:
+    """See `reference.attend_and_score`."""
+    attended, logits = _attended(query, entries, options, keep_logits=True)
+    rows, kv_heads = len(query), entries.kv_heads
+    scores = attended.lse.new_empty(rows, kv_heads, entries.count)
+    score_kernel[(triton.cdiv(entries.count, SCORES.block), kv_heads, rows)](
+        logits,
+        attended.lse,
+        options_of(options, rows, kv_heads),
+        scores,
+        entries.count,
+        GROUP=query.shape[1] // kv_heads,
+        MEAN=options.reduction == "mean",
+        BLOCK=SCORES.block,
+        num_warps=SCORES.warps,
+        num_stages=SCORES.stages,
+    )
+    return attended, Scored(scores, attended.lse)
+
+
+@on_its_device
+def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:
+    """See `reference.score`."""
+    return attend_and_score(query, replace(entries, values=None), options)[1]
+
+
+@on_its_device
+def attend_and_rank(
+    query: Tensor, entries: Entries, options: AttendOptions, *, newest: Tensor, count: int
+) -> tuple[Attended, Tensor]:
+    """See `reference.attend_and_rank`."""
+    count = max(0, min(count, entries.count))
+    attended, logits = _attended(query, entries, options, keep_logits=count > 0)
+    rows, kv_heads = newest.shape
+    if logits is None:
+        return attended, newest.new_empty(rows, kv_heads, 0)
+    blocks = triton.cdiv(entries.count, RANK.block)
+    best = newest.new_empty(rows, kv_heads, blocks, count)
+    candidates_kernel[(blocks, kv_heads, rows)](
+        logits,
+        attended.lse,
+        options_of(options, rows, kv_heads),
+        newest.contiguous(),
+        best,
+        entries.count,
+        GROUP=query.shape[1] // kv_heads,
+        MEAN=options.reduction == "mean",
+        COUNT=count,
+        ALONE=blocks == 1,
+        BLOCK=min(RANK.block, padded(entries.count)),
+        num_warps=RANK.warps,
+        num_stages=RANK.stages,
+    )
+    if blocks == 1:
+        return attended, best[:, :, 0]
+    candidates, best = best, newest.new_empty(rows, kv_heads, count)
+    best_kernel[(rows * kv_heads,)](
+        candidates,
+        best,
+        blocks * count,
+        COUNT=count,
+        MOST=padded(blocks * count),
+        num_warps=1,
+    )
+    return attended, best
+
+
+def _attended(
+    query: Tensor, entries: Entries, options: AttendOptions, keep_logits: bool = False
+) -> tuple[Attended, Tensor | None]:
+    """Attention of one query token `[B, Hq, D]`, and its logits `[B, Hq, n]` if kept."""
+    several, logits = attend_in_splits(query[:, :, None], entries, options, keep_logits=keep_logits)
+    return Attended(several.output.squeeze(2), several.lse.squeeze(2)), logits
+
+
+@triton.jit
+def group_weights(
+    logits_ptr,  # [B, Hq, n] float32
+    lse_ptr,  # [B, Hq] float32
+    how,
+    row,
+    head,
+    index,
+    entries,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """What each entry received from the query heads of a KV head, their mean or maximum; 0 beyond the length."""
+    length = own_length(how, row, head, entries)
+    group = (row * tl.num_programs(1) + head) * GROUP
+    reduced = tl.zeros(index.shape, tl.float32)
+    for member in tl.static_range(GROUP):
+        lse = tl.load(lse_ptr + group + member)
+        nothing = lse == float("-inf")  # was seen, and there may be no logits
+        logits = tl.load(
+            logits_ptr + (group + member) * entries + index,
+            mask=index < tl.where(nothing, 0, length),
+            other=float("-inf"),
+        )
+        weights = tl.exp(logits - tl.where(nothing, 0.0, lse))
+        if how.sinks_ptr is not None:
+            weights *= beside_sink(lse, tl.load(how.sinks_ptr + head * GROUP + member))
+        if MEAN:
+            reduced += weights / GROUP
+        else:
+            reduced = tl.maximum(reduced, weights, propagate_nan=tl.PropagateNan.ALL)
+    return reduced
+
+
+@triton.jit
+def score_kernel(
+    logits_ptr,  # [B, Hq, n] float32
+    lse_ptr,  # [B, Hq] float32
+    how,
+    scores_ptr,  # [B, Hkv, n] float32
+    entries,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks of entries, Hkv, B)."""
+    head, kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
+    scores_ptr += (row * kv_heads + head) * entries
+    tl.store(scores_ptr + index, scores, mask=index < entries)
+
+
+@triton.jit
+def store_best(keys, best_ptr, COUNT: tl.constexpr, LAST: tl.constexpr):
+    """The highest of distinct int64 keys, best first; their low half, which is the index, when `LAST`."""
+    for rank in tl.static_range(COUNT):
+        best = tl.max(keys, 0)
+        keys = tl.where(keys == best, _LOWEST, keys)
+        tl.store(best_ptr + rank, best & 0xFFFFFFFF if LAST else best)
+
+
+@triton.jit
+def candidates_kernel(
+    logits_ptr,  # [B, Hq, n] float32
+    lse_ptr,  # [B, Hq] float32
+    how,
+    newest_ptr,  # [B, Hkv] int64
+    best_ptr,  # [B, Hkv, blocks, COUNT] int64
+    entries,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    ALONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best of each block of entries, as keys in the order of `selection.rank_keys`; grid (blocks, Hkv, B)."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    head, kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
+    scores = tl.where(scores > 0, scores, 0.0)  # which a NaN is not
+    own = row * kv_heads + head
+    scores = tl.where(index == tl.load(newest_ptr + own), -1.0, scores)
+    keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
+    keys = tl.where(index < entries, keys, _LOWEST)
+    store_best(keys, best_ptr + (own * blocks + block) * COUNT, COUNT, ALONE)
+
+
+@triton.jit
+def best_kernel(
+    candidates_ptr,  # [B, Hkv, candidates] int64
+    best_ptr,  # [B, Hkv, COUNT] int64
+    candidates,
+    COUNT: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """Grid (B * Hkv,). For a head that nobody asked for the candidates are garbage, and so is what comes out."""
+    own = tl.program_id(0).to(tl.int64)
+    every = tl.arange(0, MOST)
+    keys = tl.load(
+        candidates_ptr + own * candidates + every, mask=every < candidates, other=_LOWEST
+    )
+    store_best(keys, best_ptr + own * COUNT, COUNT, True)
