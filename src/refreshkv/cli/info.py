@@ -48,7 +48,7 @@ def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
 def collect() -> dict[str, Any]:
     """Everything that does not depend on a model."""
     import refreshkv
-    from refreshkv import kernels
+    from refreshkv.kernels.backend import available
 
     return {
         "versions": {
@@ -63,7 +63,7 @@ def collect() -> dict[str, Any]:
         },
         "devices": devices(),
         "cpu": cpu(),
-        "kernels": dict(kernels.available()),
+        "kernels": dict(available()),
         "native": native(),
         "architectures": list(refreshkv.PROVEN_ARCHITECTURES),
         "presets": {name: dict(settings) for name, settings in refreshkv.PRESETS.items()},
