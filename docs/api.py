@@ -10,6 +10,8 @@ from typing import Any
 
 import refreshkv
 from refreshkv import demo, methods
+from refreshkv.config import Settings
+from refreshkv.config import described as described_settings
 from refreshkv.demo import prompts
 from refreshkv.hosts.transformers import Support
 from refreshkv.stats import RowStats, Stats
@@ -41,7 +43,7 @@ VALUES = {  # what has no docstring
     "refreshkv.methods.METHODS": "The methods by name, in the order of tables (`docs/methods.md`).",
 }
 # What layers and `generate` call, not a user.
-INTERNAL = ("_", "on_", "count_on", "record", "prompt", "update", "is_for")
+INTERNAL = ("_", "on_", "count_on", "record", "prompt", "update", "is_for", "for_cache", "unread")
 WIDTH = 100
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"    (\w[\w*, ]*): (.*)")
@@ -65,7 +67,8 @@ def entry(name: str, what: Any) -> Iterator[str]:
         return
     own = {
         member: value
-        for member, value in vars(what).items()
+        for base in (what.__mro__ if issubclass(what, Settings) else (what,))
+        for member, value in vars(base).items()
         if not member.startswith(INTERNAL) and value.__doc__
     }
     properties = {member: value for member, value in own.items() if isinstance(value, property)}
@@ -131,7 +134,13 @@ def text(what: Any) -> str:
     """A docstring as Markdown: sections become lists, indented code stays."""
     lines: list[str] = []
     section = False
-    for line in inspect.cleandoc(what.__doc__ or "").splitlines():
+    doc = inspect.cleandoc(what.__doc__ or "")
+    if inspect.isclass(what) and issubclass(
+        what, Settings
+    ):  # its settings are described by its themes
+        items = (f"    {name}: {said}" for name, said in described_settings(what).items())
+        doc = "\n".join([doc.partition("Attributes:")[0] + "Attributes:", *items])
+    for line in doc.splitlines():
         if match := SECTION.match(line):
             section = True
             lines += [f"{match[1]}:", ""]

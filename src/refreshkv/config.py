@@ -6,7 +6,9 @@ A wrong value, or one that nothing would read, is a `ValueError` in one line tha
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -267,6 +269,14 @@ def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
 def names_of(theme: type[Settings]) -> list[str]:
     """The settings of a theme."""
     return [one.name for one in fields(theme)]  # type: ignore[arg-type]
+
+
+def described(theme: type[Settings]) -> dict[str, str]:
+    """What a theme, and those it is made of, say of each setting: name -> text."""
+    texts = [inspect.cleandoc(base.__doc__ or "") for base in theme.__mro__]
+    lists = "\n".join(text.partition("Attributes:")[2] for text in texts)
+    said = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", lists, re.MULTILINE))
+    return {name: " ".join(said[name].split()) for name in names_of(theme)}
 
 
 def check_names(kind: str, given: Iterable[str], valid: Iterable[str]) -> None:

@@ -188,6 +188,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "successor": ("1", 1),
     "window": ("4", 4),
     "anchor": ("0.25", 0.25),
+    "ring": ("indexed", "indexed"),
     "stride": ("never", None),
     "threshold": ("none", None),
     "decide": ("head", "head"),

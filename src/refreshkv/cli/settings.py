@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -12,7 +10,7 @@ import click
 
 from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
-from refreshkv.config import PRESETS, RefreshConfig, make_config, names_of
+from refreshkv.config import PRESETS, RefreshConfig, described, make_config, names_of
 
 Command = Callable[..., Any]
 _NONE = {"stride": common.STRIDE.word}  # the word for `None`; "none" for the others
@@ -36,7 +34,7 @@ def option(name: str, **attributes: Any) -> Callable[[Command], Command]:
         kind = common.OrWord(number, word)
     elif kinds == {int, float}:
         kind = common.Budget()
-    said = " ".join(_described()[name].split()).replace("`None`", repr(word)).replace("`", "")
+    said = described(RefreshConfig)[name].replace("`None`", repr(word)).replace("`", "")
     return click.option(flag, **{"type": kind, "default": None, "help": said, **attributes})
 
 
@@ -75,10 +73,3 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
 
 def _none(name: str) -> str:
     return _NONE.get(name, "none")
-
-
-def _described() -> dict[str, str]:
-    """What the themes say of each setting."""
-    texts = [inspect.cleandoc(theme.__doc__ or "") for theme in RefreshConfig.__mro__]
-    lists = [text.partition("Attributes:")[2] for text in texts]
-    return dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", "\n".join(lists), re.MULTILINE))
