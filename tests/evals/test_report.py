@@ -129,7 +129,7 @@ def test_best_is_never_full_attention(records: list[dict]) -> None:
 
 
 def test_plots_of_every_kind(records: list[dict]) -> None:
-    captions = [p.caption for p in report.all_plots(records, summarize(records))]
+    captions = [caption for _, caption in report.all_plots(records, summarize(records))]
     assert "chain-of-key, free: quality against KV read" in captions
     assert "chain-of-key, forced: quality by position in the output" in captions
     assert not any("perplexity" in c and "position" in c for c in captions)

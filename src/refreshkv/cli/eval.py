@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from refreshkv.cli import common, loading
 from refreshkv.cli.common import BadInput
-
-if TYPE_CHECKING:
-    pass
 
 NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, hours later
 

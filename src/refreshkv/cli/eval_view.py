@@ -28,7 +28,7 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from refreshkv.evals.summary import is_perplexity
+    from refreshkv.evals.summary import figures, is_perplexity
     from refreshkv.stats import KV_READ_NOTE
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -44,22 +44,14 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
         title = task if mode == "free" or is_perplexity(task) else f"{task}, {mode}"
         table.add_row(Text(title, style="bold"))
         for row in rows:
-            table.add_row(f"  {row.method}", *_figures(row))
+            score, low, high = figures(row)
+            shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
+            tokens = f"{row.output_tokens:.0f}"
+            table.add_row(f"  {row.method}", score, f"[{low}, {high}]", tokens, *shares)
     console = common.console()
     console.print(table)
     console.print(f"{NOTES} {KV_READ_NOTE}")
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
-
-
-def _figures(row: Summary) -> list[str]:
-    from refreshkv.evals.summary import is_perplexity, scale
-
-    factor, digits = scale(row.task), 2 if is_perplexity(row.task) else 1
-    score, low, high = (
-        f"{factor * value:.{digits}f}" for value in (row.score, row.ci_low, row.ci_high)
-    )
-    shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
-    return [score, f"[{low}, {high}]", f"{row.output_tokens:.0f}", *shares]
 
 
 def show_list(as_json: bool) -> None:

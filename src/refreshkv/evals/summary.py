@@ -235,6 +235,13 @@ def scale(task: str) -> float:
     return 1.0 if is_perplexity(task) else 100.0
 
 
+def figures(row: Summary) -> tuple[str, str, str]:
+    """The score and the ends of its interval as people read them: in per cent, or a perplexity."""
+    factor, digits = scale(row.task), 2 if is_perplexity(row.task) else 1
+    score, low, high = (f"{factor * x:.{digits}f}" for x in (row.score, row.ci_low, row.ci_high))
+    return score, low, high
+
+
 def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float | None]:
     """KV read share, share of full steps and effective stride, as `Summary` says."""
     read = available = full = steps = 0.0
