@@ -41,8 +41,8 @@ class LayerCache:
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
         hidden: `[B]` int64, padding tokens of each row; `None`: to be counted, by the next step.
-        watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]` it
-            attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
+        watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]`
+            it attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
 
     watch: Callable[..., None] | None = None
@@ -109,8 +109,8 @@ class LayerCache:
     def await_selection(self, queries: Tensor, rows: Tensor | None = None) -> None:
         """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them.
 
-        `rows` `[B]` bool: those that had a prompt; `None`: all. The others go on as they are; T is that of those which wait
-        already.
+        `rows` `[B]` bool: those that had a prompt; `None`: all. The others go on as they are; T is that of those which
+        wait already.
         """
         last = queries[:, :, -self.config.window :]
         every = torch.ones(self.rows, dtype=torch.bool, device=queries.device)
@@ -148,7 +148,7 @@ class LayerCache:
     def resolve_budget(
         self, visible: Tensor | None, tokens: Tensor, rows: Tensor | None = None
     ) -> None:
-        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`; all later ones are.
+        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`, as later ones are.
 
         `visible` `[B, width]` bool; `None` when everything is. `rows` `[B]` bool: the others keep theirs; `None`: all.
         """

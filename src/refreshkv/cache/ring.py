@@ -125,8 +125,8 @@ class Ring(ABC):
     def fetch(self, positions: Tensor) -> None:
         """Tokens of the store enter as pushed ones do, but those that are there already. It is not a step.
 
-        `positions` `[B, Hkv, m]` int32, distinct in a ring, `FREE` for none. With m fetched a step a ring has turned over
-        after K / (m + 1) steps without a refresh.
+        `positions` `[B, Hkv, m]` int32, distinct in a ring, `FREE` for none. With m fetched a step a ring has turned
+        over after K / (m + 1) steps without a refresh.
         """
         self._reserve(self._most + positions.shape[2])
         self.fetched.copy_(self._insert(positions))

@@ -20,6 +20,7 @@ import click
 from refreshkv import __version__
 from refreshkv.cli.common import BadInput
 from refreshkv.text import one_line, reason, visible
+from refreshkv.weights import ModelFilesError
 
 COMMANDS = ("demo", "generate", "eval", "bench", "info")
 
@@ -62,7 +63,7 @@ def report(error: BaseException) -> int:
             return say(error.format_message() + hint, 2)
         case click.ClickException():
             return say(error.format_message(), error.exit_code)
-        case BadInput():
+        case BadInput() | ModelFilesError():
             return say(str(error), 2)
         case click.Abort() | KeyboardInterrupt():
             return say("interrupted", 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 from click.core import ParameterSource
 
-from refreshkv.cli import common
+from refreshkv.cli import common, settings
 from refreshkv.cli.common import BadInput
 
 
@@ -19,9 +17,7 @@ from refreshkv.cli.common import BadInput
     show_default=True,
     help="Tokens of a prompt, about.",
 )
-@click.option(
-    "--budget", type=common.Budget(), default="0.125", show_default=True, help="As in `generate`."
-)
+@settings.option("budget", default="0.125", show_default=True)
 @click.option("--tasks", "names", metavar="A,B", help="Some of the tasks.  [default: all]")
 @click.option("--seed", type=common.SEED, default=0, show_default=True, help="Of the first prompt.")
 @click.option(
@@ -83,7 +79,9 @@ def command(
     with bar:
         report = side_by_side.run(asked, budget, bar)
     if as_json:
-        common.emit_json(record(report, length=length, budget=budget, seed=seed, examples=examples))
+        about = {"length": length, "budget": budget, "seed": seed, "examples": examples}
+        results = {"results": report.rows, "shown": report.shown}
+        common.emit_json({"model": "demo", **about, **results})  # see docs/cli.md
     else:
         side_by_side_view.show(report, length)
 
@@ -108,8 +106,3 @@ def parse_tasks(names: str | None) -> list[str]:
     if not chosen:
         raise BadInput(f"--tasks is empty; give some of {', '.join(TASKS)}, or leave it out")
     return chosen
-
-
-def record(report: Any, **settings: Any) -> dict[str, Any]:
-    """The machine-readable form (docs/cli.md)."""
-    return {"model": "demo", **settings, "results": report.rows, "shown": report.shown}

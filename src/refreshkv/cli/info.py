@@ -96,11 +96,14 @@ def cpu() -> dict[str, Any]:
 
 def native() -> dict[str, str | None]:
     """The C++ compiler of the CPU kernels and its version, `None` for none; the folder of the compiled library."""
+    from refreshkv.kernels.native import safe_folder
+
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    folder = safe_folder.kept()  # `None` where none is safe, and each process makes its own
     return {
         "compiler": compiler,
         "compiler_version": compiler and compiler_version(compiler),
-        "cache": compiled_folder(),
+        "cache": None if folder is None else str(folder),
     }
 
 
@@ -112,14 +115,6 @@ def compiler_version(compiler: str) -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return next(iter(done.stdout.splitlines()), None)
-
-
-def compiled_folder() -> str | None:
-    """Where the compiled CPU kernels are kept; `None` where no folder is safe, and each process makes its own."""
-    from refreshkv.kernels.native import safe_folder
-
-    folder = safe_folder.kept()
-    return None if folder is None else str(folder)
 
 
 def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from refreshkv import weights
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.locate import Source, locate
 from refreshkv.text import one_line
@@ -49,12 +49,11 @@ def load_config(source: Source, trust_remote_code: bool = False) -> tuple[Any, S
     """The config of a model, without its weights, and whether it is supported.
 
     Raises:
-        BadInput: a config that does not load, or that makes no sense.
+        ModelFilesError: a config that does not load, or that makes no sense.
     """
     from transformers import AutoConfig
 
     import refreshkv
-    from refreshkv import weights
 
     quiet()
     with reading(source, "config"):
@@ -74,11 +73,10 @@ def load(
 
     Raises:
         BadInput: whatever `locate` raises, an architecture that RefreshKV does not support (before any weight is
-            read), a device that is not there, or files that do not load.
+            read), or a device that is not there.
+        ModelFilesError: files that do not load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from refreshkv import weights
 
     target = pick_device(device)
     source = locate(name)
@@ -136,11 +134,8 @@ class OneLine(logging.Formatter):
         return f"refreshkv: note: {one_line(super().format(record))}"
 
 
-@contextlib.contextmanager
-def reading(source: Source, part: str) -> Iterator[None]:
-    """Errors of the loaders come from the files that the user named: bad input, in one line, with a remedy."""
-    from refreshkv import weights
-
+def reading(source: Source, part: str) -> AbstractContextManager[None]:
+    """Errors of the loaders come from the files that the user named: one line, with a remedy."""
     remedy = weights.REMEDY
     if source.label == "demo":
         remedy = "reinstall refreshkv"
@@ -148,8 +143,4 @@ def reading(source: Source, part: str) -> Iterator[None]:
         remedy = (
             "the Hub did not answer and the local cache lacks it: check the name and the network"
         )
-    try:
-        with weights.reading(f"the {part} of model {source.label!r}", remedy):
-            yield
-    except weights.ModelFilesError as error:
-        raise BadInput(str(error)) from error
+    return weights.reading(f"the {part} of model {source.label!r}", remedy)

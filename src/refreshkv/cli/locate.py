@@ -76,10 +76,9 @@ def locate(model: str, *, weights: bool = True) -> Source:
 
 def check_folder(path: Path, weights: bool) -> None:
     """Raise `BadInput` unless `path` holds a config and, where they are needed, safetensors weights."""
+    remedy = "give a folder written by save_pretrained"
     if not (path / "config.json").is_file():
-        raise BadInput(
-            f"model folder '{path}' has no config.json; give a folder written by save_pretrained"
-        )
+        raise BadInput(f"model folder '{path}' has no config.json; {remedy}")
     for name in OBJECTS:  # of some that are broken transformers says little, and others it ignores
         check_object(path / name)
     if not weights or any(path.glob("*.safetensors")):
@@ -92,9 +91,7 @@ def check_folder(path: Path, weights: bool) -> None:
             f"model folder '{path}' has only pickled weights ({pickled[0]}), which can run code when loaded;"
             " convert them: load the model where you trust it and call save_pretrained, which writes safetensors"
         )
-    raise BadInput(
-        f"model folder '{path}' has no *.safetensors weights; give a folder written by save_pretrained"
-    )
+    raise BadInput(f"model folder '{path}' has no *.safetensors weights; {remedy}")
 
 
 def check_object(path: Path) -> None:
@@ -121,17 +118,13 @@ def ask_hub(model: str) -> bool:
 
     try:
         HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+        return True
     except errors.HFValidationError as error:
-        raise BadInput(f"model {model!r} is neither a folder nor a Hub id: {error}") from error
-    except errors.GatedRepoError as error:
-        raise BadInput(
-            f"model {model!r} is gated; accept its terms on the Hub, then run 'hf auth login'"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise BadInput(
-            f"model {model!r} is neither a folder here nor on the Hub; check the name, or run 'hf auth login' if it is"
-            " private"
-        ) from error
+        why = f"is neither a folder nor a Hub id: {error}"
+    except errors.GatedRepoError:
+        why = "is gated; accept its terms on the Hub, then run 'hf auth login'"
+    except errors.RepositoryNotFoundError:
+        why = "is neither a folder here nor on the Hub; check the name, or run 'hf auth login' if it is private"
     except Exception:  # no network, time-out, offline mode, a server error: httpx and the Hub have many classes for it
         return False
-    return True
+    raise BadInput(f"model {model!r} {why}")

@@ -42,19 +42,16 @@ def read_prompt(text: str | None, file: str | None) -> str:
 def read_file(file: str) -> bytes:
     """The bytes of a file, or `BadInput`."""
     try:
-        path = common.path_of(file)
+        return common.path_of(file).read_bytes()
     except ValueError as error:
-        raise BadInput(f"prompt file '{file}' {error}; check the path") from None
-    try:
-        return path.read_bytes()
+        why = f"{error}; check the path"
     except FileNotFoundError:
-        raise BadInput(f"prompt file '{file}' does not exist; check the path") from None
+        why = "does not exist; check the path"
     except IsADirectoryError:
-        raise BadInput(f"prompt file '{file}' is a directory; give a text file") from None
+        why = "is a directory; give a text file"
     except OSError as error:
-        raise BadInput(
-            f"prompt file '{file}' cannot be read ({error.strerror}); check its permissions"
-        ) from None
+        why = f"cannot be read ({error.strerror}); check its permissions"
+    raise BadInput(f"prompt file '{file}' {why}")
 
 
 def decode(data: bytes, name: str) -> str:

@@ -54,12 +54,20 @@ IN_PLACE = {
 LISTED = {
     (64, 2): Config(block=64, warps=4, stages=5),
     (128, 2): Config(block=64, warps=4, stages=5),
-    (256, 2): Config(block=32, warps=4, stages=5),
+    (256, 2): Config(block=32, warps=4, stages=4),
     (64, 4): Config(block=64, warps=8, stages=3),
     (128, 4): Config(block=16, warps=8, stages=3),
     (256, 4): Config(block=16, warps=8, stages=3),
 }
 _SECOND_LIST_STAGES = 2  # more, for positions in pages
+# Several queries of a row are more rows of a product, which leaves fewer registers: what they take in place of those.
+IN_PLACE_SEVERAL = IN_PLACE | {
+    (256, 2): Config(block=16, warps=4, stages=3),
+    (64, 4): Config(block=32, warps=8, stages=2),
+    (128, 4): Config(block=16, warps=8, stages=2),
+    (256, 4): Config(block=16, warps=8, stages=2),
+}
+LISTED_SEVERAL = LISTED | {(128, 2): Config(block=32, warps=4, stages=5)}
 # Queries of a group in one matrix product.
 TILE = {(64, 2): 64, (128, 2): 64, (256, 2): 32, (64, 4): 32, (128, 4): 32, (256, 4): 16}
 
@@ -84,7 +92,8 @@ def attend_in_splits(
     value_dim = 0 if values is None else values.shape[-1]
     kind = (padded(max(dim, value_dim), least=64), entries.keys.itemsize)
     lists = (entries.positions is not None) + (entries.blocks is not None)
-    config = (LISTED if lists else IN_PLACE)[kind]
+    tables = (IN_PLACE, LISTED) if starts is None else (IN_PLACE_SEVERAL, LISTED_SEVERAL)
+    config = tables[lists > 0][kind]
     config = replace(config, stages=config.stages + _SECOND_LIST_STAGES * (lists == 2))
     tile = min(padded(heads // kv_heads * queries), TILE[kind])
     tiles = triton.cdiv(heads // kv_heads * queries, tile)
@@ -133,8 +142,8 @@ def attend_in_splits(
 
 @triton.jit
 def start_of(starts_ptr, row, queries, length):
-    """The position of a row's first query, which does not lie outside of -queries .. length."""
-    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length)
+    """The position of a row's first query, int32, which does not lie outside of -queries .. length."""
+    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length).to(tl.int32)
 
 
 @triton.jit
