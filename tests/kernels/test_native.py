@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -286,96 +283,9 @@ def test_the_best_slots_are_those_of_the_definition(count: int) -> None:
         assert torch.equal(native_selection.top_slots(scores, newest, count), expected)
 
 
-# The build.
-
-
-@pytest.fixture
-def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, and no library yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.library.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    build.library.cache_clear()
-
-
-def test_the_library_is_compiled_once(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O0"))
-    monkeypatch.setenv(
-        "CXX", f"{shutil.which('env')} c++"
-    )  # a command with arguments, as with ccache
-    path = build.build()
-    assert path.parent == fresh_build / "refreshkv"
-    assert list(path.parent.iterdir()) == [path]
-    before = path.stat().st_mtime_ns
-    assert build.build() == path
-    assert path.stat().st_mtime_ns == before
-    assert build.build(["-DOTHER"]) != path
-
-
-@pytest.mark.parametrize(
-    "reason", ["no compiler", "it fails", "it is not there", "no OpenMP", "no place to write"]
-)
-def test_without_a_library_one_warning_says_why(
-    reason: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if reason == "no compiler":
-        monkeypatch.setenv("PATH", str(fresh_build))
-        said = "no C\\+\\+ compiler is on the path"
-    elif reason == "it fails":
-        monkeypatch.setenv("CXX", shutil.which("false") or "/bin/false")
-        said = "false failed"
-    elif reason == "it is not there":
-        monkeypatch.setenv("CXX", "/nonexistent/c++")
-        said = "does not run"
-    elif reason == "no OpenMP":
-        monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-fno-openmp"))
-        said = "OpenMP is needed"
-    else:
-        monkeypatch.setattr(build.safe_folder, "kept", lambda: None)
-        monkeypatch.setattr(build.safe_folder, "private", lambda: fresh_build / "gone")
-        said = "No such file or directory"
-    given = replace(PLAIN, dtype=torch.bfloat16).inputs()
-    with pytest.warns(RuntimeWarning, match=said) as warned:
-        ours = [CPU.attend(*given).output for _ in range(2)]
-    assert len(warned) == 1
-    assert "REFRESHKV_NATIVE=0" in str(warned[0].message)
-    assert torch.equal(ours[1], reference.attend(*given).output)
-    assert not [path for path in fresh_build.rglob("*") if path.is_file()]
-
-
-@pytest.mark.filterwarnings("error")
-def test_it_can_be_switched_off(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRESHKV_NATIVE", "0")
-    given = replace(PLAIN, dtype=torch.bfloat16).inputs()
-    assert not attention.serves(*given)
-    assert torch.equal(CPU.attend(*given).output, reference.attend(*given).output)
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = fresh_build / "file"
-    blocked.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O0"))
-    assert build.build().exists()
-
-
-def test_the_library_has_no_threads_of_its_own() -> None:
-    """It runs on those of torch's OpenMP: a second runtime in the process would fight for the cores."""
-    if sys.platform != "linux":
-        pytest.skip("reads /proc")
-    code = (
-        "import torch; from refreshkv.kernels.native.build import library; library();"
-        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
-
-
 # From here on: what is wrong is noticed.
 
+# Each leaves the kernel within its memory: without a bound it would not be there to be noticed.
 MUTANTS = [
     ("attention.cpp", "total *= kept;", ";"),
     ("attention.cpp", "store(mixed + d, load<Floats>(mixed + d) * kept);", ";"),
@@ -390,19 +300,17 @@ MUTANTS = [
     ("attention.cpp", "std::fill(scores + part.end, scores + count, 0.0f);", ""),
     ("attention.cpp", "v < 0 ? -tanh : tanh", "tanh"),
     ("attention.cpp", "size < 0.25f ? v * series", "size < 0.0f ? v * series"),
-    ("attention.cpp", "17 / 315.0f", "0.0f"),
+    ("attention.cpp", "2 / 15.0f", "0.0f"),
     ("job.h", "while (first < end && !visible[first]) ++first;", "++first;"),
-    ("job.h", "padded(length) + 32", "length / 32 * 32"),
     ("job.h", "start - job.window + 1", "start - job.window + 2"),
-    ("job.h", "std::fill(found.values + n, found.values + padded(n), kZeros);", ""),
-    ("pack.h", "put_in_order(low, high);", ""),
+    ("pack.h", "put_in_order(low, high);", ";"),
     ("pack.h", "if (left > 0) std::copy_n(from, left, some);", ""),
     ("pack.h", "std::min<int64_t>(2 * kLanes, dim - d)", "std::min<int64_t>(2 * kLanes, dim - d) / 2"),
     ("product.h", "return c + (Floats)b * *a;", "return c + (Floats)b;"),
     ("product.h", "x.a + (i + r) * x.lda + p + kEach<A> * row", "x.a + i * x.lda + p + kEach<A> * row"),
     ("lanes.h", "p = p * f + 2.4015453e-1f;", "p = p * f + 1.4e-1f;"),
-    ("lanes.h", "p = p * f + 1.87623e-3f;", ""),
-    ("entries.h", "page * entries_.size;", "0;"),
+    ("lanes.h", "all(1.87623e-3f)", "all(1.8e-3f)"),
+    ("entries.h", "position -= page * entries_.size;", "position = 0;"),
     ("entries.h", "row = blocks_[page];", "row = page;"),
     ("entries.h", "entries.blocks + row * entries.pages", "entries.blocks"),
     ("entries.h", "if (rows) row = rows[row];", ""),
@@ -436,8 +344,9 @@ def check_everything(library: ctypes.CDLL) -> None:
     for case in (EVERY, *LONG, Case(rows=3, dtype=torch.bfloat16), *NARROW[:2]):
         check_verify(verify, case)
     ATTENTION_CHECKS["attend_and_score"](both, LONG[2])
-    faint = Case(softcap=50.0)  # no logit is near it
-    for case in (faint, replace(EVERYTHING, dtype=torch.float16, length=300)):
+    near, far = Case(softcap=12.0), Case(softcap=300.0)
+    padded = Case(length=9, hidden="left")
+    for case in (near, far, padded, replace(EVERYTHING, dtype=torch.float16, length=300)):
         ATTENTION_CHECKS["attend_and_score"](both, case)
     for layout in LAYOUTS:
         for case in (Case(length=640, value_dim=48), Case(length=64, hidden="holes")):

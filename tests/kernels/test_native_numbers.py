@@ -82,7 +82,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("selection.cpp", "std::nth_element(keys.begin(), keys.end() - count, keys.end());", "", check_selection),
     ("selection.cpp", "std::sort(keys.end() - count, keys.end());", "", check_selection),
     ("selection.cpp", "(job.heads && !job.heads[part])) continue;", "false) continue;", check_copies),
-    ("selection.cpp", "job.ring.put(into, head, slot, key, value);", "", check_copies),
+    ("selection.cpp", "job.ring.put(into, head, slot, key, value);", ";", check_copies),
     ("selection.cpp", "job.entries.kept_row(row, job.ring.kept);\n    if", "row;\n    if", check_copies),
     ("selection.cpp", "pair = into * kv_heads + head", "pair = part", check_copies),
     ("selection.cpp", "slot * value.token, from_value", "slot * value.token, from_key", check_copies),
@@ -100,7 +100,6 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("entries.h", "position < 0 || position >=", "position <= 0 || position >=", check_attention),
     ("entries.h", "row >= 0 && row < among ? row : -1", "row > 0 && row < among ? row : -1", check_attention),
     ("entries.h", "if (of_list < 0) there_ = false;", "if (of_list < 0) there_ = true;", check_attention),
-    ("lanes.h", "v == v ? rounded : bits | 0x400000", "rounded", check_attention),
 ]  # fmt: skip
 
 

@@ -92,6 +92,7 @@ def attend_in_splits(
     value_dim = 0 if values is None else values.shape[-1]
     kind = (padded(max(dim, value_dim), least=64), entries.keys.itemsize)
     lists = (entries.positions is not None) + (entries.blocks is not None)
+    plain = not lists and starts is None and entries.keys.itemsize == 2
     tables = (IN_PLACE, LISTED) if starts is None else (IN_PLACE_SEVERAL, LISTED_SEVERAL)
     config = tables[lists > 0][kind]
     config = replace(config, stages=config.stages + _SECOND_LIST_STAGES * (lists == 2))
@@ -128,6 +129,7 @@ def attend_in_splits(
         BLOCK=config.block,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=None if plain else _registers(config, entries.keys.itemsize),
     )
     merged = merge(
         output,
@@ -138,6 +140,15 @@ def attend_in_splits(
         queries=queries,
     )
     return Attended(*(x.unflatten(1, (heads, queries)) for x in merged)), logits
+
+
+def _registers(config: Config, itemsize: int) -> int:
+    """Of a thread, so that two programs fit an SM in 16 bits.
+
+    Left to itself, the assembler spills a few bytes for the sake of a further one. A plain step needs so few that it
+    never does.
+    """
+    return min(255, 65536 // (32 * config.warps * (2 if itemsize == 2 else 1)))
 
 
 @triton.jit
