@@ -76,8 +76,8 @@ struct Interleave {
 };
 
 // Values of `dim` numbers -> the tiles of `[n, dim]`, n a multiple of 32. What is not seen is zeros, as a weight of 0
-// would make a NaN of a NaN. The columns of a register of bfloat16 and the next are in the order that interleaving leaves;
-// `put_in_order` undoes it in the result.
+// would make a NaN of a NaN. The columns of a register of bfloat16 and the next are in the order that interleaving
+// leaves; `put_in_order` undoes it in the result.
 template <typename T>
 void pack_values(const char* const* values, int64_t n, int64_t dim, Word* packed, Ahead& ahead) {
   using A = Operand<T>;
