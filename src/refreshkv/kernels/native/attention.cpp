@@ -5,7 +5,7 @@
 // in chunks of a fixed size with a softmax each, and a chunk in blocks, as in FlashAttention: where its entries lie,
 // logits, running maximum, weights, weights times values. The weights stay, in bfloat16 where the entries are and else
 // in float32, and with the maximum that they refer to, until the log-sum-exp is known; then they become the scores.
-// Neither the batch, nor the number of threads, nor where entries lie changes what a chunk is, nor any bit of the result.
+// Neither the batch, nor the number of threads, nor where entries lie changes what a chunk is, or a bit of the result.
 
 #include <cmath>
 #include <vector>
@@ -34,7 +34,8 @@ void copy_queries(const Job& job, const Part& part, Operand<T>* queries) {
 inline Floats capped(Floats logits, float scale, float cap) {
   const Floats v = logits * (scale / cap), size = v < 0 ? -v : v, square = v * v;
   const Floats e = power_of_two(size * (-2 * kLog2e)), tanh = (1.0f - e) / (1.0f + e);
-  const Floats series = 1.0f + square * (-1 / 3.0f + square * (2 / 15.0f - square * (17 / 315.0f - square * (62 / 2835.0f))));
+  const Floats higher = 2 / 15.0f - square * (17 / 315.0f - square * (62 / 2835.0f));
+  const Floats series = 1.0f + square * (-1 / 3.0f + square * higher);
   return (size < 0.25f ? v * series : v < 0 ? -tanh : tanh) * cap;
 }
 

@@ -17,8 +17,8 @@ struct Entries {
   const int32_t* blocks;      // [B, M] contiguous
   const int32_t* positions;   // [listed, Hkv, n] contiguous
   const int32_t* rows;        // [B], or null
-  int64_t kept, kv_heads, size;   // R or N, Hkv, L or P
-  int64_t pages, listed, count;   // M or -1, rows of a list or -1, n
+  int64_t kept, kv_heads, size;  // R or N, Hkv, L or P
+  int64_t pages, listed, count;  // M or -1, rows of a list or -1, n
   Strides key, value;
 
   // Not whether there is an address: nothing has none.

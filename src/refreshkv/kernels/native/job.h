@@ -11,14 +11,14 @@ extern "C" {
 // What attention.py fills in, field by field; strides in elements. Null: not given, or not wanted.
 struct Job {
   Entries entries;
-  const void* query;        // [B, Hq, T, D]
-  void* output;             // [B, Hq, T, Dv], contiguous
-  float *lse, *scores;      // [B, Hq, T], [B, Hkv, n] or null, contiguous
-  const uint8_t* visible;   // [B, Hkv, n] by strides, or null
-  const uint8_t* heads;     // [B, Hkv] contiguous, or null
-  const int64_t* lengths;   // [B, Hkv] by strides, or null
+  const void* query;               // [B, Hq, T, D]
+  void* output;                    // [B, Hq, T, Dv], contiguous
+  float *lse, *scores;             // [B, Hq, T], [B, Hkv, n] or null, contiguous
+  const uint8_t* visible;          // [B, Hkv, n] by strides, or null
+  const uint8_t* heads;            // [B, Hkv] contiguous, or null
+  const int64_t* lengths;          // [B, Hkv] by strides, or null
   const int64_t *starts, *counts;  // [B], or null
-  const float* sinks;       // [Hq], or null
+  const float* sinks;              // [Hq], or null
   int64_t kind, rows, group, queries, dim, value_dim;  // kind: of the numbers, as in refreshkv_attend
   int64_t query_row, query_head, query_token;
   int64_t visible_row, visible_head, lengths_row, lengths_head;
@@ -33,7 +33,7 @@ struct Job {
 
 namespace {
 
-constexpr int64_t kChunk = 8192;  // entries that share a softmax
+constexpr int64_t kChunk = 8192;             // entries that share a softmax
 constexpr int64_t kRow = kBlock + kColumns;  // floats from one query's logits to the next: not a power of two
 
 int64_t chunks_of(int64_t entries) { return (entries + kChunk - 1) / kChunk; }

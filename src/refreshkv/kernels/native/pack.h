@@ -75,9 +75,9 @@ struct Interleave {
   static constexpr int at(int lane) { return lane / 8 * 8 + second * 4 + lane % 8 / 2 + lane % 2 * 2 * kLanes; }
 };
 
-// Values of `dim` numbers -> the tiles of `[n, dim]`, n a multiple of 32. What is not seen is zeros: a weight of 0 would
-// make a NaN of a NaN. The columns of a register of bfloat16 and the next are in the order that interleaving leaves;
-// `put_in_order` undoes it in the result.
+// Values of `dim` numbers -> the tiles of `[n, dim]`, n a multiple of 32. What is not seen is zeros, as a weight of 0
+// would make a NaN of a NaN. The columns of a register of bfloat16 and the next are in the order that interleaving
+// leaves; `put_in_order` undoes it in the result.
 template <typename T>
 void pack_values(const char* const* values, int64_t n, int64_t dim, Word* packed, Ahead& ahead) {
   using A = Operand<T>;
