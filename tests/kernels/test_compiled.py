@@ -18,14 +18,14 @@ SPILLED = {(80, torch.float32): 16, (80, torch.bfloat16): 24}
 RESERVED = 1024  # of them for each program
 TYPICAL, OTHERS = (128,), (64, 80, 256)
 
-LAUNCHES = {
+LAUNCHES = {  # at most
     "attend": 2,
     "attend_and_score": 3,
-    "attend_and_rank": 3,
+    "attend_and_rank": 4,
     "score": 3,
     "verify": 3,
     "vote": 3,
-    "select": 8,
+    "select": 9,
     "gather": 1,
     "insert": 1,
 }
@@ -46,8 +46,7 @@ def test_no_operation_asks_the_device(
     operation = getattr(importlib.import_module(f"refreshkv.kernels.triton.{module}"), name)
     for kind, given in calls(operation, 64, torch.bfloat16):
         operation(**each_tensor(lambda tensor: tensor.to("meta"), given))
-        lifted = name == "select" and kind != "plain"  # what anchors add
-        assert len(launched) == LAUNCHES[name] + lifted
+        assert 0 < len(launched) <= LAUNCHES[name], kind
         launched.clear()
 
 

@@ -52,7 +52,9 @@ def on_its_device(operation: Callable[P, R]) -> Callable[P, R]:
 
 def padded(size: int, least: int = 16) -> int:
     """The power of two that holds `size`; tensor cores take no fewer than 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(
+        least, 1 << max(size - 1, 0).bit_length()
+    )  # a tenth of a launch cheaper than triton's
 
 
 def split_count(heads: int, entries: int, block: int) -> int:
@@ -154,25 +156,25 @@ def merge_kernel(
 def merge(
     partial: Tensor | None,
     partial_lse: Tensor,
+    shape: torch.Size,
     *,
     dtype: torch.dtype,
     sinks: Tensor | None,
     heads: Tensor | None,
-    queries: int = 1,
 ) -> Attended:
     """The attention of each query from that of its splits.
 
     Args:
         partial: `[B, Hq * Q, S, D]` float32, each split's output by itself; `None`: the log-sum-exp alone is wanted.
         partial_lse: `[B, Hq * Q, S]` float32, -inf where a split saw nothing.
-        dtype: of the output `[B, Hq * Q, D]`.
+        shape: of the result, `[B, Hq]` or `[B, Hq, Q]`; the output has D more.
+        dtype: of the output.
         sinks: `[Hq]`; heads: `[B, Hkv]` bool.
-        queries: Q, the tokens of one query head, its fastest axis.
     """
     rows, count, splits = partial_lse.shape
-    lse = partial_lse.new_empty(rows, count)
+    lse = partial_lse.new_empty(shape)
     dim = 1 if partial is None else partial.shape[-1]
-    output = lse.new_empty(rows, count, dim, dtype=dtype)
+    output = lse.new_empty(*shape, dim, dtype=dtype)
     merge_kernel[(count, rows)](
         partial,
         partial_lse,
@@ -182,7 +184,7 @@ def merge(
         lse,
         splits,
         MEMBERS=1 if heads is None else count // heads.shape[1],
-        QUERIES=queries,
+        QUERIES=count // shape[1],
         DIM=dim,
         DIM_PAD=padded(dim),
         MOST=MOST_SPLITS,

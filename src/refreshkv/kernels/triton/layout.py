@@ -37,8 +37,8 @@ class Store(NamedTuple):
 class Limits(NamedTuple):
     """What an index has to stay below: positions of a row, rows of what is kept, pages.
 
-    Single arguments of a kernel, and `LIMITS`: for a store that grows, it would be compiled for lengths that 16
-    divides, and for others.
+    They are arguments of their own, so that `LIMITS` can keep a kernel from being compiled once for what 16 divides
+    and once more for the rest, as a store grows.
     """
 
     width: int

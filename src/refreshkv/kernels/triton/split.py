@@ -8,8 +8,6 @@ where scores or ranks follow, so that no key is read twice.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -82,12 +80,13 @@ def attend_in_splits(
     window: int | None = None,
     keep_logits: bool = False,
 ) -> tuple[Attended, Tensor | None]:
-    """`reference.attend` for `[B, Hq, T, D]`, or with `starts` `reference.verify`; and logits `[B, Hq * T, n]` if kept.
+    """`reference.attend`, or with `starts` that of `reference.verify`; and logits `[B, Hq, n]` if kept.
 
     Without values the log-sum-exp alone.
     """
     query = contiguous_rows(query)
-    rows, heads, queries, dim = query.shape
+    (rows, heads, *several), dim = query.shape[:-1], query.shape[-1]
+    queries = several[0] if several else 1
     kv_heads, values = entries.kv_heads, entries.values
     value_dim = 0 if values is None else values.shape[-1]
     kind = (padded(max(dim, value_dim), least=64), entries.keys.itemsize)
@@ -95,7 +94,6 @@ def attend_in_splits(
     plain = not lists and starts is None and entries.keys.itemsize == 2
     tables = (IN_PLACE, LISTED) if starts is None else (IN_PLACE_SEVERAL, LISTED_SEVERAL)
     config = tables[lists > 0][kind]
-    config = replace(config, stages=config.stages + _SECOND_LIST_STAGES * (lists == 2))
     tile = min(padded(heads // kv_heads * queries), TILE[kind])
     tiles = triton.cdiv(heads // kv_heads * queries, tile)
     splits = split_count(rows * kv_heads * tiles, entries.count, config.block)
@@ -128,18 +126,18 @@ def attend_in_splits(
         TILES=tiles,
         BLOCK=config.block,
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=config.stages + _SECOND_LIST_STAGES * (lists == 2),
         maxnreg=None if plain else _registers(config, entries.keys.itemsize),
     )
-    merged = merge(
+    attended = merge(
         output,
         lse,
+        query.shape[:-1],
         dtype=query.dtype if values is None else values.dtype,
         sinks=options.sinks,
         heads=how.heads_ptr,
-        queries=queries,
     )
-    return Attended(*(x.unflatten(1, (heads, queries)) for x in merged)), logits
+    return attended, logits
 
 
 def _registers(config: Config, itemsize: int) -> int:

@@ -27,7 +27,7 @@ _LOWEST = tl.constexpr(-(2**63))
 @on_its_device
 def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
     """See `reference.attend`."""
-    return _attended(query, entries, options)[0]
+    return attend_in_splits(query, entries, options)[0]
 
 
 @on_its_device
@@ -35,7 +35,7 @@ def attend_and_score(
     query: Tensor, entries: Entries, options: AttendOptions
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
-    attended, logits = _attended(query, entries, options, keep_logits=True)
+    attended, logits = attend_in_splits(query, entries, options, keep_logits=True)
     rows, kv_heads = len(query), entries.kv_heads
     scores = attended.lse.new_empty(rows, kv_heads, entries.count)
     score_kernel[(triton.cdiv(entries.count, SCORES.block), kv_heads, rows)](
@@ -65,7 +65,7 @@ def attend_and_rank(
 ) -> tuple[Attended, Tensor]:
     """See `reference.attend_and_rank`."""
     count = max(0, min(count, entries.count))
-    attended, logits = _attended(query, entries, options, keep_logits=count > 0)
+    attended, logits = attend_in_splits(query, entries, options, keep_logits=count > 0)
     rows, kv_heads = newest.shape
     if logits is None:
         return attended, newest.new_empty(rows, kv_heads, 0)
@@ -98,14 +98,6 @@ def attend_and_rank(
         num_warps=1,
     )
     return attended, best
-
-
-def _attended(
-    query: Tensor, entries: Entries, options: AttendOptions, keep_logits: bool = False
-) -> tuple[Attended, Tensor | None]:
-    """Attention of one query token `[B, Hq, D]`, and its logits `[B, Hq, n]` if kept."""
-    several, logits = attend_in_splits(query[:, :, None], entries, options, keep_logits=keep_logits)
-    return Attended(several.output.squeeze(2), several.lse.squeeze(2)), logits
 
 
 @triton.jit
