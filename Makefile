@@ -67,14 +67,16 @@ format: $(STAMP)  ## rewrite the files as the linter wants them
 bench: $(STAMP)  ## decode timing on a small shape
 	$(BIN)/refreshkv bench decode --shape demo --context 4096 --budget 512 --stride 5 --device cpu --no-record
 
-# The CPU rows of README.md, and README.md from them. Each command takes less than four minutes on two cores.
+# The CPU rows, and the tables of README.md and docs/bench.md from them. Each command takes less than four minutes on two cores.
 ON_CPU := --shape llama-3.2-1b --device cpu --dtype bfloat16 --threads 2
 DECODE_CPU := $(BIN)/refreshkv bench decode $(ON_CPU) --budget 1024 --stride 10 --draft 8 --acceptance 0.85
-bench-cpu: $(STAMP)  ## the CPU rows of README.md (about 20 minutes)
+bench-cpu: $(STAMP)  ## the CPU rows of README.md and docs/bench.md (about 20 minutes)
 	$(DECODE_CPU) --sizes 1x8192,1x16384 --steps 12
 	$(DECODE_CPU) --sizes 1x32768 --steps 12
 	$(DECODE_CPU) --sizes 1x65536 --steps 12 --skip default
 	$(DECODE_CPU) --sizes 4x32768 --steps 6 --cycles 3 --skip default,fast
+	$(BIN)/refreshkv bench decode $(ON_CPU) --budget 2048 --stride 10 --draft 10 --acceptance 0.93 \
+		--sizes 4x32768 --steps 4 --cycles 3 --skip snapkv,default,fast
 	$(BIN)/refreshkv bench kernels $(ON_CPU) --budget 1024 --sizes 1x32768,1x65536 --repeats 5
 	$(BIN)/refreshkv bench scale $(ON_CPU) --contexts 8192,16384,32768,65536 \
 		--batches 1,2,4 --budgets 1024,512,2048 --strides 10,2,5,20 --steps 5 --plot benchmarks/scale-cpu.png
@@ -119,7 +121,7 @@ test-gpu:  ## the tests that need a GPU
 # All GPU rows in one go; a command that fails does not keep the others from theirs.
 ON_GPU := --shape llama-3.1-8b --device cuda --dtype bfloat16 --budget 0.1
 DECODE_GPU := $(GPU_PYTHON) -m refreshkv.cli bench decode $(ON_GPU) --stride 10 --draft 8 --acceptance 0.85 --steps 20
-bench-gpu:  ## the GPU rows of README.md (within 10 minutes on an H200)
+bench-gpu:  ## the GPU rows of README.md and docs/bench.md (within 10 minutes on an H200)
 	failed=0; \
 	$(GPU_PYTHON) -m refreshkv.cli bench kernels $(ON_GPU) --sizes 1x32768,8x32768,32x32768 || failed=1; \
 	$(DECODE_GPU) --sizes 1x32768,1x131072,8x32768 || failed=1; \

@@ -196,8 +196,8 @@ class RefreshConfig(
 ):  # the fields come in the order from the last base to the first
     """Every choice of the method: `Selection`, `Schedule`, `Exact` and the mode. Frozen.
 
-    A setting that the mode, or the trigger, does not read keeps its default; anything else is an error. Only the budget
-    may be given in every mode, so that a comparison can name one for all.
+    A setting that the mode, or the trigger, does not read keeps its default; anything else is an error. The budget
+    alone may be given in every mode, so that a comparison can name one for all.
 
     Attributes:
         mode: "refresh" is the method; "exact" drafts with partial steps and verifies the drafts with a full one, so

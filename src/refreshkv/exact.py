@@ -176,8 +176,8 @@ class ExactWindowLayer(ExactLayer):
     def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         position = self.ends + self.drafted
         self.drafted += 1
-        tokens = (x[:, :, None] for x in (query, key, value))
-        return self._attend(*tokens, position)[:, :, 0]
+        query, key, value = (x[:, :, None] for x in (query, key, value))
+        return self._attend(query, key, value, position)[:, :, 0]
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         return self._attend(queries, keys, values, self.ends)

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 import refreshkv
+from refreshkv import attach
 from refreshkv.bench import decode, roofline, variants
+from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.decode import WrongResultError
-from refreshkv.bench.exact import Exact, kept
+from refreshkv.bench.job import Job
 from refreshkv.bench.shapes import build
-from refreshkv.bench.variants import Job
 from refreshkv.exact import ExactLayer
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.kernels.backend import language
 
 from .conftest import SMALL
 
-JOB = Job("demo", 128, 2, 32, 10, 3, 0.5, torch.device("cpu"), torch.float32, 1, 1)
+JOB = Job(**{name: value for name, value in SMALL.items() if name != "progress"})
 
 
 def test_contract(record: dict[str, Any]) -> None:
@@ -77,15 +78,15 @@ def test_every_step_begins_at_the_context() -> None:
         caches = variants.caches(model, JOB, ("default",))
         dense = caches["own_dense"]
         turns = decode._Turns(model, session.implementation_below, caches, JOB)
-        first = turns._step("own_dense")
+        first = turns.step("own_dense")
         turns.check()
         turns.time(progress=False)
         assert dense.layers[0].inner.length == 128
-        assert torch.equal(turns._step("own_dense"), first)
+        assert torch.equal(turns.step("own_dense"), first)
         assert caches["snapkv"].layers[0].inner.length == 32
         assert caches["empty"].layers[0].inner.length == 1
     # The static cache and ours are one buffer.
-    assert dense.layers[0].inner.store.keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
+    assert dense.layers[0].keys.data_ptr() == caches["static"].layers[0].keys.data_ptr()
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -110,7 +111,7 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
             for _ in range(2):
                 exact.cycle(token, 2)
                 exact.take_back()
-                exact.select()
+                cache.before_drafts()
                 drafts = [exact.draft(token + ahead, ahead).clone() for ahead in range(3)]
                 verified = exact.verify(torch.cat([token, token + 1, token + 2, token], 1)).clone()
                 exact.take_back()
@@ -146,24 +147,18 @@ def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_committed_tokens_have_the_given_mean() -> None:
-    job = Job("demo", 512, 2, 32, 10, 8, 0.85, torch.device("cpu"), torch.float32, 1, 1)
-    tokens = [kept(cycle, job) for cycle in range(10)]
+    tokens = [kept(cycle, Job(draft=8, acceptance=0.85)) for cycle in range(10)]
     assert set(tokens) == {7, 8} and sum(tokens) == 78
 
 
 def test_several_sizes_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-    monkeypatch.setattr(decode, "build", lambda *given: built.append(given) or build(*given))
-    options = {name: value for name, value in SMALL.items() if name not in ("batch", "context")}
+    seen = []
+    monkeypatch.setattr(refreshkv, "attach", lambda model: seen.append(model) or attach(model))
     skip = tuple(name for name in variants.VARIANTS if name != "own_dense")
-    seen: list[tuple[int, int]] = []
-    decode.run_sizes(
-        [(1, 64), (2, 96)],
-        lambda record: seen.append((record["batch"], record["context"])),
-        **options,
-        skip=skip,
-    )
-    assert seen == [(1, 64), (2, 96)] and len(built) == 1
+    for batch, context in ((1, 64), (2, 96)):
+        found = decode.run(**{**SMALL, "batch": batch, "context": context}, skip=skip)
+        assert (found["batch"], found["context"]) == (batch, context)
+    assert len(seen) == 2 and seen[0] is seen[1]
 
 
 def test_our_steps_on_the_static_form() -> None:

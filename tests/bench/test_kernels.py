@@ -12,18 +12,23 @@ import torch
 
 from refreshkv.bench import kernels
 from refreshkv.bench.decode import WrongResultError
+from refreshkv.bench.job import Job
 from refreshkv.bench.record import read
 from refreshkv.kernels.backend import CPU, Backend
 from refreshkv.policy.selection import Selection
 
-JOB = kernels.Job("demo", 96, 2, 16, 3, torch.device("cpu"), torch.float32, 1)
+SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
+NAMES = [
+    *("attend", "attend_and_rank", "attend_at", "attend_full", "attend_and_score"),
+    *("score", "select", "gather", "verify"),
+]
+JOB = Job(**SMALL)
 
 
 def test_every_kernel(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    options = {"context": 96, "batch": 2, "budget": 16, "draft": 3, "repeats": 1, "results": path}
-    found = kernels.run(shape="demo", dtype="float32", progress=False, **options)
-    assert [one["kernel"] for one in found["kernels"]] == list(kernels.KERNELS)
+    found = kernels.run(**SMALL, steps=1, results=path, progress=False)
+    assert [one["kernel"] for one in found["kernels"]] == NAMES
     for one in found["kernels"]:
         assert one["ms"] > 0 and one["rival_ms"] > 0 and one["relative_rms_error"] < 2e-6
         assert one["rival_over_ours"] == pytest.approx(one["rival_ms"] / one["ms"], rel=1e-3)
@@ -35,7 +40,7 @@ def test_every_kernel(tmp_path: Path) -> None:
         moved["attend"] == 2 * 2 * 2 * 64 * 4 * 16 and moved["attend_full"] == 6 * moved["attend"]
     )
     rows = read(path)
-    assert [row["kernel"] for row in rows] == list(kernels.KERNELS)
+    assert [row["kernel"] for row in rows] == NAMES
     assert rows[0]["versions.torch"] == torch.__version__
 
 
@@ -51,33 +56,37 @@ def shifted(*given: Any, **options: Any) -> Selection:
 @pytest.mark.parametrize(
     "name, backend, message",
     [
-        ("gather", broken("gather", lambda *given: None), "gather: differs from the reference"),
+        (
+            "gather",
+            broken("gather", lambda *given, **ring: None),
+            "gather: differs from the reference",
+        ),
         ("select", broken("select", shifted), "select: .* of its indices"),
         (
             "attend_full",
-            broken("attend", lambda q, k, v, **options: CPU.attend(q * 1.01, k, v, **options)),
+            broken("attend", lambda query, *rest: CPU.attend(query * 1.01, *rest)),
             "attend_full: differs",
         ),
         (
             "verify",
             broken(
                 "verify",
-                lambda q, k, v, **o: CPU.verify(q, k, v, **{**o, "starts": o["starts"] - 1}),
+                lambda *given, starts: CPU.verify(*given, starts=starts - 1),
             ),
             "verify: differs",
         ),
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> None:
-    case, given = kernels.cases_of(JOB)[name], kernels.operands(JOB, seed=0)
+    case, given = kernels.cases_of(JOB)[name], kernels.Operands(JOB, seed=0)
     assert kernels.check(name, case, CPU, given, torch.float32) < 2e-6
     with pytest.raises(WrongResultError, match=message):
         kernels.check(name, case, backend, given, torch.float32)
 
 
 def test_operands_differ_and_select_what_is_gathered() -> None:
-    first, second = kernels.operands(JOB, 0), kernels.operands(JOB, 1)
-    assert not torch.equal(first.keys, second.keys)
+    first, second = kernels.Operands(JOB, 0), kernels.Operands(JOB, 1)
+    assert not torch.equal(first.full.keys, second.full.keys)
     row, head, slot = 1, 0, 3
-    place = first.positions[row, head, slot]
-    assert torch.equal(first.kept[row, head, slot], first.keys[row, head, place])
+    position = first.positions[row, head, slot]
+    assert torch.equal(first.kept.keys[row, head, slot], first.full.keys[row, head, position])

@@ -1,7 +1,8 @@
-"""The speed section of README.md is what the rows say."""
+"""The timings in README.md and docs/bench.md are what the rows say."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from refreshkv.bench.report import LEFT_OUT
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    written = readme.rewrite(text, ROOT / "benchmarks" / "results")
+@pytest.mark.parametrize("name", readme.DOCUMENTS)
+def test_a_document_is_up_to_date(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    written = readme.rewrite(text, readme.DOCUMENTS[name](ROOT / "benchmarks" / "results"))
     assert text == written, "run `python -m refreshkv.bench.readme`"
 
 
-def test_without_rows_nothing_is_claimed(tmp_path: Path) -> None:
-    text = readme.section(tmp_path)
+@pytest.mark.parametrize("write", readme.DOCUMENTS.values())
+def test_without_rows_nothing_is_claimed(write: Callable[[Path], str], tmp_path: Path) -> None:
+    text = write(tmp_path)
     assert "make bench-cpu" in text and "make bench-gpu" in text
     assert "|" not in text
 
@@ -39,6 +42,14 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
     assert "222" in lines[0] and "| - |" in lines[0] and "444" in lines[1]
     assert "111" not in text and "333" not in text
     assert "| 2 x 8K | 32 | 3 | 50% |" in text
+
+
+def test_the_readme_has_few_rows(record_row: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{**record_row, "context": 1024 * size, "ms.mix": 100.0 + size} for size in range(1, 9)]
+    record.append(tmp_path / "decode-cpu.csv", rows)
+    text = readme.summary(tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| 2 x")]
+    assert len(lines) == 6 and "| 101 |" in lines[0] and "3 drafts of which 50% stand" in text
 
 
 def test_kernels(tmp_path: Path) -> None:
@@ -65,16 +76,16 @@ def test_kernels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}", readme.BEGIN * 2 + readme.END]
 )
-def test_markers_that_are_missing(text: str, tmp_path: Path) -> None:
+def test_markers_that_are_missing(text: str) -> None:
     with pytest.raises(ValueError, match="lacks the markers"):
-        readme.rewrite(text, tmp_path)
+        readme.rewrite(text, "new")
 
 
-def test_rewriting_keeps_the_rest_and_is_stable(tmp_path: Path) -> None:
+def test_rewriting_keeps_the_rest_and_is_stable() -> None:
     text = f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
-    once = readme.rewrite(text, tmp_path)
+    once = readme.rewrite(text, "new")
     assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
-    assert readme.rewrite(once, tmp_path) == once
+    assert "new" in once and readme.rewrite(once, "new") == once
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_a_foreign_file_is_found_before_timing(
 
     monkeypatch.setattr(variants, "caches", timed)
     monkeypatch.setattr(decode, "build", timed)
-    monkeypatch.setattr(kernels, "operands", timed)
+    monkeypatch.setattr(kernels, "Operands", timed)
     path = tmp_path / "foreign.csv"
     path.write_text("a,b\n1,2\n")
     run, options = (decode.run, SMALL) if name == "decode" else (kernels.run, KERNELS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refreshkv.bench import roofline
-from refreshkv.bench.roofline import Reads, Sizes
+from refreshkv.bench.roofline import Load, Reads, Sizes
 from refreshkv.bench.shapes import SHAPES, build, config_of, outline
 
 # Parameters of the checkpoints; numbers of K and V of one token.
@@ -44,16 +44,16 @@ def test_unknown_shape() -> None:
 
 
 def test_modes_by_hand() -> None:
-    assert roofline.dense(1000) == Reads(1, 1000)
-    assert roofline.partial(1000, 100) == Reads(1, 100)
-    assert roofline.partial(50, 100) == Reads(1, 50)
-    assert roofline.mix(1000, 100, 10) == Reads(1, 190)  # .9 * 100 + .1 * 1000
-    assert roofline.mix(1000, 100, None) == Reads(1, 100)
-    # 100, and in a fifth of the steps half of 1000 and the new 100
-    assert roofline.fast(1000, 100, 0.2) == Reads(1, pytest.approx(220))
+    modes = Load(context=1000, budget=100, stride=10, draft=8, acceptance=0.85).modes()
+    assert modes["full"] == Reads(1, 1000) and modes["snapkv"] == Reads(1, 100)
+    assert modes["mix"] == Reads(1, 190)  # .9 * 100 + .1 * 1000
+    # 100, and in some steps half of 1000 and the new 100
+    assert modes["fast"] == Reads(1, pytest.approx(100 + roofline.FAST_FULL_SHARE * 600))
     # 9 passes for 1 + 8 * .85 = 7.8 tokens, over 8 * 100 + 1000 entries
-    cost = roofline.exact(1000, 100, 8, 0.85)
+    cost = modes["exact"]
     assert (cost.passes, cost.entries) == (pytest.approx(9 / 7.8), pytest.approx(1800 / 7.8))
+    assert Load(context=1000, budget=100, stride=None).modes()["mix"] == Reads(1, 100)
+    assert Load(context=50, budget=100).modes()["snapkv"] == Reads(1, 50)
 
 
 def test_rows_share_the_weights_and_not_the_cache() -> None:
@@ -64,10 +64,13 @@ def test_rows_share_the_weights_and_not_the_cache() -> None:
 @pytest.mark.parametrize("acceptance", [-0.1, 1.1, float("nan")])
 def test_acceptance_is_a_share(acceptance: float) -> None:
     with pytest.raises(ValueError, match="acceptance is a share"):
-        roofline.tokens_per_pass(8, acceptance)
+        Load(acceptance=acceptance)
 
 
 def test_the_constants_agree_with_the_kv_reads_of_the_fidelity_tables() -> None:
     """Means of docs/fidelity.md: 15.6 % for the lossless mode at K = 1/16, 21.4 % for fast at K = 1/8."""
-    assert roofline.exact(2048, 128).entries / 2048 == pytest.approx(0.156, abs=0.005)
-    assert roofline.fast(2048, 256).entries / 2048 == pytest.approx(0.214, abs=0.005)
+    drafts = {"draft": roofline.DRAFT, "acceptance": roofline.ACCEPTANCE}
+    exact = Load(context=2048, budget=128, **drafts).modes()["exact"]
+    fast = Load(context=2048, budget=256).modes()["fast"]
+    assert exact.entries / 2048 == pytest.approx(0.156, abs=0.005)
+    assert fast.entries / 2048 == pytest.approx(0.214, abs=0.005)

@@ -9,7 +9,7 @@ import pytest
 
 from refreshkv.bench import plan, plots, record, scale
 from refreshkv.bench.plan import Device
-from refreshkv.bench.roofline import Sizes
+from refreshkv.bench.roofline import Load, Sizes
 
 SIZES = Sizes(weights=1_000_000, entry=100, stored=1_500_000)
 # One MB a millisecond.
@@ -44,7 +44,7 @@ def test_strides_by_hand() -> None:
 
 def test_plan_by_hand() -> None:
     settings = {"context": 10_000, "batch": 2, "budget": 1000, "stride": 10, "draft": 9}
-    found = plan.plan(SIZES, **settings, acceptance=1.0, device=DEVICE)
+    found = plan.plan(SIZES, Load(**settings, acceptance=1.0), DEVICE)
     full, mix, exact = (found["modes"][name] for name in ("full", "mix", "exact"))
     assert full["bytes"] == 1_000_000 + 2 * 10_000 * 100 and full["ms"] == 3
     assert full["tokens_per_s"] == pytest.approx(2 / 3e-3, rel=1e-4)
@@ -55,12 +55,12 @@ def test_plan_by_hand() -> None:
     memory = found["memory"]
     assert memory["cache"] == 2_000_000 and memory["partial"] == 200_000
     assert memory["total"] == 3_700_000 and memory["fits"]
-    assert not plan.plan(SIZES, **{**settings, "batch": 10}, device=DEVICE)["memory"]["fits"]
+    assert not plan.plan(SIZES, Load(**{**settings, "batch": 10}), DEVICE)["memory"]["fits"]
 
 
 def test_a_fixed_cost_makes_the_modes_alike() -> None:
-    settings = {"context": 10_000, "batch": 2, "budget": 1000, "stride": None, "device": DEVICE}
-    found = plan.plan(SIZES, **settings, fixed_ms=5.0)["modes"]
+    load = Load(context=10_000, batch=2, budget=1000, stride=None, draft=10, acceptance=0.93)
+    found = plan.plan(SIZES, load, DEVICE, fixed_ms=5.0)["modes"]
     assert found["mix"]["speed_up"] == pytest.approx((5 + 3) / (5 + 1.2), rel=1e-4)
     # the lossless mode makes more than a pass a token
     assert found["exact"]["ms"] > 5.0 * 11 / 10.3
@@ -68,7 +68,7 @@ def test_a_fixed_cost_makes_the_modes_alike() -> None:
 
 def row(context: int, *, fixed: float = 0.0, speed: float = 1e9) -> dict[str, Any]:
     """A row of a machine that is as the model says."""
-    reads = plan.modes(context, 1000, 10, 8, 0.85)
+    reads = Load(context=context, budget=1000).modes()
     moved = {name: one.bytes(SIZES, 1) for name, one in reads.items()}
     ms = {name: fixed * reads[name].passes + size / speed * 1e3 for name, size in moved.items()}
     ms["own_dense"], moved["own_dense"] = ms["full"], moved["full"]
@@ -86,7 +86,7 @@ def row(context: int, *, fixed: float = 0.0, speed: float = 1e9) -> dict[str, An
 
 
 def test_check_against_rows_that_are_as_the_model_says() -> None:
-    found = plan.check([row(5000), row(10_000), row(20_000)], {"x": SIZES})
+    found = plan.predictions([row(5000), row(10_000), row(20_000)], lambda *_: SIZES)
     assert len(found) == 6 and {one["mode"] for one in found} == {"mix", "exact"}
     assert all(abs(one["error_by_bytes"]) < 1e-3 for one in found)
     assert all(abs(one["error_by_fit"]) < 1e-3 for one in found)
@@ -94,13 +94,13 @@ def test_check_against_rows_that_are_as_the_model_says() -> None:
 
 def test_check_tells_a_fixed_cost_by_the_other_rows() -> None:
     rows = [row(context, fixed=4.0) for context in (5000, 10_000, 20_000)]
-    for one in plan.check(rows, {"x": SIZES}):
+    for one in plan.predictions(rows, lambda *_: SIZES):
         if one["mode"] == "mix":
             assert one["error_by_bytes"] > 0.05
         assert abs(one["error_by_fit"]) < 1e-3
-    assert plan.check(rows[:2], {"x": SIZES})[0]["by_fit"] is None  # one other is no line
+    assert plan.predictions(rows[:2], lambda *_: SIZES)[0]["by_fit"] is None  # one other is no line
     alone = [{**rows[0], "device": "another"}, *rows[1:]]
-    assert plan.check(alone, {"x": SIZES})[0]["by_fit"] is None
+    assert plan.predictions(alone, lambda *_: SIZES)[0]["by_fit"] is None
 
 
 def test_a_run_of_scale(tmp_path: Path) -> None:

@@ -51,17 +51,18 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_decode_options(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:
     given: dict[str, Any] = {}
 
-    def stop(sizes: Any, show: Any, **options: Any) -> None:
-        given.update(options, sizes=sizes)
+    def stop(**options: Any) -> None:
+        given.update(options)
         raise ValueError("seen")
 
-    monkeypatch.setattr("refreshkv.bench.decode.run_sizes", stop)
+    monkeypatch.setattr("refreshkv.bench.decode.run", stop)
     path = tmp_path / "d.csv"
     options = ("--stride", "never", "--skip", "default, empty", "--results", path, "--threads", 1)
     result = run(*DECODE, "--batch", 2, "--acceptance", 0.5, *options)
     assert result.exit_code == 2 and "seen" in result.stderr
     assert given == {
-        "sizes": [(2, 64)],
+        "batch": 2,
+        "context": 64,
         "shape": "demo",
         "budget": 16,
         "stride": None,
@@ -79,7 +80,7 @@ def test_decode_options(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Pat
         "progress": False,
     }
     run("bench", "decode", "--device", "cpu", "--sizes", "1x8192,4x512")
-    assert given["sizes"] == [(1, 8192), (4, 512)] and given["results"] is None
+    assert (given["batch"], given["context"], given["results"]) == (1, 8192, None)
     assert (given["budget"], given["stride"], given["draft"], given["acceptance"]) == (
         *(0.125, 10, 8, 0.85),
     )

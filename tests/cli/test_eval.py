@@ -210,8 +210,8 @@ BAD = [
         "unknown setting of key-value 'key'; did you mean 'keys",
     ),
     ({"task_option": "key-value.keys=0"}, 2, "key-value: keys must be an integer >= 1; got 0"),
-    ({"task_option": "key-value.keys=two"}, 2, "key-value.keys=two: 'two' is not int"),
-    ({"task_option": "key-value.keys=true"}, 2, "key-value.keys=true: 'true' is not int"),
+    ({"task_option": "key-value.keys=two"}, 2, "keys must be an integer >= 1; got 'two'"),
+    ({"task_option": "key-value.keys=true"}, 2, "keys must be an integer >= 1; got True"),
     (
         {"task_option": "chain-of-key.keys=4"},
         2,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from refreshkv.bench import roofline
+from refreshkv.bench.roofline import Reads
 from refreshkv.bench.shapes import config_of, outline
 from refreshkv.cli.explain import estimates, lines
 
 
 def test_the_settings_are_those_of_the_presets() -> None:
     found = estimates(2048)
-    assert found["full"] == roofline.dense(2048)
-    assert found["exact"] == roofline.exact(2048, 128, roofline.DRAFT, roofline.ACCEPTANCE)
-    assert found["fast"] == roofline.fast(2048, 256, roofline.FAST_FULL_SHARE)
+    assert found["full"] == Reads(1, 2048)
+    drafts, tokens = roofline.DRAFT, 1 + roofline.DRAFT * roofline.ACCEPTANCE
+    assert found["exact"] == Reads((drafts + 1) / tokens, (drafts * 128 + 2048) / tokens)
+    assert found["fast"] == Reads(1, 256 + roofline.FAST_FULL_SHARE * (1024 + 256))
 
 
 def test_a_long_prompt_asks_for_the_lossless_mode_and_a_short_one_for_none() -> None:
@@ -22,7 +24,7 @@ def test_a_long_prompt_asks_for_the_lossless_mode_and_a_short_one_for_none() -> 
     assert len(long) == 5 and "fastest: exact" in long[-1]
     weights = 1_235_814_400 * 2
     full = weights + (1 << 17) * 32768
-    reads = roofline.exact(1 << 17, 1 << 13)
+    reads = estimates(1 << 17)["exact"]
     exact = reads.passes * weights + reads.entries * 32768
     assert f"{full / exact:.2f}x full attention" in long[2]
     # The line that it names is where both modes move the same bytes.

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from refreshkv.cli.common import BadInput
 from refreshkv.cli.task_options import make_tasks
 from refreshkv.tasks import options_of
 
@@ -52,9 +51,9 @@ def test_an_option_for_a_group_goes_to_those_that_have_it() -> None:
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("summarization.length=5.5", "'5.5' is not int"),
-        ("summarization.length=[1]", "is not int"),
-        ("summarization.max_new_tokens=few", "'few' is not int or none"),
+        ("summarization.length=5.5", "length must be an integer >= 1; got 5.5"),
+        ("summarization.length=[1]", "length must be an integer"),
+        ("summarization.max_new_tokens=few", "max_new_tokens must be an integer >= 1; got 'few'"),
         ("summarization=5", "is not TASK.NAME=VALUE"),
         (".length=5", "is not TASK.NAME=VALUE"),
         ("key-value.keys=5", "key-value is not among --tasks; add it, or leave the option out"),
@@ -62,5 +61,5 @@ def test_an_option_for_a_group_goes_to_those_that_have_it() -> None:
     ],
 )
 def test_bad_options(option: str, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         make_tasks(["summarization"], 500, (option,))

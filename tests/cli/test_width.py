@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from refreshkv.bench.report import NAMES
+from refreshkv.bench.variants import NAMES
 from refreshkv.cli import bench_view, eval_view, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.evals.summary import Summary

@@ -161,7 +161,9 @@ def test_a_turn_selects_again_with_its_own_budget(llama: PreTrainedModel) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt-oss"])
 def test_dtypes(architecture: str, dtype: torch.dtype) -> None:
-    model = build(architecture, initializer_range=0.05).to(dtype)
+    # All experts of a token: a choice of two would turn on the last bit of bfloat16, here and there.
+    experts = {"num_experts_per_tok": 4} if architecture == "gpt-oss" else {}
+    model = build(architecture, initializer_range=0.05, **experts).to(dtype)
     inputs = left_padded([40, 23])
     vanilla = logits(model, inputs, 6)
     with refreshkv.attach(model, EVERYTHING):

@@ -60,6 +60,20 @@ def run_there(operation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def written_there(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """As `run_there`; what is written into the tensors given by name is copied back."""
+
+    def run(*tensors: Any, **named: Any) -> Any:
+        moved = each_tensor(there, named)
+        result = run_there(operation)(*tensors, **moved)
+        for name, tensor in named.items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(moved[name])
+        return result
+
+    return run
+
+
 def each_tensor(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same nest of tuples, dictionaries, `Entries` and `AttendOptions` with every tensor in it changed."""
 

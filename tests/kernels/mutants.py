@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import refreshkv.kernels as package
+import refreshkv.kernels.triton as package
 
-_PREFIX = f"{package.__name__}.triton_"
+_PREFIX = f"{package.__name__}."
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which occurs once in the source of `module` ("triton_common"), replaced by `new`."""
+    """`old`, which occurs once in the source of `module` ("split"), replaced by `new`."""
 
     module: str
     old: str
@@ -31,14 +31,12 @@ class Mutant:
 
 @contextmanager
 def mutated(mutant: Mutant, user: str) -> Iterator[ModuleType]:
-    """The module `user` ("triton_partial") as it would be with the mutant in place, which it may be itself."""
+    """The module `user` ("step") as it would be with the mutant in place, which it may be itself."""
     name = f"{package.__name__}.{mutant.module}"
     source = Path(package.__path__[0], f"{mutant.module}.py").read_text()
     assert source.count(mutant.old) == 1, f"{mutant.old!r} occurs {source.count(mutant.old)} times"
     healthy = {key: sys.modules.pop(key) for key in list(sys.modules) if key.startswith(_PREFIX)}
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # triton reads the source of a kernel from its file
+    with tempfile.TemporaryDirectory() as folder:  # triton reads the source of a kernel from there
         path = Path(folder, f"{mutant.module}.py")
         path.write_text(source.replace(mutant.old, mutant.new))
         spec = importlib.util.spec_from_file_location(name, path)

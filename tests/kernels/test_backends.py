@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,25 +12,24 @@ from torch import Tensor
 
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
 from refreshkv.config import make_config
+from refreshkv.kernels import reference
 from refreshkv.kernels.backend import (
     CPU,
-    CPU_TORCH,
+    OPERATIONS,
     REFERENCE,
-    Backend,
     backend_for,
-    reference,
     triton_backend,
 )
 from refreshkv.kernels.native import attention
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.operators import OPERATORS
+from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy import selection
 from tests.helpers import Decoder, held, needs_compiler, random_tokens
+from tests.kernels.cases import SPARE_ROWS, Case, laid_out
 from tests.kernels.interpreted import each_tensor, there
 from tests.test_static import StaticDecoder
 from tests.test_step import CONFIGS, OPTIONS
-
-OPERATIONS = [field.name for field in fields(Backend) if field.name != "name"]
 
 
 def test_each_device_has_its_kernels() -> None:
@@ -42,60 +41,63 @@ def test_each_device_has_its_kernels() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_signatures_are_those_of_the_reference(name: str) -> None:
     defined = selection.select if name == "select" else getattr(reference, name)
-    for backend in (CPU, CPU_TORCH, triton_backend(), OPERATORS):
+    for backend in (CPU, triton_backend(), OPERATORS):
         assert inspect.signature(getattr(backend, name)) == inspect.signature(defined)
 
 
-def arguments() -> dict[str, Any]:
+def arguments(layout: str) -> dict[str, Any]:
     """One of every name, none of them a default."""
     gen = torch.Generator().manual_seed(0)
-    store = torch.randn(2, 2, 2, 40, 64, generator=gen).bfloat16()
-    rings = torch.randn(2, 2, 2, 9, 64, generator=gen).bfloat16()
-    positions = torch.rand(2, 2, 40, generator=gen).argsort(-1)
+    case = Case(group=2, length=40, dtype=torch.bfloat16)
+    query, dense, _ = case.dense()
+    kept = case.rows + SPARE_ROWS
+    rings = torch.randn(2, kept, 2, 9, 64, generator=gen).bfloat16()
+    positions = torch.rand(kept, 2, 40, generator=gen).argsort(-1).int()
     return {
-        "query": torch.randn(2, 4, 64, generator=gen).bfloat16(),
-        "keys": store[0],
-        "values": store[1],
-        "positions": positions[..., :9],
-        "scale": 0.2,
-        "softcap": 5.0,
-        "sinks": torch.randn(4, generator=gen),
-        "visible": torch.rand(2, 1, 40, generator=gen) < 0.8,
-        "lengths": torch.tensor([[40, 31], [28, 40]]),
+        "query": query,
+        "entries": laid_out(dense, layout),
+        "options": AttendOptions(
+            scale=0.2,
+            softcap=5.0,
+            sinks=torch.randn(4, generator=gen),
+            visible=torch.rand(2, 1, 40, generator=gen) < 0.8,
+            lengths=torch.tensor([[40, 31], [28, 40]]),
+            heads=torch.tensor([[True, True], [False, True]]),
+            reduction="mean",
+        ),
         "heads": torch.tensor([[True, True], [False, True]]),
-        "reduction": "mean",
+        "visible": torch.rand(2, 40, generator=gen) < 0.8,
         "newest": torch.tensor([[3, 1], [0, 2]]),
         "count": 2,
         "starts": torch.tensor([37, 30]),
         "counts": torch.tensor([3, 2]),
         "window": 20,
-        "source": store[0],
-        "out": rings[0].clone(),
         "scores": torch.rand(2, 2, 40, generator=gen),
-        "budget": torch.tensor([7, 5]),
+        "budget": torch.tensor([7, 5, 6, 4]),
         "pool_kernel": 3,
         "recent": 2,
-        "anchors": positions[..., 20:22],
+        "anchors": positions[:2, :, 20:22],
         "ends": torch.tensor([40, 33]),
         "slots": 8,
-        "wanted": positions[..., 5:8],
+        "wanted": positions[:2, :, 5:8],
         "ring_keys": rings[0],
         "ring_values": rings[1],
-        "ring_positions": positions[..., :9].clone(),
-        "filled": torch.tensor([[7, 6], [5, 4]]),
-        "pushed": torch.tensor([[1, 0], [2, 3]]),
+        "ring_positions": positions[..., :9].contiguous(),
+        "filled": torch.tensor([[7, 6], [5, 4]]).repeat(2, 1),
+        "pushed": torch.tensor([[1, 0], [2, 3]]).repeat(2, 1),
     }
 
 
 def taken_by(name: str) -> dict[str, Any]:
-    """Those that the reference takes; pages are for Triton, tests/kernels/comparison.py."""
-    wanted, every = inspect.signature(getattr(REFERENCE, name)).parameters.keys(), arguments()
+    """Those that the reference takes."""
+    wanted = inspect.signature(getattr(REFERENCE, name)).parameters.keys()
+    whole = "starts" in wanted or "wanted" in wanted
+    every = arguments("pages rows" if whole else "list pages rows")
     if "starts" in wanted:
         every["query"] = every["query"][:, :, None].repeat(1, 1, 3, 1)
     if name == "select":
-        every["visible"] = every["visible"][:, 0]
-    assert wanted - every.keys() <= {"blocks"}
-    return {key: every[key] for key in wanted if key in every}
+        every["budget"] = every["budget"][:2]
+    return {key: every[key] for key in wanted}
 
 
 def results_of(kernel: Any, given: dict[str, Any]) -> list[Tensor]:
@@ -117,13 +119,14 @@ def test_every_argument_by_its_name_and_no_other(name: str) -> None:
     ):
         assert torch.equal(ours, theirs)
     defined = inspect.signature(getattr(REFERENCE, name)).parameters
-    for backend in (REFERENCE, CPU_TORCH, CPU, OPERATORS, triton_backend()):
+    for backend in (REFERENCE, CPU, OPERATORS, triton_backend()):
         move = there if backend.name == "triton" else lambda tensor: tensor
         kernel = getattr(backend, name)
         kernel(**each_tensor(move, taken_by(name)))
-        for other in (*(arguments().keys() - defined.keys()), "scal", "library", "threads"):
+        others = arguments("").keys() - defined.keys()
+        for other in (*others, "scale", "library", "threads"):
             with pytest.raises(TypeError, match=other):
-                kernel(**each_tensor(move, taken_by(name)), **{other: arguments().get(other)})
+                kernel(**each_tensor(move, taken_by(name)), **{other: None})
         required = [key for key, p in defined.items() if p.default is p.empty]
         with pytest.raises(TypeError, match=required[-1]):
             kernel(
@@ -131,21 +134,18 @@ def test_every_argument_by_its_name_and_no_other(name: str) -> None:
             )
 
 
-def test_operators_take_their_arguments_by_place_as_the_reference_does() -> None:
-    given = taken_by("attend")
-    query, keys, values = (given.pop(key) for key in ("query", "keys", "values"))
-    by_place = OPERATORS.attend(query, keys, values, **given)
-    assert torch.equal(by_place.output, CPU.attend(query, keys, values, **given).output)
-    for wrong in ((query, keys, values, 0.1), (query, keys)):
+def test_operators_keep_the_order_of_the_reference() -> None:
+    query, entries, options = taken_by("attend").values()
+    by_order = OPERATORS.attend(query, entries, options)
+    assert torch.equal(by_order.output, CPU.attend(query, entries, options).output)
+    for wrong in ((query, entries, options, 0.1), (query, entries)):
         with pytest.raises(TypeError, match="attend"):
-            OPERATORS.attend(*wrong, **given)
-    with pytest.raises(TypeError, match="query"):
-        OPERATORS.attend(query, keys, values, **given, query=query)
+            OPERATORS.attend(*wrong)
 
 
 @pytest.mark.parametrize("recent", [0, 3, 100, -1, torch.tensor([3, 0])], ids=str)
 def test_operators_keep_as_many_recent_tokens_as_they_are_told(recent: int | Tensor) -> None:
-    scores, budget = arguments()["scores"], torch.tensor([6, 6])
+    scores, budget = arguments("")["scores"], torch.tensor([6, 6])
     ours = OPERATORS.select(scores, budget, recent=recent, slots=6)
     theirs = selection.select(scores, budget, recent=recent)
     assert torch.equal(ours.positions, theirs.positions)
@@ -156,16 +156,15 @@ def test_operators_keep_as_many_recent_tokens_as_they_are_told(recent: int | Ten
 @pytest.mark.parametrize("wide", ["keys", "values"])
 def test_heads_wider_than_the_kernels_go_to_the_reference(wide: str) -> None:
     dims = {"keys": 64, "values": 64} | {wide: 320}
-    query = torch.randn(1, 2, dims["keys"])
-    keys, values = (torch.randn(1, 1, 9, dim) for dim in dims.values())
-    expected = reference.attend(query, keys, values, scale=0.1).output
+    query, options = torch.randn(1, 2, dims["keys"]), AttendOptions(scale=0.1)
+    entries = Entries(*(torch.randn(1, 1, 9, dim) for dim in dims.values()))
+    expected = reference.attend(query, entries, options).output
     for given, named in (
-        ((query, keys, values), {}),
-        ((query, keys), {"values": values}),
-        ((), {"query": query, "keys": keys, "values": values}),
+        ((query, entries, options), {}),
+        ((query, entries), {"options": options}),
+        ((), {"query": query, "entries": entries, "options": options}),
     ):
-        ours = triton_backend().attend(*given, **named, scale=0.1)
-        assert torch.equal(ours.output, expected)
+        assert torch.equal(triton_backend().attend(*given, **named).output, expected)
 
 
 @pytest.mark.parametrize("name", ["fixed", "drift of a head", "every option", "fast"])

@@ -15,6 +15,7 @@ from refreshkv.kernels.native import attention, build
 from refreshkv.kernels.native import selection as native_selection
 from tests.helpers import needs_compiler
 from tests.kernels import comparison, hostile
+from tests.kernels.cases import LAYOUTS
 from tests.kernels.test_native import BUILDS, built, mutant
 
 pytestmark = needs_compiler
@@ -28,6 +29,9 @@ def check_attention() -> None:
         hostile.check_attention(CPU, HOLES, what, hostile.NAN)
     hostile.check_attention(CPU, CAPPED, "keys", hostile.NAN)
     hostile.check_attention(CPU, HOLES, "query", hostile.INF)
+    for layout in LAYOUTS[1:]:
+        hostile.check_attention(CPU, replace(HOLES, layout=layout), "hidden", hostile.NAN)
+    hostile.check_indices(CPU, replace(hostile.EVERYTHING, length=64))
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -35,14 +39,16 @@ def test_nan_in_is_nan_out_in_every_build(name: str, monkeypatch: pytest.MonkeyP
     library = built(name)
     monkeypatch.setattr(attention, "compiled", lambda: library)
     check_attention()
-    query, keys, values, options = HOLES.inputs()
-    options["sinks"] = options["sinks"].float()
-    options["sinks"].view(torch.int32)[1] = -1  # a NaN that rounding as a number would make 0
-    assert bool(CPU.attend(query, keys, values, **options).output[:, 1].isnan().all())
-
-
-def insert(store: list[torch.Tensor], ring: dict[str, torch.Tensor]) -> torch.Tensor:
-    return native_selection.insert(*store, **ring)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        query, entries, options = replace(HOLES, dtype=dtype).inputs()
+        options.sinks.view(torch.int32 if dtype == torch.float32 else torch.int16)[1] = -1
+        assert bool(CPU.attend(query, entries, options).output[:, 1].isnan().all())
+        query[0, 1, 3] = entries.keys[1, 1, 150, 5] = torch.nan
+        for kept in (query[0, 1], entries.keys[1, 1, 150]):  # any NaN, whatever its bits
+            bits = kept.view(torch.int32 if dtype == torch.float32 else torch.int16)
+            bits[kept.isnan()] = -1
+        output = CPU.attend(query, entries, options).output
+        assert bool(output[0, 1].isnan().all() and output[1, 4:].isnan().all())
 
 
 def check_selection() -> None:
@@ -51,9 +57,10 @@ def check_selection() -> None:
 
 
 def check_copies() -> None:
-    comparison.check_gather(native_selection.gather)
+    for dtype in (torch.float32, torch.bfloat16):
+        comparison.check_gather(native_selection.gather, dtype=dtype)
     hostile.check_gather(native_selection.gather)
-    hostile.check_insert(insert)
+    hostile.check_insert(native_selection.insert)
 
 
 def check_ranks() -> None:
@@ -74,18 +81,25 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("selection.cpp", "(int64_t{1} << 32) + position", "(int64_t{1} << 32) + (position ^ 1)", check_selection),
     ("selection.cpp", "std::nth_element(keys.begin(), keys.end() - count, keys.end());", "", check_selection),
     ("selection.cpp", "std::sort(keys.end() - count, keys.end());", "", check_selection),
-    ("selection.cpp", "if (heads && !heads[part]) continue;", "", check_copies),
-    ("selection.cpp", "wanted[slot] >= 0 &&", "wanted[slot] > 0 &&", check_copies),
+    ("selection.cpp", "(job.heads && !job.heads[part])) continue;", "false) continue;", check_copies),
+    ("selection.cpp", "job.ring.put(into, head, slot, key, value);", ";", check_copies),
+    ("selection.cpp", "job.entries.kept_row(row, job.ring.kept);\n    if", "row;\n    if", check_copies),
+    ("selection.cpp", "pair = into * kv_heads + head", "pair = part", check_copies),
+    ("selection.cpp", "slot * value.token, from_value", "slot * value.token, from_key", check_copies),
     ("selection.cpp", "(next % budget + budget) % budget", "next < 0 ? 0 : next % budget", check_copies),
-    ("selection.cpp", "== held + job.slots)\n", "!= nullptr)\n", check_copies),
-    ("selection.cpp", "held[slot] = position;", ";", check_copies),
-    ("selection.cpp", "uint64_t(job.pushed[part]) + 1", "uint64_t(job.pushed[part])", check_copies),
+    ("selection.cpp", "== positions + slots) missing", "!= nullptr) missing", check_copies),
+    ("selection.cpp", "positions[slot] = one.position;", ";", check_copies),
+    ("selection.cpp", "uint64_t(job.pushed[pair]) + 1", "uint64_t(job.pushed[pair])", check_copies),
     ("selection.cpp", "static_cast<int64_t>(missing.size())", "0", check_copies),
     ("selection.cpp", "slot == newest[part] ? -1.0f : ", "", check_ranks),
-    ("selection.cpp", "keys[place - 1] < key; --place", "keys[place - 1] > key; --place", check_ranks),
+    ("selection.cpp", "keys[rank - 1] < key; --rank", "keys[rank - 1] > key; --rank", check_ranks),
     ("attention.cpp", "result.total[i] == 0;", "!(result.total[i] > 0);", check_attention),
     ("attention.cpp", "broken += factors[i] * 0;", ";", check_attention),
-    ("attention.cpp", "part.visible ? part.visible + place : nullptr, bench", "nullptr, bench", check_attention),
+    ("entries.h", "keys[i] = values[i] = none;", "keys[i] = none;", check_attention),
+    ("entries.h", "visible && !visible[i] ? -1 : position", "position", check_attention),
+    ("entries.h", "position < 0 || position >=", "position <= 0 || position >=", check_attention),
+    ("entries.h", "row >= 0 && row < among ? row : -1", "row > 0 && row < among ? row : -1", check_attention),
+    ("entries.h", "if (of_list < 0) there_ = false;", "if (of_list < 0) there_ = true;", check_attention),
 ]  # fmt: skip
 
 
@@ -98,10 +112,11 @@ def test_a_broken_rule_is_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = native_selection if file == "selection.cpp" else attention
-    healthy = module.compiled()
-    broken: ctypes.CDLL = mutant(file, old, new, file, tmp_path, monkeypatch)
-    for name in ("attend",) if module is attention else ("select", "gather", "insert", "top_slots"):
+    module = attention if check is check_attention else native_selection
+    healthy, names = module.compiled(), ("select", "gather", "insert", "top_slots")
+    source = "attention.cpp" if module is attention else "selection.cpp"
+    broken: ctypes.CDLL = mutant(file, old, new, source, tmp_path, monkeypatch)
+    for name in ("attend",) if module is attention else names:
         kernel = f"refreshkv_{name}"
         getattr(broken, kernel).argtypes = getattr(healthy, kernel).argtypes
     monkeypatch.setattr(module, "compiled", lambda: broken)

@@ -8,35 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.kernels.interpreted import run_there, there  # isort: skip  # before any kernel
+from tests.kernels.interpreted import written_there  # isort: skip  # before any kernel
 from refreshkv.kernels.backend import Backend, triton_backend
-from tests.kernels import hostile
-from tests.kernels.comparison import Case
+from tests.kernels import comparison, hostile
+from tests.kernels.cases import Case
 from tests.kernels.mutants import Mutant, mutated
 from tests.kernels.test_triton_select import small_blocks
 
 
 def with_tensors_of_the_cpu(kernels: Backend) -> Backend:
-    def gather(source: Tensor, positions: Tensor, out: Tensor) -> None:
-        moved = there(out)
-        kernels.gather(there(source), there(positions), moved)
-        out.copy_(moved)
-
-    def insert(*store: Tensor, **ring: Tensor) -> Tensor:
-        moved = {name: there(tensor) for name, tensor in ring.items()}
-        entered = kernels.insert(*map(there, store), **moved)
-        for name, tensor in ring.items():
-            tensor.copy_(moved[name])
-        return entered.cpu()
-
-    others: dict[str, Any] = {
-        field.name: run_there(getattr(kernels, field.name))
+    operations: dict[str, Any] = {
+        field.name: written_there(getattr(kernels, field.name))
         for field in fields(Backend)
-        if field.name not in ("name", "gather", "insert")
+        if field.name != "name"
     }
-    return Backend(name="triton", gather=gather, insert=insert, **others)
+    return Backend(name="triton", **operations)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +38,7 @@ def test_a_selection_is_valid_whatever_the_numbers(backend: Backend) -> None:
 
 def test_tokens_are_copied_from_and_to_places_that_are_there(backend: Backend) -> None:
     hostile.check_gather(backend.gather)
-    hostile.check_insert(lambda store, ring: backend.insert(*store, **ring), count=8)
+    hostile.check_insert(backend.insert, count=8)
 
 
 @pytest.mark.parametrize(("case", "what", "number"), hostile.SPOILED, ids=str)
@@ -59,11 +46,14 @@ def test_nan_in_is_nan_out(backend: Backend, case: Case, what: str, number: floa
     hostile.check_attention(backend, replace(case, group=2, length=40), what, number)
 
 
-def test_lengths_and_places_are_those_that_are_there(backend: Backend) -> None:
-    few = replace(hostile.EVERYTHING, group=1, length=40)
-    hostile.check_lengths(backend, few)
-    hostile.check_places(backend, few)
-    hostile.check_causal(backend, few)
+@pytest.mark.parametrize("check", ["check_lengths", "check_indices", "check_causal"])
+def test_what_counts_is_cut_to_what_there_is(backend: Backend, check: str) -> None:
+    getattr(hostile, check)(backend, replace(hostile.EVERYTHING, group=1, length=40))
+
+
+def test_heads_too_wide_for_a_kernel_go_to_the_reference(backend: Backend) -> None:
+    comparison.check_attend(backend.attend, Case(dim=272, length=9))
+    comparison.check_vote(backend.vote, Case(dim=272, length=9))
 
 
 def test_shapes_of_nothing(backend: Backend) -> None:
@@ -75,21 +65,21 @@ def test_shapes_of_nothing(backend: Backend) -> None:
 
 NAN_KEY = replace(hostile.EVERYTHING, group=2, length=20)
 MUTANTS = [
-    Mutant("triton_split", "tl.where(mass == 0, float(", "tl.where((mass > 0) == 0, float("),
-    Mutant("triton_verify", "votes += tl.sum(broken, 0)", "pass"),
-    Mutant("triton_radix", "need = tl.maximum(need, 0)", "pass"),
-    Mutant("triton_select", "tl.where(score > pooled, score, pooled)", "tl.maximum(score, pooled)"),
+    Mutant("split", "tl.where(mass == 0, float(", "tl.where((mass > 0) == 0, float("),
+    Mutant("verify", "votes += tl.sum(broken, 0)", "pass"),
+    Mutant("radix", "need = tl.maximum(need, 0)", "pass"),
+    Mutant("select", "tl.where(score > pooled, score, pooled)", "tl.maximum(score, pooled)"),
 ]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_broken_rule_is_noticed(mutant: Mutant) -> None:
     with mutated(mutant, mutant.module):
-        for module in ("full", "insert", "partial", "select", "verify"):
+        for module in ("rings", "select", "step", "verify"):
             importlib.import_module(f"refreshkv.kernels.triton.{module}")
         broken = with_tensors_of_the_cpu(triton_backend.__wrapped__())
         with pytest.raises(AssertionError):  # noqa: PT012
-            if mutant.module in ("triton_select", "triton_radix"):
+            if mutant.module in ("select", "radix"):
                 with small_blocks():
                     hostile.check_select(broken.select, count=30)
             hostile.check_attention(broken, NAN_KEY, "query", hostile.NAN)

@@ -1,9 +1,8 @@
-"""Selection and gather in Triton equal `selection.select` and the reference exactly, and broken ones are noticed."""
+"""Selection in Triton equals `selection.select` exactly, and broken ones are noticed."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import reference
 from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE, Selection
-from tests.kernels.comparison import check_gather, check_select
+from tests.kernels.comparison import check_select
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
@@ -45,7 +43,7 @@ def compare(module: Any, scores: Tensor, budget: Tensor, **options: Any) -> Sele
         chosen = run_there(module.select)(scores, budget, **options)
     expected = selection.select(scores, budget, **options)
     assert chosen.positions.shape == expected.positions.shape
-    assert chosen.positions.dtype == chosen.filled.dtype == torch.int64
+    assert chosen.positions.dtype == torch.int32 and chosen.filled.dtype == torch.int64
     assert torch.equal(chosen.filled[wanted], expected.filled[wanted])
     assert torch.equal(chosen.positions[wanted], expected.positions[wanted])
     return chosen
@@ -60,9 +58,9 @@ def some_scores(gen: torch.Generator, length: int, kind: str, heads: int = 2) ->
 
 
 def some_anchors(gen: torch.Generator, length: int, heads: int = 2) -> Tensor:
-    """Different places of each head, and `FREE` among them."""
-    places = torch.rand(2, heads, length, generator=gen).argsort(-1)[..., : length // 3 + 1]
-    return places.masked_fill(torch.rand(places.shape, generator=gen) < 0.3, FREE)
+    """Different tokens of each head, and `FREE` among them."""
+    anchors = torch.rand(2, heads, length, generator=gen).argsort(-1)[..., : length // 3 + 1]
+    return anchors.masked_fill(torch.rand(anchors.shape, generator=gen) < 0.3, FREE).int()
 
 
 def check_random(module: Any, seed: int) -> None:
@@ -86,14 +84,6 @@ def check_random(module: Any, seed: int) -> None:
         ends=one_of(None, torch.randint(1, length + 1, (2,), generator=gen)),
         slots=one_of(None, length + 2, int(budget.max())),
     )
-
-
-def test_signatures_are_those_of_the_definition() -> None:
-    for ours, theirs in (
-        (triton_select.select, selection.select),
-        (triton_select.gather, reference.gather),
-    ):
-        assert inspect.signature(ours) == inspect.signature(theirs)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -161,59 +151,22 @@ def test_more_tokens_than_a_key_holds() -> None:
         triton_select.select(torch.empty(1, 1, 1).expand(1, 1, 2**25 + 1), torch.tensor([1]))
 
 
-def writes_there(module: Any) -> Callable[..., None]:
-    """`gather` with an `out` of the CPU."""
-
-    def run(source: Tensor, positions: Tensor, out: Tensor, heads: Tensor | None = None) -> None:
-        def gathered(*tensors: Any) -> Tensor:
-            module.gather(*tensors)
-            return tensors[2]
-
-        out.copy_(run_there(gathered)(source, positions, out, heads))
-
-    return run
-
-
-def check_gathered(module: Any) -> None:
-    check_gather(writes_there(module))
-
-
-def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
-    check_gathered(triton_select)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [80, 256])
-def test_gather_copies_every_bit(dim: int, dtype: torch.dtype) -> None:
-    """Several blocks of slots; K and V beside each other; heads as columns."""
-    gen = torch.Generator().manual_seed(dim)
-    both = torch.randn(2, 200, 2, 2 * dim, generator=gen).to(dtype).transpose(1, 2)
-    source = both[..., dim:]
-    positions = torch.randint(-1, 200, (2, 2, 150), generator=gen)
-    heads = torch.tensor([[True, False], [True, True]]).T
-    out, expected = (torch.zeros(2, 2, 160, dim, dtype=dtype) for _ in range(2))
-    writes_there(triton_select)(source, positions, out, heads)
-    reference.gather(source, positions, expected, heads)
-    assert torch.equal(out, expected)
-
-
 # From here on: what the lines of the kernels are for.
 
 BREAKABLE: dict[str, Callable[[Any], None]] = {
     "rules": check_rules,
     "heads": check_heads,
     "strides": check_strides,
-    "gather": check_gathered,
 }
-SELECT, RADIX = "triton_select", "triton_radix"
+SELECT, RADIX = "select", "radix"
 MUTANTS = [
-    ("rules", Mutant(SELECT, "places + (step - POOL // 2)", "places + step")),
+    ("rules", Mutant(SELECT, "tokens + (step - POOL // 2)", "tokens + step")),
     ("rules", Mutant(SELECT, "if step == POOL // 2", "if step == 0")),
     ("rules", Mutant(SELECT, "tl.load(visible, mask=shown, other=0) != 0", "shown")),
     ("rules", Mutant(SELECT, "(near < end)", "(near < length)")),
-    ("rules", Mutant(SELECT, "places >= end - recent", "places > end - recent")),
+    ("rules", Mutant(SELECT, "tokens >= end - recent", "tokens > end - recent")),
     ("rules", Mutant(SELECT, "4.0, pooled", "1.0, pooled")),
-    ("rules", Mutant(SELECT, "place, 2.0, mask", "place, 0.25, mask")),
+    ("rules", Mutant(SELECT, "token, 2.0, mask", "token, 0.25, mask")),
     ("rules", Mutant(SELECT, "bits >> 23", "bits >> 24")),
     ("rules", Mutant(RADIX, "above >= need", "above > need")),
     ("rules", Mutant(RADIX, "bins > digit, count", "bins >= digit, count")),
@@ -223,18 +176,10 @@ MUTANTS = [
     ("rules", Mutant(RADIX, "== ((index & width) == 0)", "== ((index & width) != 0)")),
     ("rules", Mutant(RADIX, "probe < key", "probe > key")),
     ("rules", Mutant(RADIX, "further <= size", "further < size")),
-    ("rules", Mutant(RADIX, "tl.cast(FREE, tl.int64)", "tl.cast(0, tl.int64)")),
+    ("rules", Mutant(RADIX, "positions_ptr + slot, FREE", "positions_ptr + slot, 0")),
     ("rules", Mutant(RADIX, "tl.load(budget_ptr + row)", "tl.load(budget_ptr)")),
-    (
-        "heads",
-        Mutant(
-            SELECT,
-            "head * heads_head):\n            return\n    own",
-            "0):\n            return\n    own",
-        ),
-    ),
-    ("strides", Mutant(SELECT, "near * visible_place", "near")),
-    ("gather", Mutant(SELECT, "place[:, None] * source_place", "slot[:, None] * source_place")),
+    ("heads", Mutant(SELECT, "head * heads_head", "0")),
+    ("strides", Mutant(SELECT, "near * visible_token", "near")),
 ]
 
 
@@ -245,5 +190,5 @@ def test_the_checks_pass_unbroken(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "mutant"), MUTANTS, ids=lambda value: repr(str(value)))
 def test_a_broken_kernel_is_noticed(name: str, mutant: Mutant) -> None:
-    with mutated(mutant, "triton_select") as broken, pytest.raises(AssertionError):
+    with mutated(mutant, "select") as broken, pytest.raises(AssertionError):
         BREAKABLE[name](broken)

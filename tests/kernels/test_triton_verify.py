@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,16 @@ import pytest
 import torch
 
 from refreshkv.kernels import reference
-from tests.kernels.comparison import TOLERANCE, Case, check_verify, check_vote, close
+from refreshkv.kernels.options import Entries
+from tests.kernels.cases import LAYOUTS, WHOLE, Case
+from tests.kernels.comparison import (
+    TOLERANCE,
+    check_attended,
+    check_scored,
+    check_verify,
+    check_vote,
+    close,
+)
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
 
@@ -26,6 +34,7 @@ CHECKS = {"verify": check_verify, "vote": check_vote}
 EVERY_OP = pytest.mark.parametrize("op", CHECKS)
 
 HEAD = Case(rows=1, kv_heads=1, length=40)
+PAGES = Case(rows=3, group=2, length=20, value_dim=48)
 EVERYTHING = Case(softcap=2.0, sinks=True, hidden="per head", group=3, length=40)
 CASES = [
     *[replace(HEAD, group=group) for group in (1, 3, 8)],
@@ -39,12 +48,6 @@ CASES = [
 
 def check(op: str, case: Case, module: Any = triton_verify) -> None:
     CHECKS[op](run_there(getattr(module, op)), case)
-
-
-@EVERY_OP
-def test_signatures_are_those_of_the_reference(op: str) -> None:
-    ours, theirs = getattr(triton_verify, op), getattr(reference, op)
-    assert inspect.signature(ours) == inspect.signature(theirs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,18 +66,26 @@ def test_verify_in_every_dtype(case: Case, dtype: torch.dtype) -> None:
     check("verify", replace(case, dtype=dtype))
 
 
+@EVERY_OP
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_wherever_entries_lie(op: str, layout: str) -> None:
+    """A list of positions is refused."""
+    check(op, replace(PAGES, layout=layout))
+    if layout in WHOLE:
+        check(op, replace(PAGES, layout=layout, softcap=2.0, sinks=True, hidden="holes", dim=80))
+
+
 def check_many_queries(module: Any, queries: int, group: int) -> None:
     """More than one tile of them, and tiles that are not full."""
     case = replace(HEAD, group=group)
-    _, keys, values, options = case.inputs()
+    _, entries, options = case.inputs()
     gen = torch.Generator().manual_seed(queries)
     query = torch.randn(1, group, queries, case.dim, generator=gen)
-    options |= {"starts": torch.tensor([case.length - queries]), "window": 23}
-    expected, expected_scored = reference.verify(query, keys, values, **options)
-    attended, scored = run_there(module.verify)(query, keys, values, **options)
-    close(attended.output, expected.output, case, "output")
-    close(attended.lse, expected.lse, case, "lse")
-    close(scored.scores, expected_scored.scores, case, "scores")
+    given = {"starts": torch.tensor([case.length - queries]), "window": 23}
+    expected, expected_scored = reference.verify(query, entries, options, **given)
+    attended, scored = run_there(module.verify)(query, entries, options, **given)
+    check_attended(attended, expected, case)
+    check_scored(scored, expected_scored, case)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
@@ -92,39 +103,62 @@ def test_a_long_row(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_what_is_read(module: Any) -> None:
-    """Nothing hidden, and nothing after the last query."""
+    """Nothing hidden, nothing beyond a length, and nothing after the last query."""
     case = replace(EVERYTHING, hidden="holes", rows=3)
-    query, keys, values, options = case.several()
-    counts = torch.tensor([5, 0, 2])
-    expected = reference.verify(
-        query.float(), keys.float(), values.float(), **options, counts=counts
-    )
-    last = options["starts"] + query.shape[2] - 1
-    unread = (torch.arange(case.length) > last[:, None])[:, None] | ~options["visible"]
+    query, starts = case.several()
+    _, entries, options = case.inputs()
+    lengths = torch.tensor([[31, 40], [40, 40], [9, 3]])
+    options = replace(options, lengths=lengths, reduction="mean")  # a maximum may drop a NaN
+    given = {"starts": starts, "counts": torch.tensor([5, 0, 2])}
+    expected, expected_scored = reference.verify(query, entries, options, **given)
+    last = starts + query.shape[2] - 1
+    unread = (torch.arange(case.length) > last[:, None])[:, None] | ~options.visible
+    unread = unread | (torch.arange(case.length) >= lengths[..., None])
     unread[1] = True  # this row sits out
-    for entries in (keys, values):
-        entries.masked_fill_(unread[..., None], torch.nan)
-    attended, scored = run_there(module.verify)(query, keys, values, **options, counts=counts)
-    close(attended.output[::2], expected[0].output[::2], case, "output")
+    for tensor in (entries.keys, entries.values):
+        tensor.masked_fill_(unread[..., None], torch.nan)
+    attended, scored = run_there(module.verify)(query, entries, options, **given)
+    close(attended.output[::2], expected.output[::2], case, "output")
     assert bool(attended.lse[1].isneginf().all())
-    close(scored.scores, expected[1].scores, case, "scores")
+    close(scored.scores, expected_scored.scores, case, "scores")
 
 
 def test_what_is_not_seen_is_not_read() -> None:
     check_what_is_read(triton_verify)
 
 
+def check_heads(module: Any) -> None:
+    query, starts = EVERYTHING.several()
+    _, entries, options = EVERYTHING.inputs()
+    heads = torch.tensor([[False, True], [True, False]])
+    wanted = heads.repeat_interleave(EVERYTHING.group, 1)
+    verify = run_there(module.verify)
+    attended, scored = verify(query, entries, replace(options, heads=heads), starts=starts)
+    every, every_scored = verify(query, entries, options, starts=starts)
+    assert torch.equal(attended.output[wanted], every.output[wanted])
+    assert torch.equal(attended.lse[wanted], every.lse[wanted])
+    assert torch.equal(scored.scores[heads], every_scored.scores[heads])
+    for tensor, own in ((attended.output, wanted), (attended.lse, wanted), (scored.scores, heads)):
+        assert bool(tensor[~own].isnan().all())
+
+
+def test_the_heads_asked_for_are_right_and_the_others_not_touched() -> None:
+    check_heads(triton_verify)
+
+
 def test_any_order_of_the_dimensions() -> None:
     """As a store may keep them: tokens before heads, K beside V; and queries as a model makes them."""
     case = replace(HEAD, kv_heads=2)
-    query, keys, values, options = case.several()
-    expected, expected_scored = reference.verify(query, keys, values, **options)
-    both = torch.cat([keys, values], -1).transpose(1, 2).contiguous().transpose(1, 2)
+    query, starts = case.several()
+    _, entries, options = case.inputs()
+    expected, expected_scored = reference.verify(query, entries, options, starts=starts)
+    both = torch.cat([entries.keys, entries.values], -1)
+    both = both.transpose(1, 2).contiguous().transpose(1, 2)
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    strided = both[..., : case.dim], both[..., case.dim :]
-    attended, scored = run_there(triton_verify.verify)(query, *strided, **options)
-    close(attended.output, expected.output, case, "output")
-    close(scored.scores, expected_scored.scores, case, "scores")
+    strided = Entries(both[..., : case.dim], both[..., case.dim :])
+    attended, scored = run_there(triton_verify.verify)(query, strided, options, starts=starts)
+    check_attended(attended, expected, case)
+    check_scored(scored, expected_scored, case)
 
 
 # From here on: what the lines of the kernels are for.
@@ -137,18 +171,21 @@ def of(op: str, case: Case) -> Callable[[Any], None]:
 BREAKABLE: dict[str, Callable[[Any], None]] = {
     "plain": of("verify", replace(HEAD, rows=2, group=3)),
     "everything": of("verify", EVERYTHING),
+    "pages": of("verify", replace(PAGES, layout="pages")),
+    "rows": of("vote", replace(PAGES, layout="rows")),
     "tiles": lambda module: check_many_queries(module, queries=17, group=5),
     "read": check_what_is_read,
+    "heads": check_heads,
 }
-VERIFY, CAUSAL = "triton_verify", "triton_causal"
+VERIFY, SPLIT, LAYOUT = "verify", "split", "layout"
 MUTANTS = [
-    ("plain", Mutant(CAUSAL, "places <= last", "places < last")),
-    ("plain", Mutant(CAUSAL, "places > last - window", "places >= last - window")),
-    ("plain", Mutant(CAUSAL, "start - window + 1", "start - window + 2")),
-    ("plain", Mutant(CAUSAL, "start + queries, length", "start + queries - 1, length")),
-    ("plain", Mutant(CAUSAL, "member // QUERIES", "member % GROUP")),
-    ("plain", Mutant(CAUSAL, "acc / mass[:, None]", "acc")),
-    ("plain", Mutant(CAUSAL, "last = start + member % QUERIES", "last = start + QUERIES - 1")),
+    ("plain", Mutant(SPLIT, "positions <= last", "positions < last")),
+    ("plain", Mutant(SPLIT, "positions > last - window", "positions >= last - window")),
+    ("plain", Mutant(SPLIT, "start - window + 1", "start - window + 2")),
+    ("plain", Mutant(SPLIT, "start + queries, length", "start + queries - 1, length")),
+    ("plain", Mutant(SPLIT, "member // QUERIES", "member % GROUP")),
+    ("plain", Mutant(SPLIT, "acc /= ", "acc = acc + 0 / ")),
+    ("plain", Mutant(SPLIT, "last = start + member % QUERIES", "last = start + QUERIES - 1")),
     ("plain", Mutant(VERIFY, "query < voting", "query <= voting")),
     ("plain", Mutant(VERIFY, "member % GROUP_PAD < GROUP)", "member >= 0)")),
     ("plain", Mutant(VERIFY, "tl.sum(weights, 1) / GROUP", "tl.sum(weights, 1) / GROUP_PAD")),
@@ -157,11 +194,24 @@ MUTANTS = [
     ("plain", Mutant(VERIFY, "(voting == 0) | ", "")),
     ("everything", Mutant(VERIFY, "weights *= share", "weights /= share")),
     ("everything", Mutant(VERIFY, "sinks_ptr + own_head", "sinks_ptr + own_head * 0")),
-    ("everything", Mutant(CAUSAL, "shown_ptr + places * visible_place", "shown_ptr + places * 0")),
-    ("tiles", Mutant(CAUSAL, "% TILES * TILE", "% TILES * 1")),
+    ("everything", Mutant(LAYOUT, "tl.load(visible + index", "tl.load(visible + index * 0")),
+    ("pages", Mutant(LAYOUT, "row * store.block_row", "0")),
+    ("pages", Mutant(LAYOUT, "position // PAGE", "position // PAGE * 0")),
+    ("rows", Mutant(VERIFY, "kept = kept_row(store.rows_ptr, row, kept)", "kept = row")),
+    ("tiles", Mutant(SPLIT, "% TILES * TILE", "% TILES * 1")),
     ("tiles", Mutant(VERIFY, "member = tile * TILE", "member = 0 * TILE")),
-    ("read", Mutant(CAUSAL, "mask=shown[:, None] &", "mask=(places >= 0)[:, None] &")),
-    ("read", Mutant(CAUSAL, "> 0, end, begin)", "> -1, end, begin)")),
+    (
+        "read",
+        Mutant(
+            SPLIT,
+            "value_dims[None, :],\n                mask=seen[:, None]",
+            "value_dims[None, :],\n                mask=inside[:, None]",
+        ),
+    ),
+    ("read", Mutant(SPLIT, "> 0, end, begin)", "> -1, end, begin)")),
+    ("read", Mutant(SPLIT, "end = tl.minimum(end, reached)", "end = reached")),
+    ("read", Mutant(VERIFY, "tl.minimum(end, own_length(how, row, head, entries))", "end")),
+    ("heads", Mutant(VERIFY, "if not asked_for(", "if asked_for(")),
 ]
 
 
@@ -172,5 +222,5 @@ def test_the_checks_pass_unbroken(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "mutant"), MUTANTS, ids=str)
 def test_a_broken_kernel_is_noticed(name: str, mutant: Mutant) -> None:
-    with mutated(mutant, "triton_verify") as broken, pytest.raises(AssertionError):
+    with mutated(mutant, "verify") as broken, pytest.raises(AssertionError):
         BREAKABLE[name](broken)

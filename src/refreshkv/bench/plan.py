@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from refreshkv.bench import roofline
-from refreshkv.bench.record import Row, rounded
-from refreshkv.bench.roofline import Reads, Sizes
+from refreshkv.bench.record import read, rounded
+from refreshkv.bench.roofline import Load, Sizes
 from refreshkv.bench.scale import fit
+from refreshkv.bench.tables import Row
+from refreshkv.config import unknown
 
 # What a row must share with another to be predicted from it.
 _ALIKE = ("shape", "device", "dtype", "threads")
 _CHECKED = ("mix", "exact")
+_LOAD = tuple(field.name for field in fields(Load))
 
 
 @dataclass(frozen=True)
@@ -32,31 +38,18 @@ DEVICES = {
 }
 
 
-def modes(
-    context: int, budget: int, stride: int | None, draft: int, acceptance: float
-) -> dict[str, Reads]:
-    """What a token of each mode reads."""
-    return {
-        "full": roofline.dense(context),
-        "snapkv": roofline.partial(context, budget),
-        "mix": roofline.mix(context, budget, stride),
-        "fast": roofline.fast(context, budget),
-        "exact": roofline.exact(context, budget, draft, acceptance),
-    }
+def device_of(name: str, bandwidth: float | None = None) -> Device:
+    """One of `DEVICES`, with another `bandwidth` (bytes a second) where one is given.
+
+    Raises:
+        ValueError: an unknown device, named with its nearest neighbour.
+    """
+    if name not in DEVICES:
+        raise ValueError(unknown("device", name, DEVICES))
+    return DEVICES[name] if bandwidth is None else Device(bandwidth, DEVICES[name].memory)
 
 
-def plan(
-    sizes: Sizes,
-    *,
-    context: int,
-    batch: int,
-    budget: int,
-    stride: int | None,
-    draft: int = roofline.DRAFT,
-    acceptance: float = roofline.ACCEPTANCE,
-    device: Device,
-    fixed_ms: float = 0.0,
-) -> dict[str, Any]:
+def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dict[str, Any]:
     """Milliseconds, speed-up and memory by the byte model.
 
     Args:
@@ -64,22 +57,32 @@ def plan(
             less than one of the cache.
 
     Returns:
-        `modes`: by name `ms`, `tokens_per_s`, `speed_up` over full attention, `bytes`; `memory` in bytes: `weights`,
-        `cache`, `partial`, their sum `total`, `available`, and whether it `fits`.
+        The settings of the load; `bandwidth` and `fixed_ms`; `modes`: by name `ms`, `tokens_per_s`, `bytes`,
+        `speed_up` over full attention; `memory` in bytes: `weights`, `cache`, `partial`, their sum `total`,
+        `available`, and whether it `fits`.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for name, reads in modes(context, budget, stride, draft, acceptance).items():
-        moved = reads.bytes(sizes, batch)
-        ms = milliseconds(reads, moved, device.bandwidth, fixed_ms)
-        found[name] = {"ms": ms, "tokens_per_s": batch * 1e3 / ms, "bytes": moved}
-    for one in found.values():
-        one["speed_up"] = found["full"]["ms"] / one["ms"]  # type: ignore[operator]
-    cache = batch * context * sizes.entry
+    ms = {
+        name: reads.ms(sizes, load.batch, device.bandwidth, fixed_ms)
+        for name, reads in load.modes().items()
+    }
+    modes = {
+        name: {
+            "ms": ms[name],
+            "tokens_per_s": load.batch * 1e3 / ms[name],
+            "bytes": moved,
+            "speed_up": ms["full"] / ms[name],
+        }
+        for name, moved in load.bytes(sizes).items()
+    }
+    cache = load.batch * load.context * sizes.entry
     # A selection keeps copies of its entries.
-    partial = batch * min(budget, context) * sizes.entry
+    partial = load.batch * min(load.budget, load.context) * sizes.entry
     total = sizes.stored + cache + partial
     return {
-        "modes": {name: rounded(one, 5) for name, one in found.items()},
+        **asdict(load),
+        "bandwidth": device.bandwidth,
+        "fixed_ms": fixed_ms,
+        "modes": {name: rounded(one, 5) for name, one in modes.items()},
         "memory": {
             "weights": sizes.stored,
             "cache": cache,
@@ -91,13 +94,31 @@ def plan(
     }
 
 
-def milliseconds(reads: Reads, moved: float, bandwidth: float, fixed_ms: float) -> float:
-    """A token: its share of the passes' fixed cost, and its bytes."""
-    return reads.passes * fixed_ms + moved / bandwidth * 1e3
+def check(path: Path, sizes_of: Callable[[str, str], Sizes]) -> dict[str, Any]:
+    """The model beside the rows of a CSV file of `bench decode`.
+
+    Args:
+        sizes_of: the sizes of a shape in a dtype.
+
+    Returns:
+        `file`, `rows` (`predictions`), `median_error_by_bytes` and `median_error_by_fit` of the absolute errors.
+
+    Raises:
+        ValueError: a file that `bench decode` did not write.
+    """
+    rows = read(path)
+    if not rows or not {"ms.exact", "bytes.mix", *_LOAD} <= set(rows[0]):
+        raise ValueError(f"{path} has no rows of `bench decode`: give another file")
+    found = predictions(rows, functools.cache(sizes_of))
+    medians = {}
+    for name in ("error_by_bytes", "error_by_fit"):
+        values = [abs(one[name]) for one in found if one[name] is not None]
+        medians[f"median_{name}"] = statistics.median(values) if values else None
+    return {"file": str(path), "rows": found, **medians}
 
 
-def check(rows: Sequence[Row], sizes_of: Mapping[str, Sizes]) -> list[dict[str, Any]]:
-    """Predictions beside rows of `bench decode` (as `record.read` gives them): speed-ups over our dense step.
+def predictions(rows: Sequence[Row], sizes_of: Callable[[str, str], Sizes]) -> list[dict[str, Any]]:
+    """Speed-ups over our dense step beside those measured, for each mode of rows as `record.read` gives them.
 
     `by_bytes` is the ratio of bytes, which is what the planner says of a machine it knows nothing of. `by_fit` adds the
     fixed cost and bandwidth that the dense and partial steps of the *other* rows of this machine and shape show; it is
@@ -105,29 +126,24 @@ def check(rows: Sequence[Row], sizes_of: Mapping[str, Sizes]) -> list[dict[str, 
     """
     found = []
     for row in rows:
-        reads = modes(row["context"], row["budget"], row["stride"], row["draft"], row["acceptance"])
-        sizes, batch = sizes_of[row["shape"]], row["batch"]
-        fitted = _fit_of_others(row, rows)
+        load = Load(**{name: row[name] for name in _LOAD})
+        sizes, fitted = sizes_of(row["shape"], row["dtype"]), _fit_of_others(row, rows)
+        modes, moved = load.modes(), load.bytes(sizes)
         for mode in _CHECKED:
-            dense, measured = row["ms.own_dense"], row[f"ms.{mode}"]
-            if dense is None or measured is None:
+            if row["ms.own_dense"] is None or row[f"ms.{mode}"] is None:
                 continue
-            full, moved = reads["full"].bytes(sizes, batch), reads[mode].bytes(sizes, batch)
-            by_fit = None
+            measured = row["ms.own_dense"] / row[f"ms.{mode}"]
+            by_bytes, by_fit = moved["full"] / moved[mode], math.nan
             if fitted is not None:
-                by_fit = milliseconds(reads["full"], full, *fitted)
-                by_fit /= milliseconds(reads[mode], moved, *fitted)
-            ratio = dense / measured
-            numbers = {"measured": ratio, "by_bytes": full / moved, "by_fit": by_fit}
-            found.append(
-                {
-                    **{name: row[name] for name in ("shape", "context", "batch", "budget")},
-                    "mode": mode,
-                    **rounded(numbers),
-                    "error_by_bytes": round(full / moved / ratio - 1, 4),
-                    "error_by_fit": None if by_fit is None else round(by_fit / ratio - 1, 4),
-                }
-            )
+                full, ours = (modes[name].ms(sizes, load.batch, *fitted) for name in ("full", mode))
+                by_fit = full / ours
+            ratios = {"measured": measured, "by_bytes": by_bytes, "by_fit": by_fit}
+            errors = {
+                "error_by_bytes": by_bytes / measured - 1,
+                "error_by_fit": by_fit / measured - 1,
+            }
+            size = {name: row[name] for name in ("shape", "context", "batch", "budget")}
+            found.append({**size, "mode": mode, **rounded({**ratios, **errors})})
     return found
 
 
@@ -147,6 +163,4 @@ def _fit_of_others(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
     if len(others) < 2 or not points:
         return None
     line = fit(points)
-    if line["bytes_per_s"] is None or line["fixed_ms"] is None:
-        return None
-    return line["bytes_per_s"], line["fixed_ms"]
+    return None if line["bytes_per_s"] is None else (line["bytes_per_s"], line["fixed_ms"])

@@ -1,80 +1,99 @@
-"""The speed section of README.md, written from the rows in `benchmarks/results`, so that no number is anybody's own.
+"""The timings in README.md and docs/bench.md, written from `benchmarks/results`, so that no number is anybody's own.
 
-    python -m refreshkv.bench.readme [README.md] [benchmarks/results]
+    python -m refreshkv.bench.readme [FOLDER OF THE CHECKOUT]
 
-rewrites the part between the two markers.
+rewrites what stands between the two markers: a few rows in README.md, all of them in docs/bench.md.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refreshkv.bench.record import Row, read
+from refreshkv.bench.record import read
+from refreshkv.bench.tables import THREE, Column, Row, markdown
 
 BEGIN = "<!-- speed: written by `python -m refreshkv.bench.readme` from benchmarks/results; do not edit -->"
 END = "<!-- end of speed -->"
-_PLACES = {"cpu": "CPU", "cuda": "GPU"}
-_MS = "ms"  # three digits, however large
+_PLACES = {"cpu": "cpu", "cuda": "gpu"}  # the name of a file -> that of the target of make
 _NONE = "No row yet: `make bench-{}` on such a machine makes them."
-# Column of the table -> column of the file, and how to write it.
+_MOST = 6  # rows of a machine in README.md
+_TIMES = "{:.2f}x"
+_SUMMARY = {
+    "K": Column("budget", "{:,}"),
+    "DynamicCache": Column("ms.default", THREE),
+    "StaticCache": Column("ms.static", THREE),
+    "our full attention": Column("ms.own_dense", THREE),
+    "mix": Column("ms.mix", THREE),
+    "mix over ours": Column("ratios.mix_over_own_dense", _TIMES),
+    "drafts": Column("draft"),
+    "lossless": Column("ms.exact", THREE),
+    "lossless over ours": Column("ratios.exact_over_own_dense", _TIMES),
+    "lossless over StaticCache": Column("ratios.exact_over_static", _TIMES),
+}
 _DECODE = {
-    "K": ("budget", "{:,}"),
-    "weights alone": ("ms.empty", _MS),
-    "eviction, same K": ("ms.snapkv", _MS),
-    "partial step": ("ms.partial", _MS),
-    "full step": ("ms.full", _MS),
-    "our dense": ("ms.own_dense", _MS),
-    "StaticCache": ("ms.static", _MS),
-    "DynamicCache": ("ms.default", _MS),
-    "mix over our dense": ("ratios.mix_over_own_dense", "{:.2f}x"),
-    "over StaticCache": ("ratios.mix_over_static", "{:.2f}x"),
-    "over DynamicCache": ("ratios.mix_over_default", "{:.2f}x"),
-    "of what the bytes allow": ("ratios.share_of_ideal", "{:.0%}"),
-    "`fast` over our dense": ("ratios.fast_over_own_dense", "{:.2f}x"),
+    "K": Column("budget", "{:,}"),
+    "weights alone": Column("ms.empty", THREE),
+    "eviction, same K": Column("ms.snapkv", THREE),
+    "partial step": Column("ms.partial", THREE),
+    "full step": Column("ms.full", THREE),
+    "our dense": Column("ms.own_dense", THREE),
+    "StaticCache": Column("ms.static", THREE),
+    "DynamicCache": Column("ms.default", THREE),
+    "mix over our dense": Column("ratios.mix_over_own_dense", _TIMES),
+    "over StaticCache": Column("ratios.mix_over_static", _TIMES),
+    "over DynamicCache": Column("ratios.mix_over_default", _TIMES),
+    "of what the bytes allow": Column("ratios.share_of_ideal", "{:.0%}"),
+    "`fast` over our dense": Column("ratios.fast_over_own_dense", _TIMES),
 }
 _EXACT = {
-    "K": ("budget", "{:,}"),
-    "drafts": ("draft", "{}"),
-    "that stand": ("acceptance", "{:.0%}"),
-    "draft": ("ms.draft", _MS),
-    "full pass": ("ms.verify", _MS),
-    "cycle": ("ms.cycle", _MS),
-    "a token": ("ms.exact", _MS),
-    "our dense": ("ms.own_dense", _MS),
-    "over our dense": ("ratios.exact_over_own_dense", "{:.2f}x"),
-    "over StaticCache": ("ratios.exact_over_static", "{:.2f}x"),
-    "of what the bytes allow": ("ratios.exact_share_of_ideal", "{:.0%}"),
+    "K": Column("budget", "{:,}"),
+    "drafts": Column("draft"),
+    "that stand": Column("acceptance", "{:.0%}"),
+    "draft": Column("ms.draft", THREE),
+    "full pass": Column("ms.verify", THREE),
+    "cycle": Column("ms.cycle", THREE),
+    "a token": Column("ms.exact", THREE),
+    "our dense": Column("ms.own_dense", THREE),
+    "over our dense": Column("ratios.exact_over_own_dense", _TIMES),
+    "over StaticCache": Column("ratios.exact_over_static", _TIMES),
+    "of what the bytes allow": Column("ratios.exact_share_of_ideal", "{:.0%}"),
 }
 _KERNEL = {
-    "µs": ("us", _MS),
-    "of the bandwidth": ("bandwidth_share", "{:.0%}"),
-    "the fastest of others": ("rival", "{}"),
-    "its µs": ("rival_us", _MS),
+    "µs": Column("ms", THREE, 1e3),
+    "of the bandwidth": Column("bandwidth_share", "{:.0%}"),
+    "the fastest of others": Column("rival"),
+    "its µs": Column("rival_ms", THREE, 1e3),
 }
+_MACHINE = ("shape", "dtype", "device", "threads", "versions.kernels")
+_SIZE = (*_MACHINE, "batch", "context", "budget", "stride", "draft", "acceptance")
+
+
+def summary(results: Path) -> str:
+    """What stands between the markers in README.md: what a token costs in each mode."""
+    return _places(results, lambda rows, file: _short(rows[:_MOST], file), {})
 
 
 def section(results: Path) -> str:
-    """What stands between the markers."""
-    parts = []
-    for kind, place in _PLACES.items():
-        parts.append(f"### On a {place}")
-        rows = newest(read(results / f"decode-{kind}.csv"), _SIZE)
-        rows = [row for row in rows if row["shape"] != "demo"]
-        if not rows:
-            parts.append(_NONE.format("cpu" if kind == "cpu" else "gpu"))
-        for group in _alike(rows, _MACHINE):
-            parts += _decode_parts(group, f"decode-{kind}.csv")
-        kernels = newest(read(results / f"kernels-{kind}.csv"), (*_SIZE, "kernel"))
-        for group in _alike([row for row in kernels if row["shape"] != "demo"], _MACHINE):
-            parts += _kernel_parts(group, f"kernels-{kind}.csv")
-    return "\n\n".join(parts)
+    """What stands between the markers in docs/bench.md: every newest row."""
+    return _places(results, _decode, {"kernels": _kernels})
 
 
-_MACHINE = ("shape", "dtype", "device", "threads", "versions.kernels")
-_SIZE = (*_MACHINE, "batch", "context", "budget", "stride", "draft", "acceptance")
+DOCUMENTS = {"README.md": summary, "docs/bench.md": section}
+
+
+def rewrite(text: str, written: str) -> str:
+    """A document with `written` between its markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the text lacks the markers {BEGIN} and {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{written}\n\n{END}{rest.split(END)[1]}"
 
 
 def newest(rows: Iterable[Row], same: Sequence[str]) -> list[Row]:
@@ -83,95 +102,96 @@ def newest(rows: Iterable[Row], same: Sequence[str]) -> list[Row]:
     return sorted(last.values(), key=lambda row: (row["shape"], row["batch"], row["context"]))
 
 
-def rewrite(text: str, results: Path) -> str:
-    """README.md with its speed section as the rows have it.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the text lacks the markers {BEGIN} and {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{rest.split(END)[1]}"
+Parts = Callable[[list[Row], str], list[str]]
 
 
-def _decode_parts(rows: list[Row], file: str) -> list[str]:
+def _places(results: Path, decode: Parts, more: dict[str, Parts]) -> str:
+    """A heading a kind of machine, then the parts of each machine of that kind."""
+    parts = []
+    for kind, target in _PLACES.items():
+        parts.append(f"### On a {target.upper()}")
+        said = len(parts)
+        for name, write in {"decode": decode, **more}.items():
+            file = f"{name}-{kind}.csv"
+            rows = [row for row in read(results / file) if row["shape"] != "demo"]
+            groups: dict[tuple[Any, ...], list[Row]] = {}
+            for row in newest(rows, (*_SIZE, "kernel")):
+                groups.setdefault(tuple(row[name] for name in _MACHINE), []).append(row)
+            for group in groups.values():
+                parts += write(group, file)
+        if len(parts) == said:
+            parts.append(_NONE.format(target))
+    return "\n\n".join(parts)
+
+
+def _short(rows: list[Row], file: str) -> list[str]:
+    """A paragraph and a table: full attention, the mix, the lossless mode."""
+    drafts = sorted({(row["draft"], row["acceptance"]) for row in rows})
+    stand = " or ".join(f"{draft} drafts of which {share:.0%} stand" for draft, share in drafts)
+    return [
+        f"Median milliseconds a token, {_about(rows[0], file)}. The mix is the published method at a fixed"
+        f" stride, one full step in {_strides(rows)}; lossless is {stand}, which is a"
+        " matter of text ([fidelity](docs/fidelity.md)).",
+        _table("rows x context", rows, _SUMMARY),
+    ]
+
+
+def _decode(rows: list[Row], file: str) -> list[str]:
     """A paragraph and a table for the mixes, and one more for the lossless mode where it was timed."""
-    one = rows[0]
-    strides = " or ".join(sorted({str(row["stride"]) for row in rows}))
     parts = [
-        f"Shape of {one['shape']} (random weights), {one['dtype']}, {_where(one)}; median milliseconds a"
-        f" step, all variants taking turns in one run (`refreshkv bench decode`, `benchmarks/results/{file}`). The mix"
-        f" is S = {strides}: one full step in S, the others partial.",
+        f"Median milliseconds a step, {_about(rows[0], file)}. The mix is S = {_strides(rows)}: one full step in S, the"
+        " others partial.",
         _table("rows x context", rows, _DECODE),
     ]
     exact = [row for row in rows if row["ms.exact"] is not None]
     if exact:
         parts += [
-            "The lossless mode; how many drafts of a cycle stand is a matter of text, which docs/fidelity.md measures:",
+            "The lossless mode; how many drafts of a cycle stand is a matter of text ([fidelity](fidelity.md)):",
             _table("rows x context", exact, _EXACT),
         ]
     return parts
 
 
-def _kernel_parts(rows: list[Row], file: str) -> list[str]:
-    one = rows[0]
-    micro = [
-        {**row, "us": 1e3 * row["ms"], "rival_us": 1e3 * row["rival_ms"], "context": row["context"]}
-        for row in rows
-    ]
+def _kernels(rows: list[Row], file: str) -> list[str]:
     return [
-        f"Kernels on one layer of {one['shape']}, {one['dtype']}, {_where(one)}, cold caches"
-        f" (`refreshkv bench kernels`, `benchmarks/results/{file}`):",
-        _table("rows x context, kernel", micro, _KERNEL),
+        f"Kernels on one layer, cold caches, {_about(rows[0], file)}:",
+        _table("rows x context, kernel", rows, _KERNEL),
     ]
 
 
-def _where(row: Row) -> str:
-    threads = (
-        f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if "CPU" in row["device"] else ""
+def _about(row: Row, file: str) -> str:
+    """The settings that all rows of a table share, and how they were made."""
+    threads = f", {row['threads']} threads" if "CPU" in row["device"] else ""
+    return (
+        f"shape of {row['shape']} (random weights), {row['dtype']}, {row['device']}{threads}, kernels in"
+        f" {row['versions.kernels']} (`refreshkv bench {file.split('-')[0]}`, `benchmarks/results/{file}`)"
     )
-    return f"{row['device']}{threads}, kernels in {row['versions.kernels']}"
 
 
-def _table(first: str, rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
-    lines = [f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+def _strides(rows: list[Row]) -> str:
+    return " or ".join(sorted({str(row["stride"]) for row in rows}))
+
+
+def _table(first: str, rows: Sequence[Row], columns: dict[str, Column]) -> str:
+    """By size, and by kernel where rows have one."""
+    lines = []
     for row in rows:
-        cells = [_cell(row[name], form) for name, form in columns.values()]
-        name = f"{row['batch']} x {_thousands(row['context'])}"
-        name += f", `{row['kernel']}`" if "kernel" in row else ""
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any, form: str) -> str:
-    if value is None:
-        return "-"
-    if form == _MS:
-        return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-    return form.format(value)
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def _alike(rows: Iterable[Row], same: Sequence[str]) -> list[list[Row]]:
-    """Rows that agree in `same`, together."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in same), []).append(row)
-    return list(groups.values())
+        tokens = row["context"]
+        size = f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+        kernel = f", `{row['kernel']}`" if "kernel" in row else ""
+        lines.append((f"{row['batch']} x {size}{kernel}", row))
+    return markdown(first, lines, columns)
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("readme", nargs="?", type=Path, default=Path("README.md"))
-    parser.add_argument("results", nargs="?", type=Path, default=Path("benchmarks/results"))
-    given = parser.parse_args()
-    text = given.readme.read_text(encoding="utf-8")
-    given.readme.write_text(rewrite(text, given.results), encoding="utf-8")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path())
+    folder = parser.parse_args().folder
+    for name, write in DOCUMENTS.items():
+        text = (folder / name).read_text(encoding="utf-8")
+        written = rewrite(text, write(folder / "benchmarks" / "results"))
+        (folder / name).write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

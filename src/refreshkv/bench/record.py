@@ -1,11 +1,12 @@
-"""What a benchmark leaves behind: the machine, the versions, and rows of a CSV file that is looked at beforehand."""
+"""What a benchmark leaves behind: its settings and machine, and rows of a CSV file that is looked at beforehand."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,19 +16,29 @@ import torch
 import transformers
 
 import refreshkv
+from refreshkv.bench.job import Job
+from refreshkv.bench.tables import Row
 from refreshkv.kernels.backend import language
 from refreshkv.text import reason
 
-Row = Mapping[str, Any]
+_SETTINGS = (
+    *("shape", "context", "batch", "budget", "stride", "draft", "acceptance"),
+    *("steps", "cycles"),
+)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """When and on what a run was made; the first columns of every file."""
+def settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
+    """When, what and on what a run was made; the first columns of every file. `bandwidth` in bytes a second."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
+        **{name: getattr(job, name) for name in _SETTINGS},
+        "tokens_per_pass": round(job.tokens_per_pass, 3),
+        "form": "compiled" if job.compiled else "static" if job.static else "growing",
+        "device": device_name(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "versions": versions(device),
+        "bandwidth": None if bandwidth is None else round(bandwidth),
+        "versions": versions(job.device),
     }
 
 
@@ -41,20 +52,17 @@ def device_name(device: torch.device) -> str:
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """The libraries, and the kernels, that decide the speed."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
     return {
         "refreshkv": refreshkv.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "triton": _triton(),
+        "triton": triton,
         "kernels": language(device),
     }
-
-
-def _triton() -> str | None:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def flat(record: Row, leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -70,33 +78,40 @@ def flat(record: Row, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     return row
 
 
-def check_file(path: Path, row: Row) -> None:
+def check_file(path: Path | None, row: Row) -> list[str] | None:
     """Whether `row` can be appended; to be asked before hours of timing, with a row of the same columns.
+
+    Returns the header of the file; `None` of one that is empty or not there.
 
     Raises:
         ValueError: a file of other columns, or a place that cannot be written.
     """
+    if path is None:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = _columns(path)
+        known = None
+        if path.exists() and path.stat().st_size:
+            with path.open(newline="", encoding="utf-8") as file:
+                known = next(csv.reader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"cannot write {path} ({reason(error)}): give another file") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: give another file")
     if known is not None and not set(row) <= set(known):
         raise ValueError(f"{path} has other columns than this benchmark writes: give another file")
+    return known
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows of the same columns.
+def append(path: Path | None, rows: Sequence[Row]) -> None:
+    """Add rows that all have the columns of the first; to no file where `path` is `None`.
 
     Raises:
         ValueError: as `check_file`.
     """
-    rows = list(rows)
-    for row in rows:
-        check_file(path, row)
-    known = _columns(path)
+    if path is None:
+        return
+    known = check_file(path, rows[0])
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, known or list(rows[0]), restval="")
@@ -126,19 +141,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, float | None]:
-    """Numbers to so many significant digits; what was not measured stays `None`."""
+    """Numbers to so many significant digits; what was not measured (`None` or NaN) is `None`."""
     return {
-        name: None if value is None else float(f"{value:.{digits}g}")
+        name: None if value is None or math.isnan(value) else float(f"{value:.{digits}g}")
         for name, value in values.items()
     }
-
-
-def _columns(path: Path) -> list[str] | None:
-    """The header; `None` of a file that is empty or not there."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        return next(csv.reader(file))
 
 
 def _value(text: str) -> Any:

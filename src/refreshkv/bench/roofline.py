@@ -8,10 +8,12 @@ Letters: L context, K budget, S stride, s drafts of a cycle. Source: ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from refreshkv.config import RefreshConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on the bundled model.
 DRAFT = 10  # tokens that the default preset drafts in a cycle
@@ -39,6 +41,68 @@ class Reads:
         """Bytes that a token of every row moves."""
         return self.passes * sizes.weights + self.entries * rows * sizes.entry
 
+    def ms(self, sizes: Sizes, rows: int, bandwidth: float, fixed_ms: float) -> float:
+        """Milliseconds of it: its bytes at `bandwidth` (a second), and what a pass costs beside them."""
+        return self.passes * fixed_ms + self.bytes(sizes, rows) / bandwidth * 1e3
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the bytes of a token depend on, beside the model.
+
+    Attributes:
+        context: L, tokens in each of `batch` rows.
+        budget: K; given as in `RefreshConfig`, in tokens afterwards.
+        stride: S of the mix; `None` is partial steps only.
+        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands, as
+            `Stats.acceptance` counts it.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    context: int = 8192
+    batch: int = 1
+    budget: int | float = 0.125
+    stride: int | None = 10
+    draft: int = 8
+    acceptance: float = 0.85
+
+    def __post_init__(self) -> None:
+        config = RefreshConfig(budget=self.budget, stride=self.stride)
+        object.__setattr__(self, "budget", config.resolve_budget(self.context))
+        if not 0 <= self.acceptance <= 1:
+            share = "acceptance is a share of the drafts in [0, 1]"
+            raise ValueError(f"{share}; got {self.acceptance!r}")
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Mean tokens that a full pass of the lossless mode yields: the drafts that stand, and one of its own."""
+        return 1 + self.draft * self.acceptance
+
+    def modes(self) -> dict[str, Reads]:
+        """What a token of each mode reads.
+
+        "full" is full attention, ours or anybody's, and a full step (its scores are not in memory yet); "snapkv" an
+        eviction method that keeps K entries, and a partial step; "mix" one full step in S, the others partial; "fast"
+        the preset: every step is partial, and a head that then fires reads all keys and its new partial cache; "exact"
+        the lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens.
+        """
+        context, kept = self.context, min(self.budget, self.context)
+        full = 0.0 if self.stride is None else 1 / self.stride
+        tokens = self.tokens_per_pass
+        return {
+            "full": Reads(1, context),
+            "snapkv": Reads(1, kept),
+            "mix": Reads(1, (1 - full) * kept + full * context),
+            "fast": Reads(1, kept + FAST_FULL_SHARE * (context / 2 + kept)),
+            "exact": Reads((self.draft + 1) / tokens, (self.draft * kept + context) / tokens),
+        }
+
+    def bytes(self, sizes: Sizes) -> dict[str, float]:
+        """Bytes that a token of every row moves, by mode."""
+        return {mode: reads.bytes(sizes, self.batch) for mode, reads in self.modes().items()}
+
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """The sizes of a model in its own dtype; it may lie on the meta device."""
@@ -61,44 +125,3 @@ def entry_bytes(config: PreTrainedConfig, item: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return served * heads * 2 * dim * item
-
-
-def dense(context: int) -> Reads:
-    """Full attention, ours or anybody's; a full step too, for its scores are not in memory yet."""
-    return Reads(1, context)
-
-
-def partial(context: int, budget: int) -> Reads:
-    """A partial step, or a step of an eviction method that keeps K entries."""
-    return Reads(1, min(budget, context))
-
-
-def mix(context: int, budget: int, stride: int | None) -> Reads:
-    """One full step in S, the others partial; S = `None` is never."""
-    full = 0.0 if stride is None else 1 / stride
-    return Reads(1, (1 - full) * min(budget, context) + full * context)
-
-
-def fast(context: int, budget: int, full_share: float = FAST_FULL_SHARE) -> Reads:
-    """The preset "fast": every step is partial; a head that then fires reads all keys and its new partial cache."""
-    kept = min(budget, context)
-    return Reads(1, kept + full_share * (context / 2 + kept))
-
-
-def tokens_per_pass(draft: int, acceptance: float) -> float:
-    """Mean tokens that a full pass yields: the drafts that stand, and the token that it gives itself.
-
-    `acceptance` is the mean share of the drafts that stands, as `Stats.acceptance` counts it.
-
-    Raises:
-        ValueError: no share.
-    """
-    if not 0 <= acceptance <= 1:
-        raise ValueError(f"acceptance is a share of the drafts in [0, 1]; got {acceptance!r}")
-    return 1 + draft * acceptance
-
-
-def exact(context: int, budget: int, draft: int = DRAFT, acceptance: float = ACCEPTANCE) -> Reads:
-    """The lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens."""
-    tokens = tokens_per_pass(draft, acceptance)
-    return Reads((draft + 1) / tokens, (draft * min(budget, context) + context) / tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,66 +10,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from refreshkv.config import unknown
 
-_LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
-_LLAMA_1B = {
-    **_LLAMA_8B,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-_QWEN3_8B = {
-    **_LLAMA_8B,
-    "model_type": "qwen3",  # normalises queries and keys
-    "vocab_size": 151936,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-}
-_QWEN2_7B = {
-    **_LLAMA_8B,
-    "model_type": "qwen2",  # biases on queries, keys and values
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-_MISTRAL_7B = {
-    **_LLAMA_8B,
-    "model_type": "mistral",
-    "vocab_size": 32768,
-    "sliding_window": None,  # since version 0.2
-}
-_DEMO = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _LLAMA_8B,
-    "llama-3.2-1b": _LLAMA_1B,
-    "qwen3-8b": _QWEN3_8B,
-    "qwen2-7b": _QWEN2_7B,
-    "mistral-7b": _MISTRAL_7B,
-    "demo": _DEMO,
+_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+# Qwen3 normalises queries and keys; Qwen2 has biases on queries, keys and values.
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
+    "llama-3.2-1b": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
+    "qwen3-8b": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
+    "qwen2-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
+    "mistral-7b": ("mistral", 32768, 4096, 14336, 32, 32, 8, 128, False),
+    "demo": ("llama", 512, 256, 512, 4, 4, 2, 64, True),
 }
 
 
@@ -81,9 +34,10 @@ def config_of(shape: str) -> PreTrainedConfig:
     if shape not in SHAPES:
         raise ValueError(unknown("shape", shape, SHAPES))
     return AutoConfig.for_model(
-        **SHAPES[shape],
+        **dict(zip(_FIELDS, SHAPES[shape], strict=True)),
         max_position_embeddings=1 << 20,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        sliding_window=None,  # Mistral has none since its version 0.2
     )
 
 
@@ -93,6 +47,7 @@ def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+@functools.lru_cache(maxsize=1)  # runs of several sizes share a model
 def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the given shape with small random weights, in eval mode.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-WARM_UP = 2  # turns that are not timed
 _BLOCK = 1 << 28  # float32 numbers, one GiB: more than the last cache of a server holds
 _CPU_CACHE = 128 << 20  # bytes; torch does not know, and neighbours on the machine use it too
 _MOST_COPIES = 64

@@ -6,8 +6,8 @@ store with transformers' static cache, and every step is taken back, so that eac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,78 +15,41 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
-from refreshkv.bench.timing import WARM_UP
+from refreshkv.bench.job import Job
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config, unknown
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.fallback import CACHES
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
-from refreshkv.step import Attention
+from refreshkv.kernels.options import AttendOptions
 
-_SPARE = 8  # places beyond those that a run needs
 _NEVER = 1e9  # nats that no log-sum-exp falls
 
-# What can be left out, in the order of the table.
-VARIANTS = {
+# Every time that is reported, in the order of the table.
+NAMES = {
     "empty": "full attention over one token: weights and Python alone",
     "snapkv": "eviction: full attention over K tokens, what SnapKV leaves",
     "partial": "partial step",
     "full": "full step with re-selection",
-    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
-    "exact": "a token of the lossless mode: cycle / tokens per pass",
     "own_dense": "our full attention without selection",
     "static": "transformers StaticCache, compiled where there is a GPU",
     "flash": "transformers flash_attention_2 over its DynamicCache, on a GPU",
     "default": "transformers DynamicCache, the default of generate",
+    "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
+    "fast_full": "full step of fast, which reads keys only",
+    "draft": "one draft pass",
+    "verify": "one full pass over all drafts and the token before them",
+    "cycle": "selection, drafts, full pass, commit",
+    "mix": "partial and full steps, at the stride",
+    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
+    "exact": "a token of the lossless mode: cycle / tokens per pass",
 }
-# Those that are made of several timings.
-PARTS = {
-    "fast": {
-        "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
-        "fast_full": "full step of fast, which reads keys only",
-    },
-    "exact": {
-        "draft": "one draft pass",
-        "verify": "one full pass over all drafts and the token before them",
-        "cycle": "selection, drafts, full pass, commit",
-    },
-}
-MIX = {"mix": "partial and full steps, at the stride"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to time, resolved.
-
-    Attributes:
-        shape: a name in `shapes.SHAPES`. `dtype`, `device`: of its weights and the caches.
-        context: tokens in each of `batch` rows. `budget`: K in tokens.
-        stride: of the mix; `None` is partial steps only.
-        draft, acceptance: drafts of a cycle of the lossless mode, and the mean share of them that stands.
-        steps, cycles: timed turns of single steps, and of such cycles.
-        static: our single steps run on the static form of the cache, which a CUDA graph can hold.
-        compiled: they are compiled too, as transformers' static cache always is on a GPU.
-    """
-
-    shape: str
-    context: int
-    batch: int
-    budget: int
-    stride: int | None
-    draft: int
-    acceptance: float
-    device: torch.device
-    dtype: torch.dtype
-    steps: int
-    cycles: int
-    static: bool = False
-    compiled: bool = False
-
-    @property
-    def room(self) -> int:
-        """Places of a preallocated cache; transformers' static one is not taken back."""
-        return self.context + max(self.draft + 1, WARM_UP + self.steps) + _SPARE
+# Those that can be left out, with what they are made of.
+VARIANTS = (
+    *("empty", "snapkv", "partial", "full", "fast", "exact"),
+    *("own_dense", "static", "flash", "default"),
+)
 
 
 def check_names(skip: tuple[str, ...]) -> None:
@@ -142,41 +105,30 @@ def _fill(
     for index in range(config.num_hidden_layers):
         keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
         queries = noise(config.num_attention_heads, kept)
-        shared = None
+        shared = DenseStore(job.room)
         for name in sorted(made, key=lambda name: name != "static"):  # its buffers are shared
             cache, tokens = made[name], shorter.get(name, job.context)
-            if isinstance(cache, StaticRefreshCache):
-                layer = cache.layers[index]
-                if "static" in made and name not in shorter:
-                    layer.share(made["static"].layers[index])
-                else:
-                    layer.update(keys[:, :, :tokens], values[:, :, :tokens])
-                layer.observe(queries, Attention(config.head_dim**-0.5), None)
-                layer.begin_decoding()
-                continue
-            if not isinstance(cache, RefreshCache):
+            if not isinstance(cache, CACHES):
                 cache.update(keys, values, index)
                 continue
-            inner = cache.layers[index].inner
-            if name in shorter:
-                inner.append(keys[:, :, :tokens], values[:, :, :tokens])
+            layer, static = cache.layers[index], made.get("static")
+            if name in shorter or (job.static and static is None):
+                into = layer.update if job.static else layer.inner.append
+                into(keys[:, :, :tokens], values[:, :, :tokens])
+            elif job.static:
+                layer.share(static.layers[index])
             else:
-                shared = shared or _shared_store(made.get("static"), index, keys, values, job)
-                inner.store = shared
-            inner.await_selection(queries)
-
-
-def _shared_store(
-    static: Cache | None, index: int, keys: Tensor, values: Tensor, job: Job
-) -> DenseStore:
-    """The full store of our variants: over the buffers of the static cache, where there is one."""
-    store = DenseStore(job.room)
-    if static is None:
-        store.append(keys, values)
-    else:  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
-        store._keys, store._values = static.layers[index].keys, static.layers[index].values
-        store.length = job.context
-    return store
+                if (
+                    static is not None
+                ):  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
+                    buffers = static.layers[index]
+                    shared = DenseStore.over(buffers.keys, buffers.values, job.context)
+                elif not shared.is_allocated:
+                    shared.append(keys, values)
+                layer.inner.store = copy.copy(shared)
+            layer.observe(queries, AttendOptions(scale=config.head_dim**-0.5), None)
+            if job.static:
+                layer.begin_decoding()
 
 
 def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
@@ -186,11 +138,12 @@ def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
         twin = StaticRefreshCache(config, full, max_cache_len=cache.layers[0].max_cache_len)
         for ours, theirs in zip(twin.layers, cache.layers, strict=True):
             ours.share(theirs)
-            ours.inner.resolve_budget(None, int(theirs.cumulative_length))
         return twin
     twin = RefreshCache(config, full)
     for ours, theirs in zip(twin.layers, cache.layers, strict=True):
-        ours.inner.store = theirs.inner.store
+        store = theirs.inner.store
+        ours.inner.store = copy.copy(store)
+        ours.inner.store.level(store.width)
     return twin
 
 

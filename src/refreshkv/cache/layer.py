@@ -148,7 +148,7 @@ class LayerCache:
     def resolve_budget(
         self, visible: Tensor | None, tokens: Tensor, rows: Tensor | None = None
     ) -> None:
-        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`; later ones all are.
+        """Turn the budget into tokens: a share is one of the visible among the first `tokens` `[B]`, as later ones are.
 
         `visible` `[B, width]` bool; `None` when everything is. `rows` `[B]` bool: the others keep theirs; `None`: all.
         """

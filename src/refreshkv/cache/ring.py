@@ -45,7 +45,7 @@ class Ring(ABC):
     """
 
     # What has a row for each of the batch, but for the budget, which is the cache's.
-    ROWS = ("positions", "filled", "pushed", "steps", "newest", "fetched")
+    ROWS: tuple[str, ...] = ("positions", "filled", "pushed", "steps", "newest", "fetched")
 
     def __init__(self, store: Store, budget: Tensor, slots: int | None = None) -> None:
         self._store = store

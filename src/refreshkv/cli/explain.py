@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refreshkv.bench.roofline import Reads, dense, exact, fast, sizes_of
+from refreshkv.bench.roofline import ACCEPTANCE, DRAFT, Load, Reads, sizes_of
 from refreshkv.config import make_config
 
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 def estimates(prompt_tokens: int) -> dict[str, Reads]:
     """What a token reads: full attention, the lossless mode and the preset "fast"."""
-    budgets = {
-        name: make_config(name).resolve_budget(prompt_tokens) for name in ("default", "fast")
-    }
-    return {
-        "full": dense(prompt_tokens),
-        "exact": exact(prompt_tokens, budgets["default"]),
-        "fast": fast(prompt_tokens, budgets["fast"]),
-    }
+    drafts = {"draft": DRAFT, "acceptance": ACCEPTANCE}
+    exact, fast = (
+        Load(context=prompt_tokens, budget=make_config(preset).budget, **drafts).modes()
+        for preset in ("default", "fast")
+    )
+    return {"full": exact["full"], "exact": exact["exact"], "fast": fast["fast"]}
 
 
 def lines(model: PreTrainedModel, prompt_tokens: int) -> list[str]:

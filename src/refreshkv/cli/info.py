@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
-import shutil
 import subprocess
 from importlib import metadata
 from typing import Any
@@ -18,8 +16,6 @@ from refreshkv.text import visible
 PACKAGES = ("torch", "transformers", "huggingface-hub", "tokenizers")
 # Those that decide which CPU kernels are fast: vector width, bfloat16 and tile arithmetic.
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "bf16")
-# Where CXX names none; the order is that of `kernels.native.build`.
-COMPILERS = ("c++", "g++", "clang++")
 
 
 @click.command("info", short_help="Versions, devices, backends; is a model supported?")
@@ -48,7 +44,7 @@ def command(model: str | None, trust_remote_code: bool, as_json: bool) -> None:
 def collect() -> dict[str, Any]:
     """Everything that does not depend on a model."""
     import refreshkv
-    from refreshkv.kernels.backend import available
+    from refreshkv.kernels import backend
 
     return {
         "versions": {
@@ -63,7 +59,7 @@ def collect() -> dict[str, Any]:
         },
         "devices": devices(),
         "cpu": cpu(),
-        "kernels": dict(available()),
+        "kernels": dict(backend.available()),
         "native": native(),
         "architectures": list(refreshkv.PROVEN_ARCHITECTURES),
         "presets": {name: dict(settings) for name, settings in refreshkv.PRESETS.items()},
@@ -96,9 +92,12 @@ def cpu() -> dict[str, Any]:
 
 def native() -> dict[str, str | None]:
     """The C++ compiler of the CPU kernels and its version, `None` for none; the folder of the compiled library."""
-    from refreshkv.kernels.native import safe_folder
+    from refreshkv.kernels.native import build, safe_folder
 
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    try:
+        compiler = shlex.join(build.compiler()) or None
+    except build.BuildError:  # CXX is no command
+        compiler = os.environ["CXX"]
     folder = safe_folder.kept()  # `None` where none is safe, and each process makes its own
     return {
         "compiler": compiler,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from refreshkv import tasks
 from refreshkv.cli.common import BadInput
-
-if TYPE_CHECKING:
-    from refreshkv.tasks.task import Task
+from refreshkv.tasks.task import Task
+from refreshkv.text import setting_of
 
 
 def make_tasks(names: Sequence[str], length: int, options: Sequence[str]) -> tuple[Task, ...]:
@@ -22,8 +20,6 @@ def make_tasks(names: Sequence[str], length: int, options: Sequence[str]) -> tup
         ValueError: an unknown task or setting, a value of the wrong type or out of range, an option for a task that
             was not asked for.
     """
-    from refreshkv import tasks
-
     asked = tasks.expand(list(names))
     settings: dict[str, dict[str, Any]] = {
         name: {"length": length} if "length" in tasks.options_of(name) else {} for name in asked
@@ -52,27 +48,7 @@ def _split(option: str) -> tuple[str, str, str]:
 
 
 def _value(task: str, name: str, text: str) -> Any:
-    """Text as the setting wants it: JSON where it is no text. An unknown setting is for `make_task` to refuse."""
-    from refreshkv.tasks import task_class
-
-    hint = get_type_hints(task_class(task)).get(name)
-    kinds = get_args(hint) or (hint,)
-    if NoneType in kinds and text in ("none", "null"):
-        return None
-    if str in kinds or hint is None:
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    if (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and float in kinds
-        and int not in kinds
-    ):
-        value = float(value)
-    if any(type(value) is kind for kind in kinds):
-        return value
-    wanted = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
-    raise BadInput(f"--task-option {task}.{name}={text}: {text!r} is not {wanted}")
+    """Text stays text where the setting is one; what is unknown or out of range is for the task to refuse."""
+    hint = get_type_hints(tasks.task_class(task)).get(name)
+    value = setting_of(text)
+    return text if value is not None and str in (get_args(hint) or (hint,)) else value

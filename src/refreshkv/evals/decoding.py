@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from refreshkv.evals.encoding import answer_tokens, check_room, encode, text_of
+from refreshkv.evals.encoding import answer_tokens, encode_all, text_of
 from refreshkv.hosts.transformers.versions import CACHE
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def generate(
     Raises:
         ValueError: a prompt that does not fit the model with its continuation, or no chat template.
     """
-    rows = _rows(model, tokenizer, prompts, max_new_tokens, chat, names)
+    rows = encode_all(model, tokenizer, prompts, max_new_tokens, chat, names)
     session.stats.reset()
     start = None if prefills is None else functools.partial(prefills.cache_for, session)
     made = continue_rows(model, rows, max_new_tokens, start=start, **GREEDY)
@@ -155,7 +155,7 @@ def feed(
     if [] in golds:
         name = f"prompt {golds.index([])}" if names is None else names[golds.index([])]
         raise ValueError(f"{name}: the answer has no tokens; there is nothing to feed")
-    rows = _rows(model, tokenizer, prompts, list(map(len, golds)), chat, names)
+    rows = encode_all(model, tokenizer, prompts, list(map(len, golds)), chat, names)
     tokens, mask = _left_padded(rows, _pad_token(model), model.device)
     # A row whose answer has ended is fed padding, which no longer counts.
     padded = torch.tensor([gold + [0] * (max(map(len, golds)) - len(gold)) for gold in golds])
@@ -214,23 +214,6 @@ def continue_rows(
         stop = next((at + 1 for at, token in enumerate(row[:cap]) if token in ends), cap)
         own.append(row[:stop])
     return Continued(own, clock.prefill_s, clock.decode_s)
-
-
-def _rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    room: Sequence[int],
-    chat: bool,
-    names: Sequence[str] | None,
-) -> list[list[int]]:
-    """The prompts as tokens, each with `room[i]` places for what follows it."""
-    rows = []
-    for i, (prompt, new) in enumerate(zip(prompts, room, strict=True)):
-        name = f"prompt {i}" if names is None else names[i]
-        rows.append(encode(tokenizer, prompt, chat))
-        check_room(model, name, len(rows[-1]), new)
-    return rows
 
 
 def _own(

@@ -20,26 +20,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) 
             raise ValueError("the model has no chat template; leave out --chat")
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    # A template writes its special tokens itself. `verbose` would warn of what `check_room` refuses.
+    # A template writes its special tokens itself. `verbose` would warn of what `encode_all` refuses.
     tokens = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
     if not tokens:
         raise ValueError("the prompt has no tokens; write something for the model to continue")
     return tokens
 
 
+def encode_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    room: Sequence[int],
+    chat: bool = False,
+    names: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """The prompts as tokens, with `room[i]` positions of the model left for what follows prompt i, called `names[i]`.
+
+    Raises:
+        ValueError: a prompt that does not fit the model with what follows, or as `encode`.
+    """
+    rows, positions = [], positions_in(model)
+    for i, (prompt, new) in enumerate(zip(prompts, room, strict=True)):
+        row = encode(tokenizer, prompt, chat)
+        if positions is not None and len(row) + new > positions:
+            name = f"prompt {i}" if names is None else names[i]
+            raise ValueError(
+                f"{name}: {len(row)} tokens of prompt and {new} of output make {len(row) + new}, but the model has"
+                f" {positions} positions; lower the length of the task"
+            )
+        rows.append(row)
+    return rows
+
+
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """The tokens of an answer, as they follow the prompt's."""
     return tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def check_room(model: PreTrainedModel, name: str, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise `ValueError` where a prompt and what follows it are longer than the model's positions."""
-    positions = positions_in(model)
-    if positions is not None and prompt_tokens + new_tokens > positions:
-        raise ValueError(
-            f"{name}: {prompt_tokens} tokens of prompt and {new_tokens} of output make"
-            f" {prompt_tokens + new_tokens}, but the model has {positions} positions; lower the length of the task"
-        )
 
 
 def positions_in(model: PreTrainedModel) -> int | None:

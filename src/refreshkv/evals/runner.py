@@ -218,15 +218,15 @@ def _check_prompts(
 ) -> None:
     """Every prompt fits the model together with its output. No method changes either."""
     for cell in {(cell.task.name, cell.mode): cell for cell in cells}.values():
+        prompts, names, room = [], [], []
         for example in cell.examples:
-            tokens = len(encoding.encode(tokenizer, example.prompt, grid.chat))
-            if cell.mode == "forced":
-                room = len(encoding.answer_tokens(tokenizer, example.answer or ""))
-            else:
-                room = example.max_new_tokens
-            if room < 1:
-                raise ValueError(f"{cell.title(example)}: nothing to decode; check its data")
-            encoding.check_room(model, cell.title(example), tokens, room)
+            gold = encoding.answer_tokens(tokenizer, example.answer or "")
+            prompts.append(example.prompt)
+            names.append(cell.title(example))
+            room.append(len(gold) if cell.mode == "forced" else example.max_new_tokens)
+            if room[-1] < 1:
+                raise ValueError(f"{names[-1]}: nothing to decode; check its data")
+        encoding.encode_all(model, tokenizer, prompts, room, grid.chat, names)
 
 
 def _check_same_prompts(out: Path, cells: Sequence[Cell], done: dict[str, str]) -> None:

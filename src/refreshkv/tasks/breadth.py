@@ -21,7 +21,16 @@ from refreshkv.tasks.ruler import TASKS as RULER
 from refreshkv.tasks.ruler.haystack import draw_depths, hide
 from refreshkv.tasks.ruler.needles import draw_key, draw_value, intro, question
 from refreshkv.tasks.ruler.vocabulary import sentence
-from refreshkv.tasks.task import Count, Example, Score, Task, answered, fit, generator
+from refreshkv.tasks.task import (
+    Count,
+    Example,
+    Score,
+    Task,
+    answered,
+    check_integers,
+    fit,
+    generator,
+)
 from refreshkv.tasks.words import CELLS, Endless, draw_word
 
 PREFIX = "breadth-"
@@ -49,6 +58,9 @@ class Breadth(Task):
     draw: ClassVar[Callable[[np.random.Generator], Build] | None]
     metric = "its task's"
     length: int = 2048
+
+    def __post_init__(self) -> None:
+        check_integers(self, length=1)
 
     def examples(self, count: Count, seed: int, limit: int | None) -> Iterator[Example]:
         """See `Task.examples`. 50 examples where no limit is given.

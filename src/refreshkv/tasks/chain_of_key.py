@@ -65,7 +65,7 @@ class ChainOfKey(Seeded):
     keys: int = 10
 
     def __post_init__(self) -> None:
-        check_integers(self, words=2, keys=1)
+        check_integers(self, length=1, words=2, keys=1)
 
     def make(self, id: str, rng: np.random.Generator, count: Count) -> Example:
         """See `Seeded.make`."""

@@ -61,7 +61,7 @@ class HtmlToTsv(Seeded):
     data: str | None = None
 
     def __post_init__(self) -> None:
-        check_integers(self, rows=1, columns=1)
+        check_integers(self, length=1, rows=1, columns=1)
 
     def examples(self, count: Count, seed: int, limit: int | None) -> Iterator[Example]:
         """See `Task.examples`. Without a limit as many as in the paper, or all of a file."""

@@ -33,7 +33,7 @@ class KeyValue(Seeded):
     keys: int = 5
 
     def __post_init__(self) -> None:
-        check_integers(self, keys=1)
+        check_integers(self, length=1, keys=1)
 
     def make(self, id: str, rng: np.random.Generator, count: Count) -> Example:
         """See `Seeded.make`."""

@@ -79,7 +79,7 @@ def check_integers(task: Task, **least: int) -> None:
     """Raise `ValueError` unless each of these settings is an integer of at least so much."""
     for name, limit in least.items():
         value = getattr(task, name)
-        if not isinstance(value, int) or value < limit:
+        if type(value) is not int or value < limit:
             raise ValueError(f"{task.name}: {name} must be an integer >= {limit}; got {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels in C++, compiled where they run (`build.py`): attention in bfloat16, selection for any dtype.
+"""The CPU kernels in C++, compiled where they run (`build.py`): attention, selection and rings.
 
-Signatures as in `reference.py`. What they do not take goes the way of plain torch (`kernels/cpu.py`).
+Signatures as in `reference`, which serves what they do not take.
 """

@@ -80,17 +80,31 @@ def attend_and_rank(
 
 
 def verify(
-    query: Tensor, entries: Entries, options: AttendOptions, **rows: Any
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
-    output, lse, scores = run(query, without_list(entries), options, **rows)
+    given = query, without_list(entries), options
+    output, lse, scores = run(*given, starts=starts, counts=counts, window=window)
     return Attended(output, lse), Scored(scores, lse)
 
 
-def vote(query: Tensor, entries: Entries, options: AttendOptions, **rows: Any) -> Scored:
+def vote(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+) -> Scored:
     """See `reference.vote`."""
-    entries = replace(without_list(entries), values=None)
-    _, lse, scores = run(query, entries, options, **rows)
+    keys = replace(without_list(entries), values=None)
+    _, lse, scores = run(query, keys, options, starts=starts, counts=counts)
     return Scored(scores, lse)
 
 
@@ -104,12 +118,11 @@ def run(
     window: int | None = None,
     scored: bool = True,
     threads: int | None = None,
-    library: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, Hq, T, Dv]`, log-sum-exp `[B, Hq, T]` and scores `[B, Hkv, n]` of queries `[B, Hq, T, D]`.
 
     Without `starts` every query sees all entries. Without values the output is empty, and without `scored` the scores.
-    `threads`: as many as torch uses; `library`: another build of it. The rest as in `reference.verify`.
+    `threads`: as many as torch uses. The rest as in `reference.verify`.
     """
     (rows, query_heads, queries, dim), count = query.shape, entries.count
     value_dim = 0 if entries.values is None else entries.values.shape[-1]
@@ -141,6 +154,6 @@ def run(
         *(window, options.reduction == "mean", threads or torch.get_num_threads()),
         *(options.scale, options.softcap or 0.0),
     )
-    if (library or compiled()).refreshkv_attend(ctypes.byref(job)):
+    if compiled().refreshkv_attend(ctypes.byref(job)):
         raise MemoryError(f"attention over {count} entries: not enough memory for its weights")
     return output, lse, scores

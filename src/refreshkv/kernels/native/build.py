@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 class BuildError(RuntimeError):
@@ -45,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         return load(build())
     except (BuildError, OSError) as error:  # no place to write, for one
         warnings.warn(
-            f"the CPU kernels run in plain torch, which takes up to four times as long on long contexts:"
+            f"the CPU kernels run in plain torch, which takes many times as long on long contexts:"
             f" {error}. Install a C++ compiler (g++ 11 or newer, or clang++), name it in CXX, or set "
             f"REFRESHKV_NATIVE=0 to do without",
             RuntimeWarning,
@@ -169,6 +171,8 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def whole(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+def whole(tensor: Given, dtype: torch.dtype | None = None) -> Given:
     """Its numbers one after the other, in `dtype`; the caller keeps what may be a copy."""
-    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+    if isinstance(tensor, Tensor):
+        return tensor.to(dtype or tensor.dtype).contiguous()
+    return tensor

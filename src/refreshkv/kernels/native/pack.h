@@ -14,18 +14,20 @@ using Operand = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>
 int64_t rows_for(int64_t m) { return m <= 16 ? m : (m + 15) / 16 * 16; }
 int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
-// A register of words from number `d` on of a row that has `dim`, zeros behind them.
+// A register of words from the numbers at `from` on, zeros behind the `left` that there are.
 template <typename T>
-inline Words words(const T* row, int64_t d, int64_t dim) {
-  constexpr int64_t count = kEach<Operand<T>> * kLanes;
-  T some[count] = {};
-  if (d + count > dim) {
-    std::copy_n(row + d, std::max<int64_t>(0, dim - d), some);
-    row = some;
-    d = 0;
-  }
-  if constexpr (std::is_same_v<T, float16>) return (Words)widened(row + d);
-  else return load<Words>(row + d);
+constexpr int64_t kWords = kEach<Operand<T>> * kLanes;  // numbers in it
+template <typename T>
+inline Words words(const T* from) {
+  if constexpr (std::is_same_v<T, float16>) return (Words)widened(from);
+  else return load<Words>(from);
+}
+template <typename T>
+inline Words words(const T* from, int64_t left) {
+  if (left >= kWords<T>) return words(from);
+  T some[kWords<T>] = {};
+  if (left > 0) std::copy_n(from, left, some);
+  return words(some);
 }
 
 // Lanes and rows of a square that differ in one bit change places.
@@ -52,9 +54,13 @@ template <typename T>
 void pack_keys(const char* const* keys, int64_t n, int64_t dim, Word* packed, Ahead& ahead) {
   using A = Operand<T>;
   for (int64_t first = 0; first < n; first += kLanes)
-    for (int64_t d = 0; d < padded(dim); d += kEach<A> * kLanes) {
+    for (int64_t d = 0; d < padded(dim); d += kWords<T>) {
       Words rows[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) rows[r] = words(reinterpret_cast<const T*>(keys[first + r]), d, dim);
+      const auto key = [&](int64_t r) { return reinterpret_cast<const T*>(keys[first + r]) + d; };
+      if (d + kWords<T> <= dim)
+        for (int64_t r = 0; r < kLanes; ++r) rows[r] = words(key(r));
+      else
+        for (int64_t r = 0; r < kLanes; ++r) rows[r] = words(key(r), dim - d);
       ahead.fetch(12);  // of 16 that were read
       transpose(rows);
       Word* tile = packed + (d / 32 * (kBlock / kColumns) + first / kColumns) * kTile<A>;
@@ -82,12 +88,12 @@ void pack_values(const char* const* values, int64_t n, int64_t dim, Word* packed
     for (int64_t d = 0; d < padded(dim); d += 2 * kLanes) {
       ahead.fetch(2);
       if constexpr (std::is_same_v<T, bfloat16>) {
-        const Row a = (Row)words(value(i), d, dim), b = (Row)words(value(i + 1), d, dim);
+        const Row a = (Row)words(value(i) + d, dim - d), b = (Row)words(value(i + 1) + d, dim - d);
         store(column(d), rearranged<Interleave<false>>(a, b));
         store(column(d + kLanes), rearranged<Interleave<true>>(a, b));
       } else {
-        store(column(d), words(value(i), d, dim));
-        store(column(d + kLanes), words(value(i), d + kLanes, dim));
+        store(column(d), words(value(i) + d, dim - d));
+        store(column(d + kLanes), words(value(i) + d + kLanes, dim - d - kLanes));
       }
     }
   }
@@ -96,7 +102,7 @@ void pack_values(const char* const* values, int64_t n, int64_t dim, Word* packed
 // A query of `dim` numbers as the other operand, zeros behind it.
 template <typename T>
 void pack_query(const T* query, int64_t dim, Operand<T>* to) {
-  for (int64_t d = 0; d < padded(dim); d += kEach<Operand<T>> * kLanes) store(to + d, words(query, d, dim));
+  for (int64_t d = 0; d < padded(dim); d += kWords<T>) store(to + d, words(query + d, dim - d));
 }
 
 template <int begin>

@@ -91,13 +91,10 @@ inline Floats multiply_add(Floats c, const bfloat16* a, Words b) {
 #endif
 }
 
-// `rows` rows of c and `columns` registers of a tile of b.
+// `rows` rows of c and `columns` registers of a tile of b. What is there is added last: a sum of sums loses less.
 template <int rows, int columns, typename A>
 inline void vector_tile(const Product<A>& x, int64_t i, int64_t j) {
-  Floats c[rows][columns];
-  for (int r = 0; r < rows; ++r)
-    for (int q = 0; q < columns; ++q)
-      c[r][q] = x.add ? load<Floats>(x.c + (i + r) * x.ldc + j + q * kLanes) : Floats{};
+  Floats c[rows][columns] = {};
   for (int64_t p = 0; p < x.k; p += 32) {
     const Word* tile = x.tile(p, j) + j % kColumns;
     x.ahead.fetch(4 / kEach<A>);
@@ -110,7 +107,10 @@ inline void vector_tile(const Product<A>& x, int64_t i, int64_t j) {
     }
   }
   for (int r = 0; r < rows; ++r)
-    for (int q = 0; q < columns; ++q) store(x.c + (i + r) * x.ldc + j + q * kLanes, c[r][q]);
+    for (int q = 0; q < columns; ++q) {
+      float* to = x.c + (i + r) * x.ldc + j + q * kLanes;
+      store(to, x.add ? load<Floats>(to) + c[r][q] : c[r][q]);
+    }
 }
 
 template <typename A>

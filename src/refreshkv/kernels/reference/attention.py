@@ -54,8 +54,8 @@ def attend_and_rank(
 ) -> tuple[Attended, Tensor]:
     """The partial step, and the most attended of the entries, best first, `[B, Hkv, count]` int64, as their indices.
 
-    `newest` `[B, Hkv]` int64 is the entry of the token being decoded, left out unless there are too few others. An entry
-    whose weight is NaN ranks as one without any.
+    `newest` `[B, Hkv]` int64 is the entry of the token being decoded, left out unless there are too few others. An
+    entry whose weight is NaN ranks as one without any.
     """
     scores = score(query, entries, options).scores
     return attend(query, entries, options), top_slots(scores, newest, count)

@@ -64,10 +64,11 @@ def split_count(heads: int, entries: int, block: int) -> int:
 
 @triton.jit
 def span(length, BLOCK: tl.constexpr):
-    """First and last entry (exclusive) of this program's split, axis 0 of the grid; the same when it has none."""
+    """First and last entry (exclusive) of this program's split, axis 0 of the grid, int32; equal when it has none."""
     blocks = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(0))
     first = tl.program_id(0).to(tl.int64) * blocks * BLOCK
-    return tl.minimum(first, length), tl.minimum(first + blocks * BLOCK, length)
+    last = tl.minimum(first + blocks * BLOCK, length)
+    return tl.minimum(first, length).to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit

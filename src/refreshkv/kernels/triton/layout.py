@@ -143,17 +143,18 @@ def look_up(store, width, pages, row, kept, head, index, inside, PAGE: tl.conste
         index: of the entries, or their positions where the store has no list; of any size.
         inside: which of them are meant. Nothing is read of the others.
     """
-    position = index
     if store.positions_ptr is not None:
         listed = store.positions_ptr + kept * store.position_row + head * store.position_head
         position = tl.load(listed + index, mask=inside, other=-1)
-    exists = inside & (position >= 0) & (position < width)
+    else:
+        position = tl.where(inside, index, -1)
+    exists = (position >= 0) & (position < width)
     if store.blocks_ptr is None:
         page, entry = kept, position.to(tl.int64)
     else:
         block = store.blocks_ptr + row * store.block_row + position // PAGE
         page, entry = tl.load(block, mask=exists, other=-1).to(tl.int64), position % PAGE
-        exists = exists & (page >= 0) & (page < pages)
+        exists = (page >= 0) & (page < pages)
     key = page * store.key_row + head * store.key_head + entry * store.key_entry
     value = page * store.value_row + head * store.value_head + entry * store.value_entry
     return key, value, exists
@@ -170,11 +171,11 @@ def asked_for(heads_ptr, row, head, kv_heads):
 
 @triton.jit
 def own_length(how, row, head, entries):
-    """How many of the entries count for this head, int64."""
-    length = tl.cast(entries, tl.int64)
+    """How many of the entries count for this head, int32."""
+    length = tl.cast(entries, tl.int32)
     if how.lengths_ptr is not None:
         own = tl.load(how.lengths_ptr + row * how.length_row + head * how.length_head)
-        length = tl.minimum(length, tl.maximum(own.to(tl.int64), 0))
+        length = tl.minimum(length, tl.maximum(own.to(tl.int64), 0)).to(tl.int32)
     return length
 
 

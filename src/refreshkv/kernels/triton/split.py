@@ -54,12 +54,20 @@ IN_PLACE = {
 LISTED = {
     (64, 2): Config(block=64, warps=4, stages=5),
     (128, 2): Config(block=64, warps=4, stages=5),
-    (256, 2): Config(block=32, warps=4, stages=5),
+    (256, 2): Config(block=32, warps=4, stages=4),
     (64, 4): Config(block=64, warps=8, stages=3),
     (128, 4): Config(block=16, warps=8, stages=3),
     (256, 4): Config(block=16, warps=8, stages=3),
 }
 _SECOND_LIST_STAGES = 2  # more, for positions in pages
+# Several queries of a row are more rows of a product, which leaves fewer registers: what they take in place of those.
+IN_PLACE_SEVERAL = IN_PLACE | {
+    (256, 2): Config(block=16, warps=4, stages=3),
+    (64, 4): Config(block=32, warps=8, stages=2),
+    (128, 4): Config(block=16, warps=8, stages=2),
+    (256, 4): Config(block=16, warps=8, stages=2),
+}
+LISTED_SEVERAL = LISTED | {(128, 2): Config(block=32, warps=4, stages=5)}
 # Queries of a group in one matrix product.
 TILE = {(64, 2): 64, (128, 2): 64, (256, 2): 32, (64, 4): 32, (128, 4): 32, (256, 4): 16}
 
@@ -84,7 +92,9 @@ def attend_in_splits(
     value_dim = 0 if values is None else values.shape[-1]
     kind = (padded(max(dim, value_dim), least=64), entries.keys.itemsize)
     lists = (entries.positions is not None) + (entries.blocks is not None)
-    config = (LISTED if lists else IN_PLACE)[kind]
+    plain = not lists and starts is None and entries.keys.itemsize == 2
+    tables = (IN_PLACE, LISTED) if starts is None else (IN_PLACE_SEVERAL, LISTED_SEVERAL)
+    config = tables[lists > 0][kind]
     config = replace(config, stages=config.stages + _SECOND_LIST_STAGES * (lists == 2))
     tile = min(padded(heads // kv_heads * queries), TILE[kind])
     tiles = triton.cdiv(heads // kv_heads * queries, tile)
@@ -119,6 +129,7 @@ def attend_in_splits(
         BLOCK=config.block,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=None if plain else _registers(config, entries.keys.itemsize),
     )
     merged = merge(
         output,
@@ -131,10 +142,19 @@ def attend_in_splits(
     return Attended(*(x.unflatten(1, (heads, queries)) for x in merged)), logits
 
 
+def _registers(config: Config, itemsize: int) -> int:
+    """Of a thread, so that two programs fit an SM in 16 bits.
+
+    Left to itself, the assembler spills a few bytes for the sake of a further one. A plain step needs so few that it
+    never does.
+    """
+    return min(255, 65536 // (32 * config.warps * (2 if itemsize == 2 else 1)))
+
+
 @triton.jit
 def start_of(starts_ptr, row, queries, length):
-    """The position of a row's first query, which does not lie outside of -queries .. length."""
-    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length)
+    """The position of a row's first query, int32, which does not lie outside of -queries .. length."""
+    return tl.minimum(tl.maximum(tl.load(starts_ptr + row), -queries), length).to(tl.int32)
 
 
 @triton.jit

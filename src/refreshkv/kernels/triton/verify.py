@@ -146,11 +146,11 @@ def vote_kernel(
     row = tl.program_id(2).to(tl.int64)
     if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scores_ptr += (row * kv_heads + head) * entries
-    voting = tl.full([], QUERIES, tl.int64)
+    voting = tl.full([], QUERIES, tl.int32)
     if counts_ptr is not None:
-        voting = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), QUERIES)
+        voting = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), QUERIES).to(tl.int32)
     start = start_of(starts_ptr, row, QUERIES, entries)
     begin, end = reach(start, voting, entries, window)
     kept = kept_row(store.rows_ptr, row, kept)

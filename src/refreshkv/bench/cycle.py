@@ -6,6 +6,7 @@ given, and each timed cycle commits as many tokens as it asks for in the mean. L
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -14,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refreshkv.bench.roofline import tokens_per_pass
+from refreshkv.bench.job import Job
 from refreshkv.bench.timing import captured
-from refreshkv.bench.variants import Job, forward, take_back
+from refreshkv.bench.variants import forward, take_back
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.static import StaticRefreshCache
-from refreshkv.policy.speculation import accept_greedy
+from refreshkv.policy.speculation import DraftLength, accept_greedy
 
 
 def kept(cycle: int, job: Job) -> int:
     """Tokens that this cycle commits, the mean rounded down or up."""
-    mean = tokens_per_pass(job.draft, job.acceptance)
+    mean = job.tokens_per_pass
     return math.floor((cycle + 1) * mean) - math.floor(cycle * mean)
 
 
@@ -43,6 +44,7 @@ class Exact:
     ) -> None:
         self.model, self.below, self.cache, self.job = model, below, cache, job
         self.counts = torch.full((job.batch,), job.draft, device=job.device)
+        self.drafts = DraftLength(job.draft, cache.refresh.confidence, self.counts)
         self.draft_pass = _Pass(self, "draft", 1)
         self.full_pass = _Pass(self, "verify", job.draft + 1)
         for layer in cache.served:
@@ -56,9 +58,20 @@ class Exact:
         self.take_back()
         return found
 
-    def select(self) -> None:
-        """What comes before the drafts of a cycle; a growing cache does it in the first of them."""
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """What is timed, each to be taken back: a draft (after `begin`), a full pass, cycles that commit the mean."""
+        token = torch.ones_like(self.counts)[:, None]
+        tokens, turns = token.expand(-1, self.job.draft + 1), itertools.count()
+        return {
+            "draft": lambda: self.draft(token, 1),
+            "verify": lambda: self.verify(tokens),
+            "cycle": lambda: self.cycle(token, kept(next(turns), self.job)),
+        }
+
+    def begin(self) -> None:
+        """The selection of a cycle, and its first draft."""
         self.cache.before_drafts()
+        self.draft(torch.ones_like(self.counts)[:, None], 0)
 
     def draft(self, token: Tensor, ahead: int) -> Tensor:
         """One draft pass over `[B, 1]`, `ahead` places after the context; logits `[B, V]`."""
@@ -70,13 +83,14 @@ class Exact:
 
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
-        tokens, confidence = [token], self.cache.refresh.confidence
-        self.select()
+        tokens = [token]
+        self.cache.before_drafts()
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead).float()
             tokens.append(scores.argmax(-1, keepdim=True))
-            # What `generate` looks at before it drafts on.
-            bool((scores.softmax(-1).amax(-1) >= confidence).any())
+            drafted = torch.full_like(self.counts, ahead + 1)
+            # Asked and read as `generate` does, but not obeyed.
+            bool(self.drafts.goes_on(drafted, self.counts, scores.softmax(-1)).any())
         logits = self.verify(torch.cat(tokens, 1))
         accept_greedy(torch.cat(tokens[1:], 1), logits.float().argmax(-1), self.counts)
         self._commit(kept)
