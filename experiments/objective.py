@@ -8,8 +8,6 @@ Letters: B windows, L positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -65,19 +63,11 @@ def next_token_loss(
     return F.cross_entropy(model.lm_head(hidden[wanted]).float(), tokens[:, 1:][wanted])
 
 
-@dataclass(frozen=True)
-class TeacherForced:
-    """Shares of answer tokens and of whole answer lines that are right, gold tokens fed."""
-
-    tokens: float
-    lines: float
-
-
 @torch.no_grad()
 def teacher_forced(
     model: LlamaForCausalLM, tokens: Tensor, answer: Tensor, positions: Tensor, newline: int
-) -> TeacherForced:
-    """Accuracy on dense windows; an `<eos>` counts as a line of its own."""
+) -> float:
+    """Share of whole answer lines that are right in dense windows, gold tokens fed; an `<eos>` counts as a line."""
     hidden = hidden_states(model, tokens[:, :-1], positions)
     wanted, target = answer[:, 1:], tokens[:, 1:]
     right = (model.lm_head(hidden[wanted]).argmax(-1) == target[wanted]).cpu().numpy()
@@ -87,4 +77,4 @@ def teacher_forced(
     ends = (flat == newline) | (flat == model.config.eos_token_id)
     starts = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
     lines = np.minimum.reduceat(right.astype(np.int64), starts)
-    return TeacherForced(float(right.mean()), float(lines.mean()))
+    return float(lines.mean())

@@ -127,7 +127,7 @@ class Trainer:
             if not batch.answer.any():  # too short for a question of this kind
                 continue
             with torch.autocast(self.device, torch.bfloat16):
-                shares[task] = teacher_forced(self.model, *self._tensors(batch), self.newline).lines
+                shares[task] = teacher_forced(self.model, *self._tensors(batch), self.newline)
         return {task: round(share, 3) for task, share in shares.items()}
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ Prompts are made of the same pieces as those of the evaluation tasks, from other
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,10 +86,9 @@ def training_window(
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     budget = int(length * context_share)
-    if task == "key-value":
-        context, questions = _pairs(rng, budget, lambda t: len(ids(t)), single_keys)
-    else:
-        context, questions = _MAKERS[task](rng, budget, lambda t: len(ids(t)))
+    makers = {"chain-of-key": _chain, "html-to-tsv": _html, "needles": _needles}
+    make = makers.get(task) or functools.partial(_pairs, single=single_keys)
+    context, questions = make(rng, budget, lambda t: len(ids(t)))
     eos = tokenizer.token_to_id(tk.EOS)
     assert eos is not None
     row = tokenizer.encode(context).ids  # with <bos>
@@ -183,10 +183,3 @@ def _needles(
     text = (" " if hay == "text" else "\n").join(lines)
     context = f"{intro(True, False)}\n\n{text}\n\n"
     return context, [(question([key], 1), code) for key, code in hidden]
-
-
-_MAKERS = {
-    "chain-of-key": _chain,
-    "html-to-tsv": _html,
-    "needles": _needles,
-}

@@ -129,7 +129,7 @@ def test_best_is_never_full_attention(records: list[dict]) -> None:
 
 
 def test_plots_of_every_kind(records: list[dict]) -> None:
-    captions = [p.caption for p in report.all_plots(records, summarize(records))]
+    captions = [caption for _, caption in report.all_plots(records, summarize(records))]
     assert "chain-of-key, free: quality against KV read" in captions
     assert "chain-of-key, forced: quality by position in the output" in captions
     assert not any("perplexity" in c and "position" in c for c in captions)
@@ -180,11 +180,10 @@ def test_strides_are_sums_over_examples(records: list[dict], page: str) -> None:
     assert "<h2>Steps per full step, free" in page
 
 
-@pytest.mark.parametrize(("kind", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
-def test_a_plot_as_a_file(records: list[dict], kind: str, magic: bytes) -> None:
+def test_a_plot_as_a_file(records: list[dict]) -> None:
     own = [s for s in summarize(records) if (s.task, s.mode) == ("chain-of-key", "free")]
     figure = plots.pareto(own, plots.styles(s.method for s in own), "chain-of-key")
     assert figure is not None
-    assert plots.render(figure, kind).startswith(magic)
+    assert plots.render(figure).startswith(b"<?xml")
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == [s.method for s in sorted(own, key=lambda s: -s.score)]

@@ -18,7 +18,7 @@ from refreshkv import demo
 from refreshkv.evals import records as recording
 from refreshkv.evals.grid import Grid, parse_methods
 from refreshkv.evals.launch import Team
-from refreshkv.evals.runner import prepare, run
+from refreshkv.evals.runner import Run, run
 from refreshkv.evals.store import RunError
 from tests.evals.toy import Perplexing, Toy
 
@@ -158,7 +158,7 @@ def test_the_budget_that_was_used(loaded: Any, tmp_path: Path) -> None:
         assert [record["budget"] for record in lines(out)] == used
         assert json.loads((out / "config.json").read_text())["budget"] == budget
     with pytest.raises(ValueError, match="made with budget None, now it is 40; use another --out"):
-        prepare(*loaded, grid(methods=methods, budget=40, limit=1), tmp_path / "None")
+        Run(*loaded, grid(methods=methods, budget=40, limit=1), tmp_path / "None")
 
 
 def test_done_is_not_done_again(
@@ -254,22 +254,22 @@ def test_other_settings_and_other_data_are_refused(loaded: Any, tmp_path: Path) 
     run(*loaded, grid(Toy(), limit=1, methods=("full",)), tmp_path)
     before = (tmp_path / "results.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"was made with toy\.words 30, now it is 31; use another"):
-        prepare(*loaded, grid(Toy(words=31)), tmp_path)
+        Run(*loaded, grid(Toy(words=31)), tmp_path)
     with pytest.raises(ValueError, match="was made with seed 0, now it is 1; use another --out"):
-        prepare(*loaded, grid(Toy(), seed=1), tmp_path)
+        Run(*loaded, grid(Toy(), seed=1), tmp_path)
 
     class Changed(Toy):
         def examples(self, *args: Any) -> Any:
             return Toy(start=1).examples(*args)
 
     with pytest.raises(ValueError, match="holds toy, example 0000 with another prompt: the data"):
-        prepare(*loaded, grid(Changed()), tmp_path)
+        Run(*loaded, grid(Changed()), tmp_path)
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
 def test_a_prompt_that_does_not_fit(loaded: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"toy, example 0000: \d+ tokens of prompt and 4 of outp"):
-        prepare(*loaded, grid(Toy(words=1500)), tmp_path / "run")
+        Run(*loaded, grid(Toy(words=1500)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -296,8 +296,8 @@ def test_a_team_shares_the_batches_and_its_main_one_merges(
     loaded: Any, whole: list[Any], tmp_path: Path
 ) -> None:
     """Two processes after one another; tests/cli/test_eval.py has them side by side."""
-    first = prepare(*loaded, grid(), tmp_path, team=Team(0, 2))
-    second = prepare(*loaded, grid(), tmp_path, team=Team(1, 2))
+    first = Run(*loaded, grid(), tmp_path, team=Team(0, 2))
+    second = Run(*loaded, grid(), tmp_path, team=Team(1, 2))
     assert {len(each.todo) for each in (first, second)} == {3}
     for each in (first, second):
         each.decode()

@@ -55,9 +55,19 @@ def refreshed(
         return greedy(model, inputs, new, **options)
 
 
-def logits(model: PreTrainedModel, inputs: Tensor | dict[str, Tensor], new: int) -> Tensor:
-    """The logits of `new` greedy steps, `[new, rows, vocabulary]`, with whatever the model is attached to."""
+def logits(
+    model: PreTrainedModel,
+    inputs: Tensor | dict[str, Tensor],
+    new: int,
+    along: Tensor | None = None,
+) -> Tensor:
+    """The logits of `new` greedy steps, `[new, rows, vocabulary]`, with whatever the model is attached to.
+
+    `along` `[rows, P + new]`: the text to follow, prompt included, whatever is greedy here.
+    """
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     options = {"max_new_tokens": new, "output_logits": True, "return_dict_in_generate": True}
+    if along is not None:
+        options["prefix_allowed_tokens_fn"] = lambda row, ids: [int(along[row, len(ids)])]
     return torch.stack(model.generate(**inputs, **options, do_sample=False).logits)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from refreshkv.cli import common, loading
 from refreshkv.cli.common import BadInput
-
-if TYPE_CHECKING:
-    pass
 
 NEEDED = ("scipy", "matplotlib", "jinja2")  # for the summary and the report, hours later
 
@@ -128,14 +125,14 @@ def command(
         team = launch.join(cpu=device == "cpu")
     loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
-    from refreshkv.evals.runner import prepare
+    from refreshkv.evals.runner import Run
 
     def bar(total: int) -> Any:
         return common.progress_bar(total, "example", progress)
 
     with _threads(threads):
         with _eval_errors():
-            ready = prepare(loaded.model, loaded.tokenizer, asked, out, team=team)
+            ready = Run(loaded.model, loaded.tokenizer, asked, out, team=team)
         with ready, _run_errors():
             ready.decode(bar)
             summaries = ready.finish()

@@ -13,6 +13,8 @@ from refreshkv.cli import common
 from refreshkv.tasks import GROUPS, TASKS, expand, options_of, task_class
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from refreshkv.evals.summary import Summary
 
 NOTES = (
@@ -24,42 +26,45 @@ NOTES = (
 
 def show(summaries: Sequence[Summary], out: Path) -> None:
     """Under each task and mode a row a method, then where the report is; fits 80 columns."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from refreshkv.evals.summary import is_perplexity
+    from refreshkv.evals.summary import figures, is_perplexity
     from refreshkv.stats import KV_READ_NOTE
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold")
-    for heading in ("score", "95 %", "tokens", "KV read", "full"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    sections: dict[tuple[str, str], list[Summary]] = {}
+    rows = []
     for row in summaries:
-        sections.setdefault((row.task, row.mode), []).append(row)
-    for number, ((task, mode), rows) in enumerate(sections.items()):
-        if number:
-            table.add_row()
-        title = task if mode == "free" or is_perplexity(task) else f"{task}, {mode}"
-        table.add_row(Text(title, style="bold"))
-        for row in rows:
-            table.add_row(f"  {row.method}", *_figures(row))
+        title = row.task
+        if row.mode != "free" and not is_perplexity(row.task):
+            title += f", {row.mode}"
+        score, low, high = figures(row)
+        shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
+        cells = (score, f"[{low}, {high}]", f"{row.output_tokens:.0f}", *shares)
+        rows.append((title, (row.method, *cells)))
+    table = sections(("score", "95 %", "tokens", "KV read", "full"), rows)
     console = common.console()
     console.print(table)
     console.print(f"{NOTES} {KV_READ_NOTE}")
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
 
-def _figures(row: Summary) -> list[str]:
-    from refreshkv.evals.summary import is_perplexity, scale
+def sections(
+    headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], **look: Any
+) -> Table:
+    """Rows of a name and a number a heading, under their titles; titles that are the same are one section."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
-    factor, digits = scale(row.task), 2 if is_perplexity(row.task) else 1
-    score, low, high = (
-        f"{factor * value:.{digits}f}" for value in (row.score, row.ci_low, row.ci_high)
-    )
-    shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
-    return [score, f"[{low}, {high}]", f"{row.output_tokens:.0f}", *shares]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), **look)
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, title in enumerate(dict.fromkeys(title for title, _ in rows)):
+        if number:
+            table.add_row()
+        table.add_row(Text(title, style="bold"))
+        for of, (name, *cells) in rows:
+            if of == title:
+                table.add_row(f"  {name}", *cells)
+    return table
 
 
 def show_list(as_json: bool) -> None:

@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from refreshkv.cli import common
+from refreshkv.cli.eval_view import sections
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.text import visible
 
 LINES_SHOWN = 6
+TITLE: dict[str, Any] = {"title_style": "bold", "title_justify": "left"}
 NARROW = 118  # a narrower terminal gets no column for full attention
 
 NOTES = (
@@ -36,34 +38,12 @@ def show(report: Report, length: int) -> None:
     console.print(f"{NOTES} {KV_READ_NOTE}")
 
 
-def layout(title: str, padding: int = 1, **options: Any) -> Table:
-    """The look that both kinds of table share; `padding`: spaces after a column, besides the one that divides them."""
-    return Table(
-        title=title,
-        title_style="bold",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, padding, 0, 0),
-        **options,
-    )
-
-
 def figures(rows: Sequence[Row], length: int) -> Table:
     """A row a task and method; fits 80 columns."""
     labels = {method.name: method.label for method in METHODS}
-    table = layout(f"Prompts of about {length} tokens, greedy")
-    table.add_column("", no_wrap=True)
-    for heading in ("lines right", "tokens", "KV read", "full", "stride", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
+    shown = []
     for row in rows:
-        if row.task != previous:
-            if previous is not None:
-                table.add_row()
-            table.add_row(Text(row.task, style="bold"))
-        table.add_row(
-            f"  {labels[row.method]}",
+        cells = (
             f"{row.lines_right} of {row.lines_total}",
             str(row.output_tokens),
             share(row.kv_read_share),
@@ -71,8 +51,9 @@ def figures(rows: Sequence[Row], length: int) -> Table:
             "never" if row.effective_stride is None else f"{row.effective_stride:.1f}",
             f"{row.decode_s:.1f}",
         )
-        previous = row.task
-    return table
+        shown.append((row.task, (labels[row.method], *cells)))
+    headings = ("lines right", "tokens", "KV read", "full", "stride", "seconds")
+    return sections(headings, shown, title=f"Prompts of about {length} tokens, greedy", **TITLE)
 
 
 def share(value: float | None) -> str:
@@ -84,7 +65,8 @@ def excerpt(example: Excerpt, width: int) -> Table:
     """The first lines of the expected answer, and of each method's, in columns of equal width."""
     # Without padding the longest heading has its twelve places in 80 columns.
     title = f"{example.task}, prompt {example.seed}: the first lines"
-    table = layout(title, padding=0, expand=True)
+    look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0, "expand": True, **TITLE}
+    table = Table(title=title, **look)
     names = [name for name in example.outputs if width >= NARROW or name != "full"]
     labels = {method.name: method.label.replace(" (", "\n(") for method in METHODS}
     for heading in ("expected", *(labels[name] for name in names)):

@@ -1,4 +1,4 @@
-"""The bundled model that really retrieves, its tasks and its training recipe (ours).
+"""The bundled model that really retrieves, its tokenizer and prompts (ours); experiments/ has its training.
 
 Importing this package is cheap; `load` imports torch and transformers.
 """

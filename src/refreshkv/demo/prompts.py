@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from refreshkv.config import unknown
 from refreshkv.tasks import make_task
-from refreshkv.tasks.task import Example, Task
+from refreshkv.tasks.task import Count, Example, Task
 
 TASKS = ("chain-of-key", "html-to-tsv", "key-value")
 
@@ -31,15 +31,12 @@ def make_prompt(task: str, seed: int, length: int = 1024) -> Example:
     made = demo_task(task, length)
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
-    return next(made.examples(_tokens, seed, 1))
+    return next(made.examples(_counter(), seed, 1))
 
 
 @lru_cache
-def _backend():  # type: ignore[no-untyped-def]
+def _counter() -> Count:
     from refreshkv.demo.tokenizer import build_backend
 
-    return build_backend()
-
-
-def _tokens(text: str) -> int:
-    return len(_backend().encode(text, add_special_tokens=False).ids)
+    backend = build_backend()
+    return lambda text: len(backend.encode(text, add_special_tokens=False).ids)

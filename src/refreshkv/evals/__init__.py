@@ -1,5 +1,5 @@
-"""Evaluation: a task is data and a metric, a method is what decodes it, the runner keeps one line per example.
+"""Evaluation: tasks under methods, one line of results an example.
 
-`task` says what a task is, `tasks` holds them, one file each; `decoding` runs a batch under a method, `runner` a whole
-grid; `summary` and `report` turn its lines into tables and plots.
+`grid` says what is asked for, `decoding` runs a batch under a method, `runner` a whole grid into a directory (`store`);
+`summary` and `report` turn its lines into tables and plots.
 """

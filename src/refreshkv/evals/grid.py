@@ -153,7 +153,8 @@ def make_cells(grid: Grid, count: Count) -> list[Cell]:
             raise ValueError(f"task {task.name} has no examples; check its data")
         if len({example.id for example in examples}) < len(examples):
             raise ValueError(f"task {task.name} has two examples of one name; check its data")
-        by_mode = {mode: _for_mode(examples, mode) for mode in _modes(task, grid.mode)}
+        gold = [example for example in examples if example.answer is not None]
+        by_mode = {m: examples if m == "free" else gold for m in _modes(task, grid.mode)}
         if not any(by_mode.values()):
             raise ValueError(f"task {task.name} has no gold answer to feed; use mode free")
         for method in grid.methods:
@@ -182,7 +183,3 @@ def _modes(task: Task, asked: str) -> Iterator[Mode]:
         yield "forced"
     else:
         yield from (mode for mode in MODES if asked in (mode, "both"))
-
-
-def _for_mode(examples: Sequence[Example], mode: Mode) -> list[Example]:
-    return [example for example in examples if mode == "free" or example.answer is not None]

@@ -167,14 +167,11 @@ def rebin(parts: Sequence[float], bins: int) -> np.ndarray:
     return np.diff(np.interp(edges, np.linspace(0, 1, len(parts) + 1), whole)) * bins
 
 
-def render(figure: Figure, kind: str = "svg", dpi: int = 160) -> bytes:
-    """The figure as a file: "svg" or "png", without a date."""
+def render(figure: Figure) -> bytes:
+    """The figure as an SVG file, without a date."""
     file = io.BytesIO()
     with settings():
-        if kind == "svg":
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        else:
-            figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 

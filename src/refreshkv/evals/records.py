@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from refreshkv.evals.prefill import Prefills
 
 FED_METRIC = "lines right, fed"
+STATS = (
+    *("full_share", "kv_read_share", "effective_stride"),
+    *("acceptance", "passes_per_token", "layers"),
+)
 
 
 def records_of(
@@ -74,12 +78,7 @@ def records_of(
             "output_tokens": output.output_tokens,
             "answer_tokens": None if gold is None else len(encoding.answer_tokens(tokenizer, gold)),
             "ended": isinstance(output, Fed) or output.ended,
-            "full_share": output.stats["full_share"],
-            "kv_read_share": output.stats["kv_read_share"],
-            "effective_stride": output.stats["effective_stride"],
-            "acceptance": output.stats["acceptance"],
-            "passes_per_token": output.stats["passes_per_token"],
-            "layers": output.stats["layers"],
+            **{name: output.stats[name] for name in STATS},
             "output": output.text,
             "prompt_sha256": hash_of(example),
             "seconds": output.seconds,

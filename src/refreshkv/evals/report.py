@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from refreshkv.evals.summary import (
     Summary,
     average,
     differences,
+    figures,
+    is_perplexity,
     need,
     scale,
     write_whole,
@@ -62,14 +64,6 @@ class Strides:
     mode: str
     layers: tuple[int, ...]
     rows: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """An inline SVG and what it shows, for those who cannot see it."""
-
-    svg: str
-    caption: str
 
 
 def write_report(
@@ -154,20 +148,16 @@ def tables(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[
     """The paper's tables, as far as there are results for them."""
     for mode, how in (("free", "free-running"), ("forced", "gold answer fed")):
         own = [s for s in summaries if s.mode == mode]
-        kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
-            ("Perplexity", "As the paper's table 1; lower is better.", _starts("perplexity")),
-            ("RULER", "As the paper's table 2.", _starts("ruler-")),
-            ("Summarisation", "As the paper's table 3.", _starts("summarization")),
-            (
-                f"Long outputs, {how}",
-                "As the paper's table 4.",
-                lambda t: not t.startswith(("perplexity", "ruler-", "summarization")),
-            ),
-        )
-        for title, note, wanted in kinds:
-            chosen = [s for s in own if wanted(s.task)]
-            if title == "RULER" and chosen:
-                ruler = [r for r in records if wanted(r["task"]) and r["mode"] == mode]
+        kinds = {
+            "perplexity": ("Perplexity", "As the paper's table 1; lower is better."),
+            "ruler-": ("RULER", "As the paper's table 2."),
+            "summarization": ("Summarisation", "As the paper's table 3."),
+            "": (f"Long outputs, {how}", "As the paper's table 4."),
+        }
+        for kind, (title, note) in kinds.items():
+            chosen = [s for s in own if _kind(s.task) == kind]
+            if kind == "ruler-" and chosen:
+                ruler = [r for r in records if _kind(r["task"]) == kind and r["mode"] == mode]
                 chosen = [*average(ruler, "average"), *chosen]
             if chosen:
                 yield _table(title, note, chosen)
@@ -180,8 +170,8 @@ def tables(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[
             yield _table(f"Ablations, {how}", "As the paper's table 10.", chosen)
 
 
-def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[Plot]:
-    """Quality against KV read, quality by position; free and fed beside each other."""
+def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterator[tuple[str, str]]:
+    """Inline SVGs and what they show: quality against KV read and by position, free and fed beside each other."""
     look = plots.styles(s.method for s in summaries)
     for task in dict.fromkeys(s.task for s in summaries):
         for mode in dict.fromkeys(s.mode for s in summaries if s.task == task):
@@ -194,8 +184,7 @@ def all_plots(records: Sequence[Record], summaries: Sequence[Summary]) -> Iterat
             )
             for kind, (figure, what) in enumerate(made):
                 if figure is not None:
-                    svg = plots.inline(figure, f"{task}-{mode}-{kind}")
-                    yield Plot(svg, f"{name}: {what}")
+                    yield plots.inline(figure, f"{task}-{mode}-{kind}"), f"{name}: {what}"
 
 
 def strides(records: Sequence[Record]) -> Iterator[Strides]:
@@ -255,8 +244,9 @@ def _safe(value: Any) -> Any:
     return type(value)(visible(value, keep="\n\t")) if isinstance(value, str) else value
 
 
-def _starts(prefix: str) -> Callable[[str], bool]:
-    return lambda task: task.startswith(prefix)
+def _kind(task: str) -> str:
+    """What the task's name begins with, where that has a table of its own."""
+    return next((k for k in ("perplexity", "ruler-", "summarization") if task.startswith(k)), "")
 
 
 def _table(title: str, note: str, summaries: Sequence[Summary]) -> Table:
@@ -277,22 +267,12 @@ def _table(title: str, note: str, summaries: Sequence[Summary]) -> Table:
 def _best(summaries: Sequence[Summary]) -> float | None:
     """The best score besides full attention's."""
     scores = [s.score for s in summaries if s.method != "full"]
-    if not scores:
-        return None
-    return min(scores) if summaries[0].task.startswith("perplexity") else max(scores)
+    return (min if is_perplexity(summaries[0].task) else max)(scores, default=None)
 
 
 def _cell(s: Summary, *, best: bool) -> Cell:
-    factor = scale(s.task)
-    digits = 1 if factor == 100 else 2
-    low, high = factor * s.ci_low, factor * s.ci_high
-    return Cell(
-        score=f"{factor * s.score:.{digits}f}",
-        interval=f"{low:.{digits}f}-{high:.{digits}f}",
-        tokens=f"{s.output_tokens:.0f}",
-        read=_share(s.kv_read_share),
-        best=best,
-    )
+    score, low, high = figures(s)
+    return Cell(score, f"{low}-{high}", f"{s.output_tokens:.0f}", _share(s.kv_read_share), best)
 
 
 def _share(value: float | None) -> str:

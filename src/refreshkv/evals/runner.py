@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from refreshkv.evals.report import write_report
 from refreshkv.evals.store import Record, RunDirectory, cannot_write
 from refreshkv.evals.summary import Summary, summarize, write_csv
 from refreshkv.stats import RowStats
-from refreshkv.tasks.task import Example
 from refreshkv.text import one_line
 
 if TYPE_CHECKING:
@@ -45,79 +43,64 @@ def run(
     Returns the summaries of everything in the directory; an empty list in a process that is not the main one.
 
     Raises:
-        ValueError: see `prepare`.
+        ValueError: see `Run`.
         RunError: a disk that is full, or a score that is not finite; what was written is kept.
     """
-    with prepare(model, tokenizer, grid, out, team=team) as ready:
+    with Run(model, tokenizer, grid, out, team=team) as ready:
         ready.decode(progress)
         return ready.finish()
 
 
-def prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    grid: Grid,
-    out: Path,
-    *,
-    team: Team | None = None,
-) -> Run:
-    """Make the examples and check everything that can be checked before the first token is decoded.
+class Run:
+    """A checked grid: `decode`, then `finish`. A context manager; until it ends no other run has the directory.
+
+    Making one makes the examples, and checks everything that can be checked before the first token is decoded.
 
     Raises:
         ValueError: settings or data that cannot work, a prompt that does not fit the model, or a directory that was
             made with other settings or data.
         RunError: the disk is full.
     """
-    team = Team() if team is None else team
-    _check_lengths(model, grid)
-    cells = make_cells(grid, lambda text: len(encoding.answer_tokens(tokenizer, text)))
-    _check_prompts(model, tokenizer, grid, cells)
-    for method in grid.methods:
-        _attach(model, grid, method).detach()
-    config = {
-        "model": grid.model,
-        "dtype": dtype_of(model),
-        "device": model.device.type,
-        "seed": grid.seed,
-        "budget": grid.budget,
-        "chat": grid.chat,
-        "mode": grid.mode,
-        "limit": grid.limit,
-        "batch": grid.batch,
-        "processes": team.size,
-        "tasks": {task.name: settings_of(task) for task in grid.tasks},
-        "methods": [method.text for method in grid.methods],
-        "versions": versions(),
-    }
-    directory = RunDirectory(out)
-    try:
-        if team.is_main:
-            directory.open(config)
-        team.wait()
-        done = directory.done()
-        _check_same_prompts(out, cells, done)
-    except BaseException:
-        directory.close()
-        raise
-    todo = [
-        batch
-        for group in batches(cells, done, grid.batch)[team.rank :: team.size]
-        for batch in group
-    ]
-    return Run(model, tokenizer, grid, cells, todo, directory, team)
 
-
-@dataclass(frozen=True)
-class Run:
-    """A checked grid: `decode`, then `finish`. A context manager; until it ends no other run has the directory."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    grid: Grid
-    cells: Sequence[Cell]
-    todo: Sequence[tuple[Cell, Sequence[Example]]]
-    directory: RunDirectory
-    team: Team
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        grid: Grid,
+        out: Path,
+        *,
+        team: Team | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.grid = model, tokenizer, grid
+        self.team = team = Team() if team is None else team
+        _check_lengths(model, grid)
+        self.cells = make_cells(grid, lambda text: len(encoding.answer_tokens(tokenizer, text)))
+        _check_prompts(model, tokenizer, grid, self.cells)
+        for method in grid.methods:
+            _attach(model, grid, method).detach()
+        asked = ("seed", "budget", "chat", "mode", "limit", "batch")
+        config = {
+            "model": grid.model,
+            "dtype": dtype_of(model),
+            "device": model.device.type,
+            **{name: getattr(grid, name) for name in asked},
+            "processes": team.size,
+            "tasks": {task.name: settings_of(task) for task in grid.tasks},
+            "methods": [method.text for method in grid.methods],
+            "versions": versions(),
+        }
+        self.directory = RunDirectory(out)
+        try:
+            if team.is_main:
+                self.directory.open(config)
+            team.wait()
+            done = self.directory.done()
+            _check_same_prompts(out, self.cells, done)
+        except BaseException:
+            self.directory.close()
+            raise
+        groups = batches(self.cells, done, grid.batch)[team.rank :: team.size]
+        self.todo = [batch for group in groups for batch in group]
 
     def __enter__(self) -> Run:
         return self

@@ -113,11 +113,8 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
     The order of the examples and of the groups does not matter to any number.
     """
     records = list(records)
-    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record["task"], record["mode"], record["method"]].append(record)
     texts = full_texts(records)
-    return [_summary(*key, [group], texts) for key, group in groups.items()]
+    return [_summary(*key, list(of.values()), texts) for key, of in _groups(records).items()]
 
 
 def average(records: Iterable[Record], name: str) -> list[Summary]:
@@ -126,18 +123,26 @@ def average(records: Iterable[Record], name: str) -> list[Summary]:
     The bootstrap draws within each task. A method that lacks a task which another has in this mode gets no row.
     """
     records = list(records)
-    texts = full_texts(records)
-    groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    texts, groups = full_texts(records), _groups(records, name)
     tasks: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        strata = groups.setdefault((record["mode"], record["method"]), {})
-        strata.setdefault(record["task"], []).append(record)
-        tasks[record["mode"]].add(record["task"])
+    for (_, mode, _), strata in groups.items():
+        tasks[mode] |= strata.keys()
     return [
-        _summary(name, *key, list(strata.values()), texts)
+        _summary(*key, list(strata.values()), texts)
         for key, strata in groups.items()
-        if len(strata) == len(tasks[key[0]])
+        if len(strata) == len(tasks[key[1]])
     ]
+
+
+def _groups(
+    records: Iterable[Record], name: str | None = None
+) -> dict[tuple[str, str, str], dict[str, list[Record]]]:
+    """Task (or `name` for all of them), mode and method -> task -> records."""
+    groups: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
+    for record in records:
+        strata = groups.setdefault((name or record["task"], record["mode"], record["method"]), {})
+        strata.setdefault(record["task"], []).append(record)
+    return groups
 
 
 def differences(records: Iterable[Record], baseline: str = "full") -> list[Difference]:
@@ -233,6 +238,13 @@ def is_perplexity(task: str) -> bool:
 def scale(task: str) -> float:
     """What a score is multiplied by for people: shares are shown in per cent."""
     return 1.0 if is_perplexity(task) else 100.0
+
+
+def figures(row: Summary) -> tuple[str, str, str]:
+    """The score and the ends of its interval as people read them: in per cent, or a perplexity."""
+    factor, digits = scale(row.task), 2 if is_perplexity(row.task) else 1
+    score, low, high = (f"{factor * x:.{digits}f}" for x in (row.score, row.ci_low, row.ci_high))
+    return score, low, high
 
 
 def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float | None]:
