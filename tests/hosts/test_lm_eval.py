@@ -96,6 +96,7 @@ def score(lm: HFLM) -> list[tuple[float, bool]]:
         ("pool_kernel", "5", 5),
         ("decide", "head", "head"),
         ("method", "h2o", "h2o"),
+        ("page_size", "32", 32),
         ("budget", "much", "much"),  # refused later, by RefreshConfig
     ],
 )
@@ -116,6 +117,9 @@ def test_settings_are_parsed(name: str, given: Any, parsed: Any) -> None:
         ({"budget": "much"}, "budget must be"),
         ({"pool_kernel": "none"}, "pool_kernel must be"),
         ({"method": "snapkv", "stride": 5}, "'stride'"),
+        ({"method": "snapkv", "page_size": 5}, "'page_size'"),
+        ({"method": "quest", "page_size": 0}, "page_size must be"),
+        ({"preset": "fast", "threshold": "0.5"}, "threshold has no effect"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_loaded(

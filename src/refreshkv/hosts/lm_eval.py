@@ -32,9 +32,9 @@ except ModuleNotFoundError as error:
 
 import refreshkv
 from refreshkv import weights
-from refreshkv.config import RefreshConfig, unknown
+from refreshkv.config import Budgeted, names_of, unknown
 from refreshkv.demo import MODEL_PATH
-from refreshkv.methods import find
+from refreshkv.methods import METHODS, find
 from refreshkv.stats import Stats
 from refreshkv.text import one_line, setting_of
 
@@ -43,7 +43,7 @@ DEFAULT_METHOD = "refreshkv"
 # Below lm-eval's logger, because that is the one it gives a handler and a level.
 logger = logging.getLogger(f"lm_eval.models.{MODEL_TYPE}")
 
-_FIELDS = [field.name for field in dataclasses.fields(RefreshConfig)]
+_FIELDS = {name for method in METHODS.values() for name in names_of(method.settings)}
 _OURS = (*_FIELDS, "method", "preset")
 # What the model's loader and its config take through `hf`'s **kwargs; its signature does not name them.
 _LOADER = (
@@ -64,7 +64,7 @@ _LOADER = (
 
 
 def parse_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split lm-eval's model arguments into ours (fields of `RefreshConfig`, `method`, `preset`) and those of `hf`.
+    """Split lm-eval's model arguments into ours (settings of a method, `method`, `preset`) and those of `hf`.
 
     Text is read as `text.setting_of` says.
 
@@ -84,7 +84,7 @@ def parse_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     return ours, {name: value for name, value in arguments.items() if name not in _OURS}
 
 
-def config_of(settings: Mapping[str, Any]) -> RefreshConfig:
+def config_of(settings: Mapping[str, Any]) -> Budgeted:
     """What `refreshkv.attach` will make of the settings; needs no model.
 
     Raises:
@@ -108,7 +108,7 @@ class RefreshLM(HFLM):
 
     Args:
         pretrained: as for `hf`; "demo" is the bundled model, in float32 unless `dtype` says otherwise.
-        arguments: fields of `RefreshConfig`, `method`, `preset`; all others go to `hf`.
+        arguments: settings of the method, `method`, `preset`; all others go to `hf`.
 
     Attributes:
         method: its name in `refreshkv.methods`.
