@@ -12,9 +12,8 @@ from tests.kernels.interpreted import each_tensor
 
 REGISTERS = 65536  # of an SM, on both
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of an SM
-# Bytes a thread. For float32, which is there to check with, the Ampere assembler aims at 64 registers at all costs. In
-# 16 bits a tile of several queries under a mask, a cap and a window takes all 255 of them there.
-SPILLED = {(80, torch.float32): 16, (80, torch.bfloat16): 24}
+# Bytes a thread: on Ampere a tile of several queries under a mask, a cap and a window takes all 255 registers.
+SPILLED = {(80, torch.bfloat16): 24}
 RESERVED = 1024  # of them for each program
 TYPICAL, OTHERS = (128,), (64, 80, 256)
 

@@ -45,15 +45,15 @@ IN_PLACE = {
     (256, 2): Config(block=32, warps=8, stages=3),
     (64, 4): Config(block=64, warps=8, stages=2),
     (128, 4): Config(block=32, warps=8, stages=2),
-    (256, 4): Config(block=32, warps=8, stages=2),
+    (256, 4): Config(block=16, warps=8, stages=2),
 }
 # Entries by a list or in pages. The list is read ahead of the keys, which takes stages: with these, as many keys are
 # under way.
 LISTED = {
     (64, 2): Config(block=64, warps=4, stages=5),
     (128, 2): Config(block=64, warps=4, stages=5),
-    (256, 2): Config(block=32, warps=4, stages=4),
-    (64, 4): Config(block=64, warps=8, stages=3),
+    (256, 2): Config(block=32, warps=4, stages=5),
+    (64, 4): Config(block=32, warps=8, stages=3),
     (128, 4): Config(block=16, warps=8, stages=3),
     (256, 4): Config(block=16, warps=8, stages=3),
 }
@@ -63,7 +63,6 @@ IN_PLACE_SEVERAL = IN_PLACE | {
     (256, 2): Config(block=16, warps=4, stages=3),
     (64, 4): Config(block=32, warps=8, stages=2),
     (128, 4): Config(block=16, warps=8, stages=2),
-    (256, 4): Config(block=16, warps=8, stages=2),
 }
 LISTED_SEVERAL = LISTED | {(128, 2): Config(block=32, warps=4, stages=5)}
 # Queries of a group in one matrix product.
