@@ -23,7 +23,7 @@ from refreshkv.evals.grid import parse_method
 from refreshkv.evals.prefill import Prefills
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods.kept import mask_of
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from refreshkv.stats import RowStats
 from refreshkv.step import over_heads
 from refreshkv.tasks import make_task
@@ -74,7 +74,7 @@ class Watch:
         share = weights.new_full(weights.shape[:2], float("nan"))
         if positions is not None:
             counts = (positions != FREE).sum(-1)
-            mass = (weights * mask_of(Selection(positions, counts), cache.length)).sum(-1)
+            mass = (weights * mask_of(Selected(positions, counts), cache.length)).sum(-1)
             share = mass.where(counts > 0, share)
         self.layers[layer].append(share)
 

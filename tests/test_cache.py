@@ -14,7 +14,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels.options import AttendOptions
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from refreshkv.step import decode_step
 from tests.helpers import PROPERTY, Decoder, random_tokens
 
@@ -60,7 +60,7 @@ def test_tokens_of_another_kind_are_refused(
 
 
 def test_a_refresh_without_a_budget_is_refused(cache: LayerCache) -> None:
-    everyone = Selection(torch.zeros(2, HEADS, 2).int(), torch.full((2, HEADS), 2))
+    everyone = Selected(torch.zeros(2, HEADS, 2).int(), torch.full((2, HEADS), 2))
     with pytest.raises(RuntimeError, match=r"^layer 7: resolve_budget before"):
         cache.refresh(everyone)
 

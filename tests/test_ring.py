@@ -12,7 +12,7 @@ from refreshkv.cache.ring import CopiedRing, IndexedRing, Ring
 from refreshkv.cache.store import DenseStore
 from refreshkv.kernels.backend import CPU, REFERENCE, Backend
 from refreshkv.kernels.options import AttendOptions
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from tests.helpers import PROPERTY, held
 
 HEADS = 2
@@ -152,7 +152,7 @@ def test_a_later_refresh_replaces_everything(backend: Backend) -> None:
 def test_a_smaller_selection_leaves_free_slots(backend: Backend, heads: Tensor | None) -> None:
     ring = Driver(backend, [4], 10)
     ring.refresh(rising=False)
-    two = Selection(torch.tensor([[[3, 8]] * HEADS]).int(), torch.tensor([[2] * HEADS]))
+    two = Selected(torch.tensor([[[3, 8]] * HEADS]).int(), torch.tensor([[2] * HEADS]))
     ring.ring.refresh(two, heads)
     ring.check([3, 8])
     ring.push(3)
@@ -236,7 +236,7 @@ def test_each_head_fetches_for_itself(backend: Backend) -> None:
 
 def test_fetching_fills_free_slots_first(backend: Backend) -> None:
     ring = Driver(backend, [6, 20], 10)
-    four = Selection(torch.tensor([[[3, 2, 1, 0]] * HEADS] * 2).int(), torch.full((2, HEADS), 4))
+    four = Selected(torch.tensor([[[3, 2, 1, 0]] * HEADS] * 2).int(), torch.full((2, HEADS), 4))
     ring.ring.refresh(four)
     ring.ring.fetch(everywhere(ring, 7, 8, 9))
     ring.check([0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 7, 8, 9])

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.policy import selection
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from tests.helpers import PROPERTY, left_padding, needs_compiler
 from tests.slow import slow_select
 
-Select = Callable[..., Selection]
+Select = Callable[..., Selected]
 implementations = pytest.mark.parametrize(
     "select",
     [selection.select, pytest.param(native_selection.select, marks=needs_compiler)],
@@ -32,7 +32,7 @@ class Scores:
     budget: list[int]
     kernel: int
 
-    def run(self, select: Select, *, masked: bool = True, **options: Any) -> Selection:
+    def run(self, select: Select, *, masked: bool = True, **options: Any) -> Selected:
         visible = torch.tensor(self.visible) if masked else None
         return select(
             torch.tensor(self.values),
@@ -61,7 +61,7 @@ def scores(draw: st.DrawFn) -> Scores:
     )
 
 
-def check(chosen: Selection, case: Scores, visible: list[list[bool]], wanted: torch.Tensor) -> None:
+def check(chosen: Selected, case: Scores, visible: list[list[bool]], wanted: torch.Tensor) -> None:
     length = len(case.visible[0])
     assert chosen.positions.shape[-1] == min(max(case.budget), length)
     assert chosen.positions.dtype == torch.int32 and chosen.filled.dtype == torch.int64

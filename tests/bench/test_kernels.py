@@ -15,7 +15,7 @@ from refreshkv.bench.decode import WrongResultError
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import read
 from refreshkv.kernels.backend import CPU, Backend
-from refreshkv.policy.selection import Selection
+from refreshkv.policy.selection import Selected
 
 SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
 NAMES = [
@@ -48,9 +48,9 @@ def broken(name: str, run: Callable[..., Any]) -> Backend:
     return dataclasses.replace(CPU, **{name: run})
 
 
-def shifted(*given: Any, **options: Any) -> Selection:
+def shifted(*given: Any, **options: Any) -> Selected:
     found = CPU.select(*given, **options)
-    return Selection(found.positions + 7, found.filled)
+    return Selected(found.positions + 7, found.filled)
 
 
 @pytest.mark.parametrize(

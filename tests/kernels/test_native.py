@@ -215,7 +215,7 @@ def test_every_number_of_16_bits_goes_in_and_out(name: str) -> None:
         torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# Selection, for any dtype.
+# Selected, for any dtype.
 
 
 def test_gather_and_select_equal_the_reference() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.policy import selection
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from tests.kernels.comparison import check_select
 from tests.kernels.interpreted import run_there
 from tests.kernels.mutants import Mutant, mutated
@@ -36,7 +36,7 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
-def compare(module: Any, scores: Tensor, budget: Tensor, **options: Any) -> Selection:
+def compare(module: Any, scores: Tensor, budget: Tensor, **options: Any) -> Selected:
     heads = options.get("heads")
     wanted = torch.ones(scores.shape[:2], dtype=torch.bool) if heads is None else heads
     with small_blocks():

@@ -11,7 +11,7 @@ from torch import Tensor
 from refreshkv.cache.ring import RINGS, Ring
 from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 from refreshkv.policy.triggers import trigger_for
 from refreshkv.stats import Stats
 
@@ -172,7 +172,7 @@ class LayerCache:
         self._keep("hidden", hidden)
         return hidden
 
-    def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
+    def refresh(self, selection: Selected, heads: Tensor | None = None) -> None:
         """Rebuild the partial cache of `heads` (`[B, Hkv]` bool; `None` is all)."""
         if self.ring is None:
             if self.budget is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreshkv.cache.store import Store
 from refreshkv.kernels.options import Attended, AttendOptions, Entries
-from refreshkv.policy.selection import FREE, Selection
+from refreshkv.policy.selection import FREE, Selected
 
 _SPARE = 64  # slots of head room when a ring grows towards its budget
 
@@ -72,7 +72,7 @@ class Ring(ABC):
         """`[B, Hkv]` int64, how many slots hold a token."""
         return torch.minimum(self.filled + self.pushed, self.budget[:, None])
 
-    def refresh(self, selection: Selection, heads: Tensor | None = None) -> None:
+    def refresh(self, selection: Selected, heads: Tensor | None = None) -> None:
         """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store."""
         slots = selection.positions.shape[-1]
         self._reserve(max(slots, self._most))

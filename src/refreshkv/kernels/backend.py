@@ -21,7 +21,7 @@ from refreshkv.kernels.native import attention as native_attention
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.native.build import library
 from refreshkv.kernels.options import Attended, Scored
-from refreshkv.policy.selection import Selection
+from refreshkv.policy.selection import Selected
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Backend:
     score: Callable[..., Scored]
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
-    select: Callable[..., Selection]
+    select: Callable[..., Selected]
     gather: Callable[..., None]
     insert: Callable[..., Tensor]
 

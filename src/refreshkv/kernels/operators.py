@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
-from refreshkv.policy.selection import Selection
+from refreshkv.policy.selection import Selected
 
 # The fields of `Entries` and `AttendOptions`, in their order.
 _ENTRIES = "Tensor keys, Tensor? values, Tensor? blocks, Tensor? positions, Tensor? rows"
@@ -99,7 +99,7 @@ def _scores(
 
 
 def _selected(scores: Tensor, slots: int, **_: Any) -> tuple[Tensor, Tensor]:
-    """As `Selection`."""
+    """As `Selected`."""
     shape = (*scores.shape[:2], max(0, min(slots, scores.shape[2])))
     return scores.new_empty(shape, dtype=torch.int32), scores.new_empty(
         shape[:2], dtype=torch.int64
@@ -229,7 +229,7 @@ def select(
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
-) -> Selection:
+) -> Selected:
     """See `policy.selection.select`."""
     if slots is None:
         raise ValueError(
@@ -239,7 +239,7 @@ def select(
         kept = max(0, min(recent, scores.shape[2]))
         recent = budget.new_full(budget.shape, kept)
     rules = visible, heads, recent, anchors, ends
-    return Selection(*_select(scores, budget, pool_kernel, *rules, slots))
+    return Selected(*_select(scores, budget, pool_kernel, *rules, slots))
 
 
 def gather(

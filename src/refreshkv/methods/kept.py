@@ -18,7 +18,7 @@ from torch import Tensor
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted, Reduction
 from refreshkv.kernels.options import AttendOptions, Entries
-from refreshkv.policy.selection import FREE, Selection, rank_keys
+from refreshkv.policy.selection import FREE, Selected, rank_keys
 from refreshkv.step import Algorithm, count_again, over_heads
 
 
@@ -230,7 +230,7 @@ class Eviction(KeptEntries):
         raise RuntimeError(f"{type(self).__name__} cannot take tokens back: use a new cache")
 
 
-def mask_of(selection: Selection, length: int) -> Tensor:
+def mask_of(selection: Selected, length: int) -> Tensor:
     """The positions of a selection as a mask `[B, Hkv, length]`."""
     positions = selection.positions
     mask = positions.new_zeros(*positions.shape[:2], length + 1, dtype=torch.bool)

@@ -21,7 +21,7 @@ _ANCHOR = 2.0
 _RECENT = 4.0
 
 
-class Selection(NamedTuple):
+class Selected(NamedTuple):
     """The tokens chosen for each partial cache.
 
     positions: `[B, Hkv, K]` int32, slots 0 .. filled-1 hold tokens with the lowest score first, the rest `FREE`.
@@ -133,7 +133,7 @@ def select(
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
-) -> Selection:
+) -> Selected:
     """The K best tokens of each KV head after pooling.
 
     Whatever the numbers, the result is one: `filled` distinct places of visible tokens. A score that is NaN or negative
@@ -158,4 +158,4 @@ def select(
     slot = torch.arange(most, device=scores.device)
     lowest_first = (filled[..., None] - 1 - slot).clamp(min=0)
     positions = best_first.gather(-1, lowest_first)
-    return Selection(positions.masked_fill(slot >= filled[..., None], FREE).int(), filled)
+    return Selected(positions.masked_fill(slot >= filled[..., None], FREE).int(), filled)

@@ -1,4 +1,4 @@
-"""Selection and what follows it: what `selection.cpp` is called with. Signatures as in `reference.py`."""
+"""Selection and what follows it: what `selection.cpp` is called with. Signatures as in `reference`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from refreshkv.kernels import options
 from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.kernels.native.entries import Entries, numbers, pointers, strides
-from refreshkv.policy.selection import FREE, Selection, pool_width, slot_count
+from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
 
 class Choice(ctypes.Structure):
@@ -72,7 +72,7 @@ def select(
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
-) -> Selection:
+) -> Selected:
     """See `selection.select`."""
     rows, kv_heads, length = scores.shape
     slots = slot_count(budget, slots, length)
@@ -91,7 +91,7 @@ def select(
     )
     if compiled().refreshkv_select(ctypes.byref(job)):
         raise MemoryError(f"selection among {length} tokens: not enough memory")
-    return Selection(positions, filled)
+    return Selected(positions, filled)
 
 
 def gather(

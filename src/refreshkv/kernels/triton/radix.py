@@ -29,7 +29,7 @@ SORT = Config(block=1024, warps=8, stages=1)  # tokens
 
 
 def largest(ranks: Tensor, counts: Tensor, budget: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The positions of the K highest ranks, lowest first and ties to the later, as in `selection.Selection`.
+    """The positions of the K highest ranks, lowest first and ties to the later, as in `selection.Selected`.
 
     Args:
         ranks: `[B, Hkv, L]` int32, the bits of a float32 >= 0; negative for what does not count.

@@ -14,7 +14,7 @@ from torch import Tensor
 from refreshkv.kernels.triton.common import Config, on_its_device
 from refreshkv.kernels.triton.layout import strides
 from refreshkv.kernels.triton.radix import BINS, DIGITS, LONGEST, largest
-from refreshkv.policy.selection import Selection, pool_width, slot_count
+from refreshkv.policy.selection import Selected, pool_width, slot_count
 
 RANK = Config(block=4096, warps=8, stages=1)  # tokens
 _ANCHORS_AT_ONCE = 1024
@@ -32,7 +32,7 @@ def select(
     anchors: Tensor | None = None,
     ends: Tensor | None = None,
     slots: int | None = None,
-) -> Selection:
+) -> Selected:
     """See `selection.select`. The heads left out get `FREE` slots. `ValueError` beyond 2^25 tokens."""
     rows, kv_heads, length = scores.shape
     if length > LONGEST:
@@ -63,7 +63,7 @@ def select(
         BLOCK=RANK.block,
         num_warps=RANK.warps,
     )
-    return Selection(*largest(ranks, counts, budget, most))
+    return Selected(*largest(ranks, counts, budget, most))
 
 
 def _lifts(anchors: Tensor, length: int) -> Tensor:
