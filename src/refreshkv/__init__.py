@@ -5,8 +5,8 @@ The method of Xu, Goyal and Choi, "RefreshKV: Updating Small KV Cache During Lon
 Letters in every shape of this package: B batch (rows), Hq query heads, Hkv KV heads, G = Hq / Hkv (GQA group), D head
 dim, T tokens of one pass, L tokens so far, K budget (slots of a partial cache), S stride.
 
-The algorithm is in `policy.selection`, `policy.triggers` and `step`, its arithmetic in `kernels.reference`. Importing this
-package changes nothing and imports neither torch nor transformers until a name is used.
+The algorithm is in `policy.selection`, `policy.triggers` and `step`, its arithmetic in `kernels.reference`. Importing
+this package changes nothing and imports neither torch nor transformers until a name is used.
 """
 
 from __future__ import annotations

@@ -160,9 +160,9 @@ class RefreshLM(HFLM):
         """As `hf`, with a loader that takes no model for whole that is not."""
         loader = self.AUTO_MODEL_CLASS
 
-        def from_pretrained(place: str, **options: Any) -> Any:
-            with weights.reading(f"the weights of model {place!r}"):
-                return weights.load(loader, place, **options)
+        def from_pretrained(source: str, **options: Any) -> Any:
+            with weights.reading(f"the weights of model {source!r}"):
+                return weights.load(loader, source, **options)
 
         self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=from_pretrained)
         try:

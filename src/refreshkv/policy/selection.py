@@ -75,11 +75,11 @@ def candidates(
     enters nor lends its neighbours a score. A row fills min(K, slots, visible tokens) slots.
     """
     rows, kv_heads, length = scores.shape
-    places = torch.arange(length, device=scores.device)
+    positions = torch.arange(length, device=scores.device)
     last = torch.full((rows,), length, device=scores.device)
     if ends is not None:
         last = ends.clamp(0, length)
-        within = places < last[:, None]
+        within = positions < last[:, None]
         visible = within if visible is None else visible & within
     tokens = last if visible is None else visible.sum(-1)
     counted = scores > 0
@@ -96,7 +96,7 @@ def candidates(
             first = last - recent.clamp(0, length)
         else:
             first = last - max(0, min(recent, length))
-        pooled = pooled.masked_fill((places >= first[:, None])[:, None], _RECENT)
+        pooled = pooled.masked_fill((positions >= first[:, None])[:, None], _RECENT)
     if visible is not None:
         pooled = pooled.masked_fill(~visible[:, None], -1.0)
     filled = budget.clamp(0, slots).minimum(tokens)[:, None].expand(-1, kv_heads).contiguous()
@@ -136,8 +136,8 @@ def select(
 ) -> Selected:
     """The K best tokens of each KV head after pooling.
 
-    Whatever the numbers, the result is one: `filled` distinct places of visible tokens. A score that is NaN or negative
-    counts as 0, a number of tokens or slots is cut to what there is, an anchor outside the row is a free one.
+    Whatever the numbers, the result is one: `filled` distinct positions of visible tokens. A score that is NaN or
+    negative counts as 0, a number of tokens or slots is cut to what there is, an anchor outside the row is a free one.
 
     Args:
         scores: `[B, Hkv, L]`, attention weights after `reduce_group`.

@@ -85,7 +85,7 @@ def accept_sampled(
     accepted = ((chance * q < p) & _real(drafts, counts)).cumprod(1).sum(1)
     rows = torch.arange(len(drafts), device=drafts.device)
     target = target_probs[rows, accepted]
-    # Where all drafts of a row stand, nothing was proposed for the next place.
+    # Where all drafts of a row stand, nothing was proposed for the next token.
     proposed = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[rows, accepted]
     proposed = proposed.masked_fill((accepted >= counts)[:, None], 0.0)
     left = (target - proposed).clamp(min=0.0)

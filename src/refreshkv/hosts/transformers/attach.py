@@ -150,7 +150,7 @@ class Session:
     def new_static_cache(self, max_cache_len: int) -> StaticRefreshCache:
         """A cache of fixed size for compiled decoding, as `generate(cache_implementation="static")` uses it.
 
-        In the lossless mode it is `config.draft + 1` places longer than asked for, which drafts go through, where the
+        In the exact mode it is `config.draft + 1` positions longer than asked for, which drafts go through, where the
         model can draft at all.
 
         Raises:

@@ -41,7 +41,7 @@ def register(inner: str) -> str:
 def refresh_mask(*args: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
     """The mask that the implementation below makes for itself.
 
-    Over places that are not filled yet it is always made where layers share keys: Gemma 4 cuts the queries of such
+    Over positions that are not filled yet it is always made where layers share keys: Gemma 4 cuts the queries of such
     layers off, and sees that none may be left out by the name of the implementation, which is ours.
     """
     config = kwargs.get("config")

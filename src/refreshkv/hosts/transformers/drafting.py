@@ -115,7 +115,7 @@ class _Run:
 
     Attributes:
         ids: `[B, capacity]`, prompt, then new tokens, then drafts.
-        start: places of the prompt in the cache.
+        start: positions of the prompt in the cache.
         made: `[B]` int64, new tokens of each row; the last of them has not been through the model.
         ended: `[B]` bool, rows whose last token is an end token.
         draft: how many tokens each row drafts.
@@ -276,7 +276,7 @@ class _Run:
         return self._forward(tokens)[:, :count]
 
     def _forward(self, tokens: Tensor, ahead: int = 0) -> Tensor:
-        """`[B, T]` tokens, `ahead` places after the last sure one -> float32 logits `[B, T, V]`."""
+        """`[B, T]` tokens, `ahead` positions after the last sure one -> float32 logits `[B, T, V]`."""
         steps = torch.arange(ahead, ahead + tokens.shape[1], device=tokens.device)
         ahead_of_prompt = self.made[:, None] + steps
         if self.new is not None:  # a row that drafts less than others may have no such position
@@ -303,14 +303,14 @@ class _Run:
 
     def _keep(self, tokens: Tensor, gained: Tensor, logits: Tensor, scores: Tensor) -> Tensor:
         """The first `gained` of `tokens` `[B, T]` become text, up to an end token; `[B]`: how many they are."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         for ends in self.ends:
-            is_end = torch.isin(tokens, ends.to(tokens.device)) & (places < gained[:, None])
-            first = torch.where(is_end, places, tokens.shape[1]).amin(1) + 1
+            is_end = torch.isin(tokens, ends.to(tokens.device)) & (positions < gained[:, None])
+            first = torch.where(is_end, positions, tokens.shape[1]).amin(1) + 1
             gained = torch.minimum(gained, first)
             self.ended = self.ended | is_end.any(1)
-        where = (self.prompt + self.made)[:, None] + places
-        kept = places < gained[:, None]
+        where = (self.prompt + self.made)[:, None] + positions
+        kept = positions < gained[:, None]
         self.ids.scatter_(1, where, torch.where(kept, tokens, self.ids.gather(1, where)))
         for kept_values, values in ((self.logits, logits), (self.scores, scores)):
             if kept_values is not None:
@@ -355,9 +355,9 @@ class _Run:
         for layer in self.cache.served:
             layer.exact.take_back(self.start + self.made - 1)
         if int(missing.max()):
-            places = have[:, None] + torch.arange(int(missing.max()), device=have.device)
+            positions = have[:, None] + torch.arange(int(missing.max()), device=have.device)
             with self.cache.drafting("verify", missing):
-                self._forward(sequences.gather(1, places.clamp(max=last)))
+                self._forward(sequences.gather(1, positions.clamp(max=last)))
         for layer in self.cache.served:
             layer.end_exact(self.start + last - self.prompt)
 

@@ -1,4 +1,4 @@
-"""Logits processors in the lossless mode, where the rows of a batch are at different places (ours).
+"""Logits processors in the lossless mode, where the rows of a batch are at different positions (ours).
 
 Letters: B batch, T tokens of a pass, V vocabulary.
 """
@@ -27,7 +27,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-# These do not look at the text: one call for all rows and places.
+# These do not look at the text: one call for all rows and positions.
 _WITHOUT_TEXT = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -88,17 +88,17 @@ def process(
 
 
 def _by_text(processor: LogitsProcessor, scores: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """One call for each row and place, with the text that the row would have alone."""
+    """One call for each row and position, with the text that the row would have alone."""
     result = torch.empty_like(scores)
     # A caller's own may look at which row it has: it gets as many as there are, and one result counts.
     own = not type(processor).__module__.startswith("transformers.")
     copies = len(scores) if own else 1
     for row, length in enumerate(lengths.tolist()):
         alone = processor if own else _of_row(processor, row)
-        for place in range(scores.shape[1]):
-            text = ids[row, : length + place].expand(copies, -1)
-            found = alone(text, scores[row, place].repeat(copies, 1))
-            result[row, place] = found[row if own else 0]
+        for step in range(scores.shape[1]):
+            text = ids[row, : length + step].expand(copies, -1)
+            found = alone(text, scores[row, step].repeat(copies, 1))
+            result[row, step] = found[row if own else 0]
     return result
 
 
