@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from experiments import continuation
+from experiments import __main__ as experiments
 from refreshkv import demo, weights
 
 Weights = dict[str, torch.Tensor]
@@ -258,14 +258,12 @@ def test_the_bundled_model_is_held_to_the_same(
     refused(run("generate", "--model", "demo", *GENERATE), "reinstall refreshkv$")
 
 
-def test_the_modules_of_the_evaluation_say_it_too(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_experiments_say_it_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(folder, lambda w: w.pop(UP))
     with pytest.raises(SystemExit) as stopped:
-        continuation.main(["--model", str(folder), "--data", "x"])
+        experiments.main(["continuation", "--model", str(folder), "--data", "x"])
     assert stopped.value.code == 2
-    assert re.fullmatch(rf"error: cannot load model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"error: cannot load the weights of model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err)
 
 
 def test_a_lack_of_memory_is_not_the_fault_of_the_files() -> None:

@@ -176,7 +176,7 @@ def test_decoding_over_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyP
     config = replace(every[name], stride=every[name].stride and 3)
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     expected = Decoder(tokens, config, 24).run(7)
-    monkeypatch.setattr("refreshkv.cache.layer.backend_for", lambda device: triton_backend())
+    monkeypatch.setattr("refreshkv.cache.store.backend_for", lambda device: triton_backend())
     for ours, theirs in zip(Decoder(tokens, config, 24).run(7), expected, strict=True):
         torch.testing.assert_close(ours.output, theirs.output, atol=2e-5, rtol=1e-4)
         assert ours.held == theirs.held

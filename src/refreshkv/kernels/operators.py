@@ -213,9 +213,17 @@ def verify(
     return Attended(output, lse), Scored(scores, lse)
 
 
-def vote(query: Tensor, entries: Entries, options: AttendOptions, **rows: Any) -> Scored:
+def vote(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    *,
+    starts: Tensor,
+    counts: Tensor | None = None,
+) -> Scored:
     """See `reference.vote`. No compiled pass calls it."""
-    return backend_for(query.device).vote(query, entries, options, **rows)
+    vote = backend_for(query.device).vote
+    return vote(query, entries, options, starts=starts, counts=counts)
 
 
 def select(
