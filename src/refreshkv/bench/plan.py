@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from refreshkv.bench.record import read, rounded
+from refreshkv.bench.record import Row, read, rounded
 from refreshkv.bench.roofline import Load, Sizes
 from refreshkv.bench.scale import fit
-from refreshkv.bench.tables import Row
 from refreshkv.config import unknown
 
 # What a row must share with another to be predicted from it.

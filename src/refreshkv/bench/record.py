@@ -17,9 +17,10 @@ import transformers
 
 import refreshkv
 from refreshkv.bench.job import Job
-from refreshkv.bench.tables import Row
 from refreshkv.kernels.backend import language
-from refreshkv.text import reason
+from refreshkv.text import reason, setting_of
+
+Row = Mapping[str, Any]
 
 _SETTINGS = (
     *("shape", "context", "batch", "budget", "stride", "draft", "acceptance"),
@@ -137,7 +138,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read ({reason(error)}): give a CSV file") from error
     if any(None in row or None in row.values() for row in rows):
         raise ValueError(f"{path} has rows that do not fit its header: give another file")
-    return [{key: _value(text) for key, text in row.items()} for row in rows]
+    return [{key: setting_of(text or "none") for key, text in row.items()} for row in rows]
 
 
 def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, float | None]:
@@ -146,14 +147,3 @@ def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, fl
         name: None if value is None or math.isnan(value) else float(f"{value:.{digits}g}")
         for name, value in values.items()
     }
-
-
-def _value(text: str) -> Any:
-    if text == "":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

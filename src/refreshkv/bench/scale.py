@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from refreshkv.bench import decode
-from refreshkv.bench.record import rounded
-from refreshkv.bench.tables import Row
+from refreshkv.bench.record import Row, rounded
 from refreshkv.bench.variants import VARIANTS
 
 FITTED = {
