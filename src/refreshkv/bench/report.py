@@ -10,7 +10,7 @@ from typing import Any
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import rounded, settings
-from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes
+from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes, mixed
 from refreshkv.bench.variants import NAMES
 
 # What follows from other columns stays out of the CSV file.
@@ -109,8 +109,7 @@ def curve(job: Job, sizes: Sizes, ms: Mapping[str, float]) -> list[dict[str, flo
 def _medians(job: Job, times: Mapping[str, list[float]]) -> dict[str, float]:
     """Milliseconds of each of `NAMES`, those that are made of others too; NaN where one was not timed."""
     ms = {name: statistics.median(times.get(name, [math.nan])) for name in NAMES}
-    full_share = 0.0 if job.stride is None else 1 / job.stride
-    ms["mix"] = (1 - full_share) * ms["partial"] + full_share * ms["full"]
+    ms["mix"] = mixed(ms["partial"], ms["full"], job.stride)
     ms["fast"] = ms["fast_partial"] + FAST_FULL_SHARE * (ms["fast_full"] - ms["empty"])
     ms["exact"] = ms["cycle"] / job.tokens_per_pass
     return ms

@@ -21,6 +21,12 @@ ACCEPTANCE = 0.93  # share of them that stands
 FAST_FULL_SHARE = 0.146  # steps of a KV head under the preset "fast" that are full
 
 
+def mixed(partial: float, full: float, stride: int | None) -> float:
+    """The mean of a mix, one full step in `stride` and the others partial; `None`: no full step."""
+    share = 0.0 if stride is None else 1 / stride
+    return (1 - share) * partial + share * full
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a model: `weights` that a pass reads, `entry` for K and V of one token of one row, `stored` weights."""
@@ -89,12 +95,11 @@ class Load:
         the lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens.
         """
         context, kept = self.context, min(self.budget, self.context)
-        full = 0.0 if self.stride is None else 1 / self.stride
         tokens = self.tokens_per_pass
         return {
             "full": Reads(1, context),
             "snapkv": Reads(1, kept),
-            "mix": Reads(1, (1 - full) * kept + full * context),
+            "mix": Reads(1, mixed(kept, context, self.stride)),
             "fast": Reads(1, kept + FAST_FULL_SHARE * (context / 2 + kept)),
             "exact": Reads((self.draft + 1) / tokens, (self.draft * kept + context) / tokens),
         }

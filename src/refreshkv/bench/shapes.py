@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from refreshkv.config import unknown
+from refreshkv.config import check_names
 
 _FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -31,8 +31,7 @@ def config_of(shape: str) -> PreTrainedConfig:
     Raises:
         ValueError: an unknown shape, named with its nearest neighbour.
     """
-    if shape not in SHAPES:
-        raise ValueError(unknown("shape", shape, SHAPES))
+    check_names("shape", [shape], SHAPES)
     return AutoConfig.for_model(
         **dict(zip(_FIELDS, SHAPES[shape], strict=True)),
         max_position_embeddings=1 << 20,
