@@ -125,7 +125,7 @@ class _Pass:
             with exact.cache.drafting(kind, counts):
                 return forward(model, below, exact.cache, self.tokens, self.positions)
 
-        self.timed = Timed(run, 0, after=exact.take_back)
+        self.timed = Timed(run, after=exact.take_back)
 
     def __call__(self, tokens: Tensor, ahead: int = 0) -> Tensor:
         """`[B, count]` tokens, the first of them `ahead` positions after the context; logits `[B, count, V]`."""

@@ -21,13 +21,18 @@ from refreshkv.bench import record as records
 from refreshkv.bench.checks import WrongResultError, compare
 from refreshkv.bench.job import Job
 from refreshkv.bench.rivals import attention_rivals
-from refreshkv.bench.shapes import config_of
+from refreshkv.bench.shapes import config_of, random_states
 from refreshkv.bench.timing import Timed, copies_for, read_bandwidth, take_turns
 from refreshkv.config import make_config
 from refreshkv.kernels.backend import REFERENCE, Backend, backend_for
 from refreshkv.kernels.options import AttendOptions, Entries
 
 _OURS = "ours"
+_SETTINGS = ("shape", "context", "batch", "budget", "draft")
+_COLUMNS = (
+    *("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours"),
+    *("relative_rms_error", "cuda_graph"),
+)
 # In 16-bit dtypes logits that are nearly the same may change places.
 _SAME_INDICES = 0.9
 
@@ -43,13 +48,10 @@ class Operands:
 
     def __init__(self, job: Job, seed: int) -> None:
         config, device = config_of(job.shape), job.device
-        heads, dim = config.num_key_value_heads, config.head_dim
+        heads = config.num_key_value_heads
         generator = torch.Generator(device=device).manual_seed(seed)
 
-        def noise(heads: int, tokens: int) -> Tensor:
-            size = (job.batch, heads, tokens, dim)
-            return torch.randn(*size, generator=generator, device=device, dtype=job.dtype)
-
+        noise = functools.partial(random_states, job, generator)
         self.queries = noise(config.num_attention_heads, job.draft + 1)
         self.query = self.queries[:, :, 0].contiguous()
         self.full = Entries(noise(heads, job.context), noise(heads, job.context))
@@ -85,7 +87,9 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
     """
     job = Job(**settings)
     job = replace(job, budget=min(job.budget, job.context))
-    records.check_file(results, {**records.flat(_settings(job)), **dict.fromkeys(_COLUMNS)})
+    records.check_file(
+        results, {**records.flat(records.settings(job, names=_SETTINGS)), **dict.fromkeys(_COLUMNS)}
+    )
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
@@ -109,22 +113,9 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
             }
             about = {"bytes": case.size, "rival": rival, "cuda_graph": graph}
             found.append({"kernel": name, **records.rounded(numbers), **about})
-    record = _settings(job, bandwidth)
+    record = records.settings(job, bandwidth, _SETTINGS)
     records.append(results, [{**records.flat(record), **one} for one in found])
     return {**record, "backend": backend.name, "kernels": found}
-
-
-_LEFT_OUT = ("stride", "acceptance", "tokens_per_pass", "steps", "cycles", "form")
-_COLUMNS = (
-    *("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours"),
-    *("relative_rms_error", "cuda_graph"),
-)
-
-
-def _settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
-    """What a record says of the run: a kernel has no stride and no cycles."""
-    found = records.settings(job, bandwidth)
-    return {name: value for name, value in found.items() if name not in _LEFT_OUT}
 
 
 def cases_of(job: Job) -> dict[str, Case]:
@@ -197,7 +188,7 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
 def _medians(
     case: Case, backend: Backend, cold: list[Operands], job: Job
 ) -> tuple[dict[str, float], bool]:
-    """Milliseconds of our call and each rival, over operands that have left the caches; whether ours is a CUDA graph."""
+    """Milliseconds of ours and each rival, over operands that have left the caches; whether ours is a CUDA graph."""
     ours = functools.partial(case.run, backend)
     rounds = {
         name: Timed(functools.partial(_each, call, cold), job.steps)

@@ -24,17 +24,20 @@ Row = Mapping[str, Any]
 
 _SETTINGS = (
     *("shape", "context", "batch", "budget", "stride", "draft", "acceptance"),
-    *("steps", "cycles"),
+    *("steps", "cycles", "tokens_per_pass", "form"),
 )
 
 
-def settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
-    """When, what and on what a run was made; the first columns of every file. `bandwidth` in bytes a second."""
+def settings(
+    job: Job, bandwidth: float | None = None, names: Sequence[str] = _SETTINGS
+) -> dict[str, Any]:
+    """When, what (by `names`) and on what a run was made; the first columns of a file. `bandwidth`: bytes a second."""
+    said = {name: getattr(job, name) for name in names}
+    if "tokens_per_pass" in said:
+        said["tokens_per_pass"] = round(job.tokens_per_pass, 3)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{name: getattr(job, name) for name in _SETTINGS},
-        "tokens_per_pass": round(job.tokens_per_pass, 3),
-        "form": "compiled" if job.compiled else "static" if job.static else "growing",
+        **said,
         "device": device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

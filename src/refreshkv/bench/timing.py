@@ -27,7 +27,7 @@ class Timed:
     """A call that is timed in so many `turns`; what comes `before` and `after` each of them is not."""
 
     call: Callable[[], Any]
-    turns: int
+    turns: int = 0
     before: Callable[[], object] = _nothing
     after: Callable[[], object] = _nothing
 
@@ -38,10 +38,34 @@ class Timed:
         return found
 
     def capture(self, device: torch.device) -> bool:
-        """Whether the call is a CUDA graph from here on."""
-        replay = captured(self.call, device, self.after)
-        self.call = replay or self.call
-        return replay is not None
+        """Whether the call is a CUDA graph from here on, which Python cannot slow down; False where that cannot be.
+
+        It is run a few times, each with `after`, which is no part of the graph. A replay returns what the last of them
+        did: the same tensors, filled anew.
+        """
+        if device.type != "cuda":
+            return False
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self.once()  # compiles and allocates, which may wait for the device
+            # A capture that fails can leave the process unusable, so calls that would wait are found out before.
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.call()
+            except RuntimeError:
+                return False
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                torch.cuda.synchronize(device)
+                self.after()  # of a call that broke off, too
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self.call()
+        self.after()
+        self.call = lambda: (graph.replay(), found)[1]
+        return True
 
 
 def take_turns(
@@ -60,63 +84,19 @@ def take_turns(
     return times
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """What one call takes on the device, the gaps included in which it waits for Python."""
-    wait_for(device)
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     call()
     last.record()
     last.synchronize()
     return first.elapsed_time(last)
-
-
-def captured(
-    call: Callable[[], object], device: torch.device, after: Callable[[], object] = _nothing
-) -> Callable[[], object] | None:
-    """The kernels of `call` as a CUDA graph, which Python cannot slow down; `None` where that is not possible.
-
-    The call is run a few times, each with `after`, which is no part of the graph. A replay returns what the last call
-    did: the same tensors, filled anew.
-    """
-    if device.type != "cuda":
-        return None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        call()  # compiles and allocates, which may wait for the device
-        after()
-        # A capture that fails can leave the process unusable, so calls that would wait are found out before.
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        except RuntimeError:
-            return None
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-            wait_for(device)
-            after()  # of a call that broke off, too
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
-    after()
-
-    def replay() -> object:
-        graph.replay()
-        return found
-
-    return replay
 
 
 def copies_for(size: int, each: int, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.job import Job
+from refreshkv.bench.shapes import random_states
 from refreshkv.bench.timing import Timed
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config
@@ -83,12 +84,9 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
                 else RefreshCache(config, refresh)
             )
     made["static"] = held[job.context]
-    on_gpu = job.device.type == "cuda"
-    for name, possible in {
-        "flash": on_gpu and is_flash_attn_2_available(),
-        "default": True,
-    }.items():
-        if possible and name not in skip:
+    flash = job.device.type == "cuda" and is_flash_attn_2_available()
+    for name in ("flash", "default") if flash else ("default",):
+        if name not in skip:
             made[name] = DynamicCache(config=config)
     _fill(model, made, job, tokens, held)
     return made
@@ -104,12 +102,7 @@ def _fill(
     """Noise in every layer. Ours have so many `tokens` of it, in the buffers of the cache that holds as many."""
     config, window = model.config, make_config("default").window
     options = AttendOptions(scale=config.head_dim**-0.5)
-    generator = torch.Generator(device=job.device).manual_seed(1)
-
-    def noise(heads: int, tokens: int) -> Tensor:
-        size = (job.batch, heads, tokens, config.head_dim)
-        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
-
+    noise = functools.partial(random_states, job, torch.Generator(device=job.device).manual_seed(1))
     for index in range(config.num_hidden_layers):
         keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
         queries = noise(config.num_attention_heads, window)
