@@ -81,7 +81,7 @@ bench-cpu: $(STAMP)  ## the CPU rows of README.md and docs/bench.md (about 20 mi
 	$(BIN)/refreshkv bench scale $(ON_CPU) --contexts 8192,16384,32768,65536 \
 		--batches 1,2,4 --budgets 1024,512,2048 --strides 10,2,5,20 --steps 5 --plot benchmarks/scale-cpu.png
 	$(BIN)/refreshkv bench plan --check benchmarks/results/decode-cpu.csv
-	$(BIN)/python -m refreshkv.bench.readme
+	$(BIN)/python benchmarks/tables.py
 
 # `origin` is `file` only when neither the command line nor the environment gave PYTHON.
 ifeq ($(origin PYTHON),file)
@@ -126,7 +126,7 @@ bench-gpu:  ## the GPU rows of README.md and docs/bench.md (within 10 minutes on
 	$(GPU_PYTHON) -m refreshkv.cli bench kernels $(ON_GPU) --sizes 1x32768,8x32768,32x32768 || failed=1; \
 	$(DECODE_GPU) --sizes 1x32768,1x131072,8x32768 || failed=1; \
 	$(DECODE_GPU) --sizes 4x131072 --skip default,fast || failed=1; \
-	$(GPU_PYTHON) -m refreshkv.bench.readme || failed=1; \
+	$(GPU_PYTHON) benchmarks/tables.py || failed=1; \
 	exit $$failed
 
 clean:  ## remove caches and build output (the environment stays)

@@ -11,8 +11,8 @@ import torch
 import refreshkv
 from refreshkv import attach
 from refreshkv.bench import decode, roofline, variants
+from refreshkv.bench.checks import WrongResultError
 from refreshkv.bench.cycle import Exact, kept
-from refreshkv.bench.decode import WrongResultError
 from refreshkv.bench.job import Job
 from refreshkv.bench.shapes import build
 from refreshkv.exact import ExactLayer
@@ -78,11 +78,11 @@ def test_every_step_begins_at_the_context() -> None:
         caches = variants.caches(model, JOB, ("default",))
         dense = caches["own_dense"]
         turns = decode._Turns(model, session.implementation_below, caches, JOB)
-        first = turns.step("own_dense")
+        first = turns.steps["own_dense"].once()
         turns.check()
         turns.time(progress=False)
         assert dense.layers[0].inner.length == 128
-        assert torch.equal(turns.step("own_dense"), first)
+        assert torch.equal(turns.steps["own_dense"].once(), first)
         assert caches["snapkv"].layers[0].inner.length == 32
         assert caches["empty"].layers[0].inner.length == 1
     # The static cache and ours are one buffer.
@@ -115,7 +115,7 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
                 drafts = [exact.draft(token + ahead, ahead).clone() for ahead in range(3)]
                 verified = exact.verify(torch.cat([token, token + 1, token + 2, token], 1)).clone()
                 exact.take_back()
-            found[static] = torch.cat([torch.stack(drafts, 1), verified], 1)
+            found[static] = torch.cat([*drafts, verified], 1)
             assert not exact.capture()  # of a GPU
     torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
 

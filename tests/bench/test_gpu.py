@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refreshkv.bench import decode, kernels
-from refreshkv.bench.timing import captured, copies_for, milliseconds
+from refreshkv.bench.timing import Timed, copies_for, milliseconds
 
 from .conftest import SMALL
 
@@ -18,20 +18,19 @@ pytestmark = pytest.mark.gpu
 def test_a_graph_repeats_the_call() -> None:
     device = torch.device("cuda")
     total = torch.zeros(4, device=device)
-    replay = captured(lambda: total.add_(1), device)
-    assert replay is not None
+    timed = Timed(lambda: total.add_(1))
+    assert timed.capture(device)
     before = total.clone()
-    replay()
-    assert torch.equal(total, before + 1)
-    assert milliseconds(replay, device) < 10
+    assert timed.call() is total and torch.equal(total, before + 1)
+    assert milliseconds(timed.call, device) < 10
 
 
 def test_a_call_that_waits_is_not_captured_and_does_no_harm() -> None:
     device = torch.device("cuda")
     block = torch.ones(4, device=device)
-    assert captured(lambda: block.sum().item(), device) is None
+    assert not Timed(lambda: block.sum().item()).capture(device)
     assert block.sum().item() == 4
-    assert captured(lambda: block.sum(), device) is not None
+    assert Timed(lambda: block.sum()).capture(device)
 
 
 def test_operands_leave_the_second_level_cache() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from refreshkv.bench import kernels
-from refreshkv.bench.decode import WrongResultError
+from refreshkv.bench.checks import WrongResultError
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import read
 from refreshkv.kernels.backend import CPU, Backend

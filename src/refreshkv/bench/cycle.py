@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreshkv.bench.job import Job
-from refreshkv.bench.timing import captured
-from refreshkv.bench.variants import forward, take_back
+from refreshkv.bench.timing import Timed
+from refreshkv.bench.variants import forward
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.policy.speculation import DraftLength, accept_greedy
@@ -32,7 +31,9 @@ def kept(cycle: int, job: Job) -> int:
 class Exact:
     """The lossless mode at the end of the context; whatever it does, `take_back` goes there again.
 
-    Over a static cache on a GPU, `capture` makes a CUDA graph of a draft and one of a full pass.
+    Attributes:
+        draft: a draft pass, `[B, 1]` tokens -> `[B, 1, V]` logits.
+        verify: the full pass, `[B, s + 1]` tokens -> `[B, s + 1, V]` logits.
     """
 
     def __init__(
@@ -42,51 +43,46 @@ class Exact:
         cache: RefreshCache | StaticRefreshCache,
         job: Job,
     ) -> None:
-        self.model, self.below, self.cache, self.job = model, below, cache, job
-        self.counts = torch.full((job.batch,), job.draft, device=job.device)
+        self.cache, self.job = cache, job
+        self.token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
+        self.counts = job.draft * self.token[:, 0]
         self.drafts = DraftLength(job.draft, cache.refresh.confidence, self.counts)
-        self.draft_pass = _Pass(self, "draft", 1)
-        self.full_pass = _Pass(self, "verify", job.draft + 1)
         for layer in cache.served:
             layer.begin_exact(None)
+        self.draft = _Pass(self, model, below, "draft", 1)
+        self.verify = _Pass(self, model, below, "verify", job.draft + 1)
 
     def capture(self) -> bool:
         """Whether both passes are CUDA graphs from here on."""
-        if not isinstance(self.cache, StaticRefreshCache):
-            return False
-        found = self.draft_pass.capture() and self.full_pass.capture()
-        self.take_back()
-        return found
+        passes = (self.draft.timed, self.verify.timed)
+        fixed = isinstance(self.cache, StaticRefreshCache)
+        return fixed and all(one.capture(self.job.device) for one in passes)
 
-    def calls(self) -> dict[str, Callable[[], object]]:
-        """What is timed, each to be taken back: a draft (after `begin`), a full pass, cycles that commit the mean."""
-        token = torch.ones_like(self.counts)[:, None]
-        tokens, turns = token.expand(-1, self.job.draft + 1), itertools.count()
-        return {
-            "draft": lambda: self.draft(token, 1),
-            "verify": lambda: self.verify(tokens),
-            "cycle": lambda: self.cycle(token, kept(next(turns), self.job)),
+    def timed(self) -> dict[str, Timed]:
+        """A draft, a full pass, and cycles that commit the mean."""
+        turns = itertools.count()
+        calls = {
+            "draft": lambda: self.draft(self.token, 1),
+            "verify": lambda: self.verify(self.token.expand(-1, self.job.draft + 1)),
+            "cycle": lambda: self.cycle(self.token, kept(next(turns), self.job)),
         }
+        timed = {
+            name: Timed(call, self.job.cycles, after=self.take_back) for name, call in calls.items()
+        }
+        timed["draft"].before = self.begin  # which is a part of the cycle
+        return timed
 
     def begin(self) -> None:
         """The selection of a cycle, and its first draft."""
         self.cache.before_drafts()
-        self.draft(torch.ones_like(self.counts)[:, None], 0)
-
-    def draft(self, token: Tensor, ahead: int) -> Tensor:
-        """One draft pass over `[B, 1]`, `ahead` places after the context; logits `[B, V]`."""
-        return self.draft_pass(token, ahead)[:, 0]
-
-    def verify(self, tokens: Tensor) -> Tensor:
-        """The full pass over `[B, s + 1]`; logits `[B, s + 1, V]`."""
-        return self.full_pass(tokens, 0)
+        self.draft(self.token)
 
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
         tokens = [token]
         self.cache.before_drafts()
         for ahead in range(self.job.draft):
-            scores = self.draft(tokens[-1], ahead).float()
+            scores = self.draft(tokens[-1], ahead)[:, 0].float()
             tokens.append(scores.argmax(-1, keepdim=True))
             drafted = torch.full_like(self.counts, ahead + 1)
             # Asked and read as `generate` does, but not obeyed.
@@ -100,7 +96,8 @@ class Exact:
         self._commit(0)  # of drafts without a full pass
         for layer in self.cache.served:
             layer.exact.take_back(torch.full_like(self.counts, self.job.context))
-        take_back(self.cache, self.job.context)
+            if not layer.inner.fixed:
+                layer.inner.store.crop(self.job.context)
 
     def _commit(self, kept: int) -> None:
         for layer in self.cache.served:
@@ -108,34 +105,31 @@ class Exact:
 
 
 class _Pass:
-    """One kind of forward pass over `count` tokens a row: as it comes, or replayed over inputs that stay in place."""
+    """One kind of forward pass over `count` tokens a row, in inputs that stay where a CUDA graph reads them."""
 
-    def __init__(self, exact: Exact, kind: Literal["draft", "verify"], count: int) -> None:
-        self.exact, self.kind, self.count = exact, kind, count
-        shape, device = (exact.job.batch, count), exact.job.device
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    def __init__(
+        self,
+        exact: Exact,
+        model: PreTrainedModel,
+        below: str,
+        kind: Literal["draft", "verify"],
+        count: int,
+    ) -> None:
+        self.context = exact.job.context
+        self.tokens = exact.token.repeat(1, count)
+        self.ahead = torch.arange(count, device=exact.job.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.logits: Tensor | None = None
-        self.replay: Callable[[], object] | None = None
+        counts = exact.counts + 1 if kind == "verify" else None
 
-    def __call__(self, tokens: Tensor, ahead: int) -> Tensor:
-        """`[B, count]` tokens, the first `ahead` places after the context; logits `[B, count, V]`."""
-        first = self.exact.job.context + ahead
+        def run() -> Tensor:
+            with exact.cache.drafting(kind, counts):
+                return forward(model, below, exact.cache, self.tokens, self.positions)
+
+        self.timed = Timed(run, after=exact.take_back)
+
+    def __call__(self, tokens: Tensor, ahead: int = 0) -> Tensor:
+        """`[B, count]` tokens, the first of them `ahead` positions after the context; logits `[B, count, V]`."""
         self.tokens.copy_(tokens)
-        self.positions.copy_(torch.arange(first, first + self.count, device=tokens.device))
-        (self.replay or self._run)()
-        assert self.logits is not None
-        return self.logits
-
-    def capture(self) -> bool:
-        """Whether it is a CUDA graph from here on."""
-        self.replay = captured(self._run, self.exact.job.device)
-        return self.replay is not None
-
-    def _run(self) -> None:
-        exact = self.exact
-        counts = exact.counts + 1 if self.kind == "verify" else None
-        with exact.cache.drafting(self.kind, counts):
-            self.logits = forward(
-                exact.model, exact.below, exact.cache, self.tokens, self.positions
-            )
+        self.positions.copy_(self.ahead + (self.context + ahead))
+        logits: Tensor = self.timed.call()
+        return logits

@@ -53,6 +53,11 @@ class Job(Load):
             object.__setattr__(self, name, value)
 
     @property
+    def form(self) -> str:
+        """Of our cache."""
+        return "compiled" if self.compiled else "static" if self.static else "growing"
+
+    @property
     def room(self) -> int:
         """Positions of a preallocated cache; transformers' static one is not taken back."""
         return self.context + max(self.draft + 1, WARM_UP + self.steps) + _SPARE

@@ -18,15 +18,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refreshkv.bench import record as records
-from refreshkv.bench.decode import TOLERANCE, WrongResultError
-from refreshkv.bench.job import WARM_UP, Job
+from refreshkv.bench.checks import WrongResultError, compare
+from refreshkv.bench.job import Job
 from refreshkv.bench.rivals import attention_rivals
-from refreshkv.bench.shapes import config_of
-from refreshkv.bench.timing import captured, copies_for, milliseconds, read_bandwidth
+from refreshkv.bench.shapes import config_of, random_states
+from refreshkv.bench.timing import Timed, copies_for, read_bandwidth, take_turns
 from refreshkv.config import make_config
 from refreshkv.kernels.backend import REFERENCE, Backend, backend_for
 from refreshkv.kernels.options import AttendOptions, Entries
 
+_OURS = "ours"
+_SETTINGS = ("shape", "context", "batch", "budget", "draft")
+_COLUMNS = (
+    *("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours"),
+    *("relative_rms_error", "cuda_graph"),
+)
 # In 16-bit dtypes logits that are nearly the same may change places.
 _SAME_INDICES = 0.9
 
@@ -42,13 +48,10 @@ class Operands:
 
     def __init__(self, job: Job, seed: int) -> None:
         config, device = config_of(job.shape), job.device
-        heads, dim = config.num_key_value_heads, config.head_dim
+        heads = config.num_key_value_heads
         generator = torch.Generator(device=device).manual_seed(seed)
 
-        def noise(heads: int, tokens: int) -> Tensor:
-            size = (job.batch, heads, tokens, dim)
-            return torch.randn(*size, generator=generator, device=device, dtype=job.dtype)
-
+        noise = functools.partial(random_states, job, generator)
         self.queries = noise(config.num_attention_heads, job.draft + 1)
         self.query = self.queries[:, :, 0].contiguous()
         self.full = Entries(noise(heads, job.context), noise(heads, job.context))
@@ -64,16 +67,13 @@ class Operands:
         self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
 
 
-Rivals = dict[str, Callable[[Operands], Any]]
-
-
 @dataclass(frozen=True)
 class Case:
     """A kernel: the call, the bytes that it must move, and what others offer for the same work."""
 
     run: Callable[[Backend, Operands], Any]
     size: int
-    rivals: Rivals
+    rivals: dict[str, Callable[[Operands], Any]]
 
 
 def run(*, results: Path | None = None, progress: bool = True, **settings: Any) -> dict[str, Any]:
@@ -87,7 +87,9 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
     """
     job = Job(**settings)
     job = replace(job, budget=min(job.budget, job.context))
-    records.check_file(results, {**records.flat(_settings(job)), **dict.fromkeys(_COLUMNS)})
+    records.check_file(
+        results, {**records.flat(records.settings(job, names=_SETTINGS)), **dict.fromkeys(_COLUMNS)}
+    )
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
@@ -100,26 +102,20 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
         copies = {name: copies_for(case.size, each, job.device) for name, case in cases.items()}
         cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values())))]
         for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
-            numbers, about = _timed(case, backend, cold[: copies[name]], job)
-            numbers["bandwidth_share"] = case.size / (numbers["ms"] * 1e-3) / bandwidth
-            numbers["relative_rms_error"] = errors[name]
+            ms, graph = _medians(case, backend, cold[: copies[name]], job)
+            rival = min(case.rivals, key=ms.__getitem__)
+            numbers = {
+                "ms": ms[_OURS],
+                "rival_ms": ms[rival],
+                "rival_over_ours": ms[rival] / ms[_OURS],
+                "bandwidth_share": case.size / (ms[_OURS] * 1e-3) / bandwidth,
+                "relative_rms_error": errors[name],
+            }
+            about = {"bytes": case.size, "rival": rival, "cuda_graph": graph}
             found.append({"kernel": name, **records.rounded(numbers), **about})
-    record = _settings(job, bandwidth)
+    record = records.settings(job, bandwidth, _SETTINGS)
     records.append(results, [{**records.flat(record), **one} for one in found])
     return {**record, "backend": backend.name, "kernels": found}
-
-
-_LEFT_OUT = ("stride", "acceptance", "tokens_per_pass", "steps", "cycles", "form")
-_COLUMNS = (
-    *("kernel", "ms", "bytes", "bandwidth_share", "rival", "rival_ms", "rival_over_ours"),
-    *("relative_rms_error", "cuda_graph"),
-)
-
-
-def _settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
-    """What a record says of the run: a kernel has no stride and no cycles."""
-    found = records.settings(job, bandwidth)
-    return {name: value for name, value in found.items() if name not in _LEFT_OUT}
 
 
 def cases_of(job: Job) -> dict[str, Case]:
@@ -129,13 +125,13 @@ def cases_of(job: Job) -> dict[str, Case]:
     options = AttendOptions(scale=dim**-0.5)
     entry = 2 * dim * job.dtype.itemsize * heads * job.batch
     partial, full, weights = entry * job.budget, entry * job.context, 4 * heads * job.batch
-    others = attention_rivals(job.device, job.batch)
-    short: Rivals = {
-        name: lambda x, call=call: call(x.query, *_both(x.kept)) for name, call in others.items()
-    }
-    long: Rivals = {
-        name: lambda x, call=call: call(x.query, *_both(x.full)) for name, call in others.items()
-    }
+    short, long = (
+        {
+            name: lambda x, call=call, over=over: call(x.query, *_both(getattr(x, over)))
+            for name, call in attention_rivals(job.device, job.batch).items()
+        }
+        for over in ("kept", "full")
+    )
     count = make_config("default").successor
 
     def rank(backend: Backend, x: Operands, entries: Entries) -> Any:
@@ -182,37 +178,31 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
     found = [tensor.clone() for tensor in _tensors(case.run(backend, given))]
     for ours, expected in zip(found, _tensors(case.run(REFERENCE, given)), strict=True):
         if ours.is_floating_point():
-            error = float((ours.double() - expected.double()).norm() / expected.double().norm())
-            if not error < TOLERANCE[dtype]:
-                raise WrongResultError(f"{name}: differs from the reference by {error:.2g}")
+            error = compare(f"{name}: differs from the reference", ours, expected, dtype)
             largest = max(largest, error)
         elif (same := _overlap(ours, expected)) < _SAME_INDICES:
             raise WrongResultError(f"{name}: {same:.0%} of its indices are those of the reference")
     return largest
 
 
-def _timed(
+def _medians(
     case: Case, backend: Backend, cold: list[Operands], job: Job
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """The times of one kernel and of the fastest rival, and what is said beside them."""
-    ms, graph = _median(functools.partial(case.run, backend), cold, job)
-    others = {rival: _median(call, cold, job)[0] for rival, call in case.rivals.items()}
-    rival = min(others, key=others.__getitem__)
-    times = {"ms": ms, "rival_ms": others[rival], "rival_over_ours": others[rival] / ms}
-    return times, {"bytes": case.size, "rival": rival, "cuda_graph": graph}
+) -> tuple[dict[str, float], bool]:
+    """Milliseconds of ours and each rival, over operands that have left the caches; whether ours is a CUDA graph."""
+    ours = functools.partial(case.run, backend)
+    rounds = {
+        name: Timed(functools.partial(_each, call, cold), job.steps)
+        for name, call in {_OURS: ours, **case.rivals}.items()
+    }
+    graphs = {name: one.capture(job.device) for name, one in rounds.items()}
+    times = take_turns(rounds, job.device)
+    ms = {name: statistics.median(turns) / len(cold) for name, turns in times.items()}
+    return ms, graphs[_OURS]
 
 
-def _median(call: Callable[[Operands], Any], cold: list[Operands], job: Job) -> tuple[float, bool]:
-    """Milliseconds a call, over operands that have left the caches; and whether a CUDA graph ran it."""
-
-    def round_of_calls() -> None:
-        for given in cold:
-            call(given)
-
-    replay = captured(round_of_calls, job.device)
-    turn = replay or round_of_calls
-    taken = [milliseconds(turn, job.device) for _ in range(WARM_UP + job.steps)]
-    return statistics.median(taken[WARM_UP:]) / len(cold), replay is not None
+def _each(call: Callable[[Operands], Any], operands: list[Operands]) -> None:
+    for given in operands:
+        call(given)
 
 
 def _tensors(result: Any) -> Iterable[Tensor]:

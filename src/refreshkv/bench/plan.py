@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from refreshkv.bench.record import read, rounded
+from refreshkv.bench.record import Row, read, rounded
 from refreshkv.bench.roofline import Load, Sizes
 from refreshkv.bench.scale import fit
-from refreshkv.bench.tables import Row
-from refreshkv.config import unknown
+from refreshkv.config import check_names
 
 # What a row must share with another to be predicted from it.
 _ALIKE = ("shape", "device", "dtype", "threads")
@@ -44,8 +43,7 @@ def device_of(name: str, bandwidth: float | None = None) -> Device:
     Raises:
         ValueError: an unknown device, named with its nearest neighbour.
     """
-    if name not in DEVICES:
-        raise ValueError(unknown("device", name, DEVICES))
+    check_names("device", [name], DEVICES)
     return DEVICES[name] if bandwidth is None else Device(bandwidth, DEVICES[name].memory)
 
 
@@ -61,19 +59,17 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
         `speed_up` over full attention; `memory` in bytes: `weights`, `cache`, `partial`, their sum `total`,
         `available`, and whether it `fits`.
     """
-    ms = {
-        name: reads.ms(sizes, load.batch, device.bandwidth, fixed_ms)
-        for name, reads in load.modes().items()
-    }
-    modes = {
-        name: {
-            "ms": ms[name],
-            "tokens_per_s": load.batch * 1e3 / ms[name],
-            "bytes": moved,
-            "speed_up": ms["full"] / ms[name],
+    modes = {}
+    full = load.modes()["full"].ms(sizes, load.batch, device.bandwidth, fixed_ms)
+    for name, reads in load.modes().items():
+        ms = reads.ms(sizes, load.batch, device.bandwidth, fixed_ms)
+        mode = {
+            "ms": ms,
+            "tokens_per_s": load.batch * 1e3 / ms,
+            "bytes": reads.bytes(sizes, load.batch),
+            "speed_up": full / ms,
         }
-        for name, moved in load.bytes(sizes).items()
-    }
+        modes[name] = rounded(mode, 5)
     cache = load.batch * load.context * sizes.entry
     # A selection keeps copies of its entries.
     partial = load.batch * min(load.budget, load.context) * sizes.entry
@@ -82,7 +78,7 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
         **asdict(load),
         "bandwidth": device.bandwidth,
         "fixed_ms": fixed_ms,
-        "modes": {name: rounded(one, 5) for name, one in modes.items()},
+        "modes": modes,
         "memory": {
             "weights": sizes.stored,
             "cache": cache,
@@ -133,17 +129,15 @@ def predictions(rows: Sequence[Row], sizes_of: Callable[[str, str], Sizes]) -> l
             if row["ms.own_dense"] is None or row[f"ms.{mode}"] is None:
                 continue
             measured = row["ms.own_dense"] / row[f"ms.{mode}"]
-            by_bytes, by_fit = moved["full"] / moved[mode], math.nan
+            ratios = {"by_bytes": moved["full"] / moved[mode], "by_fit": math.nan}
             if fitted is not None:
                 full, ours = (modes[name].ms(sizes, load.batch, *fitted) for name in ("full", mode))
-                by_fit = full / ours
-            ratios = {"measured": measured, "by_bytes": by_bytes, "by_fit": by_fit}
-            errors = {
-                "error_by_bytes": by_bytes / measured - 1,
-                "error_by_fit": by_fit / measured - 1,
-            }
+                ratios["by_fit"] = full / ours
+            errors = {f"error_{name}": ratio / measured - 1 for name, ratio in ratios.items()}
             size = {name: row[name] for name in ("shape", "context", "batch", "budget")}
-            found.append({**size, "mode": mode, **rounded({**ratios, **errors})})
+            found.append(
+                {**size, "mode": mode, **rounded({"measured": measured, **ratios, **errors})}
+            )
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refreshkv.bench.scale import FITTED
+from refreshkv.bench.variants import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +101,8 @@ def _panel(axes: Axes, varied: str, record: Mapping[str, Any]) -> None:
     points = [p for p in record["points"] if all(p[name] == record[name] for name in others)]
     points.sort(key=lambda point: point[varied])
     where = [point[varied] for point in points]
-    for name, what in FITTED.items():
-        (line,) = axes.plot(where, [point["ms"][name] for point in points], "o", label=what)
+    for name in FITTED:
+        (line,) = axes.plot(where, [point["ms"][name] for point in points], "o", label=NAMES[name])
         fixed, speed = (record["fits"][name][part] for part in ("fixed_ms", "bytes_per_s"))
         if speed is not None:
             fitted = [fixed + point["bytes"][name] / speed * 1e3 for point in points]

@@ -17,23 +17,27 @@ import transformers
 
 import refreshkv
 from refreshkv.bench.job import Job
-from refreshkv.bench.tables import Row
 from refreshkv.kernels.backend import language
-from refreshkv.text import reason
+from refreshkv.text import reason, setting_of
+
+Row = Mapping[str, Any]
 
 _SETTINGS = (
     *("shape", "context", "batch", "budget", "stride", "draft", "acceptance"),
-    *("steps", "cycles"),
+    *("steps", "cycles", "tokens_per_pass", "form"),
 )
 
 
-def settings(job: Job, bandwidth: float | None = None) -> dict[str, Any]:
-    """When, what and on what a run was made; the first columns of every file. `bandwidth` in bytes a second."""
+def settings(
+    job: Job, bandwidth: float | None = None, names: Sequence[str] = _SETTINGS
+) -> dict[str, Any]:
+    """When, what (by `names`) and on what a run was made; the first columns of a file. `bandwidth`: bytes a second."""
+    said = {name: getattr(job, name) for name in names}
+    if "tokens_per_pass" in said:
+        said["tokens_per_pass"] = round(job.tokens_per_pass, 3)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{name: getattr(job, name) for name in _SETTINGS},
-        "tokens_per_pass": round(job.tokens_per_pass, 3),
-        "form": "compiled" if job.compiled else "static" if job.static else "growing",
+        **said,
         "device": device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -137,7 +141,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read ({reason(error)}): give a CSV file") from error
     if any(None in row or None in row.values() for row in rows):
         raise ValueError(f"{path} has rows that do not fit its header: give another file")
-    return [{key: _value(text) for key, text in row.items()} for row in rows]
+    return [{key: setting_of(text or "none") for key, text in row.items()} for row in rows]
 
 
 def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, float | None]:
@@ -146,14 +150,3 @@ def rounded(values: Mapping[str, float | None], digits: int = 4) -> dict[str, fl
         name: None if value is None or math.isnan(value) else float(f"{value:.{digits}g}")
         for name, value in values.items()
     }
-
-
-def _value(text: str) -> Any:
-    if text == "":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -10,7 +10,7 @@ from typing import Any
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import rounded, settings
-from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes
+from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes, mixed
 from refreshkv.bench.variants import NAMES
 
 # What follows from other columns stays out of the CSV file.
@@ -24,19 +24,12 @@ _MODES = {
     **dict.fromkeys(("full", "own_dense", "static", "flash", "default"), "full"),
     **{"mix": "mix", "fast": "fast", "exact": "exact"},
 }
-# How many times longer the first takes than the second.
-_RATIOS = {
-    "mix_over_static": ("static", "mix"),
-    "mix_over_default": ("default", "mix"),
-    "mix_over_own_dense": ("own_dense", "mix"),
-    "mix_over_snapkv": ("snapkv", "mix"),
-    "fast_over_own_dense": ("own_dense", "fast"),
-    "exact_over_own_dense": ("own_dense", "exact"),
-    "exact_over_static": ("static", "exact"),
-    "partial_over_empty": ("partial", "empty"),
-    "full_over_static": ("full", "static"),
-    "full_over_own_dense": ("full", "own_dense"),
-}
+# How many times faster the first is, and how many times longer it takes.
+_FASTER = (
+    *("mix_over_static", "mix_over_default", "mix_over_own_dense", "mix_over_snapkv"),
+    *("fast_over_own_dense", "exact_over_own_dense", "exact_over_static"),
+)
+_LONGER = ("partial_over_empty", "full_over_static", "full_over_own_dense")
 _CHECKED = ("own_dense", "full", "verify")
 
 
@@ -63,7 +56,10 @@ def report(
     ideal = {name: moved["own_dense"] / size for name, size in moved.items()}
     share = {name: over_own[name] / ideal[name] for name in moved}
     read = {name: size / (ms[name] * 1e-3) for name, size in moved.items()}  # bytes a second
-    ratios = {name: ms[one] / ms[other] for name, (one, other) in _RATIOS.items()}
+    ratios = {}
+    for name in _FASTER + _LONGER:
+        one, other = (ms[part] for part in name.split("_over_"))
+        ratios[name] = other / one if name in _FASTER else one / other
     return {
         **settings(job, bandwidth),
         "ms": rounded(ms, 6),
@@ -109,8 +105,7 @@ def curve(job: Job, sizes: Sizes, ms: Mapping[str, float]) -> list[dict[str, flo
 def _medians(job: Job, times: Mapping[str, list[float]]) -> dict[str, float]:
     """Milliseconds of each of `NAMES`, those that are made of others too; NaN where one was not timed."""
     ms = {name: statistics.median(times.get(name, [math.nan])) for name in NAMES}
-    full_share = 0.0 if job.stride is None else 1 / job.stride
-    ms["mix"] = (1 - full_share) * ms["partial"] + full_share * ms["full"]
+    ms["mix"] = mixed(ms["partial"], ms["full"], job.stride)
     ms["fast"] = ms["fast_partial"] + FAST_FULL_SHARE * (ms["fast_full"] - ms["empty"])
     ms["exact"] = ms["cycle"] / job.tokens_per_pass
     return ms

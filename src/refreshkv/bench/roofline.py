@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING
 from refreshkv.config import RefreshConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on the bundled model.
 DRAFT = 10  # tokens that the default preset drafts in a cycle
 ACCEPTANCE = 0.93  # share of them that stands
 FAST_FULL_SHARE = 0.146  # steps of a KV head under the preset "fast" that are full
+
+
+def mixed(partial: float, full: float, stride: int | None) -> float:
+    """The mean of a mix, one full step in `stride` and the others partial; `None`: no full step."""
+    share = 0.0 if stride is None else 1 / stride
+    return (1 - share) * partial + share * full
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,11 @@ class Load:
         the lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens.
         """
         context, kept = self.context, min(self.budget, self.context)
-        full = 0.0 if self.stride is None else 1 / self.stride
         tokens = self.tokens_per_pass
         return {
             "full": Reads(1, context),
             "snapkv": Reads(1, kept),
-            "mix": Reads(1, (1 - full) * kept + full * context),
+            "mix": Reads(1, mixed(kept, context, self.stride)),
             "fast": Reads(1, kept + FAST_FULL_SHARE * (context / 2 + kept)),
             "exact": Reads((self.draft + 1) / tokens, (self.draft * kept + context) / tokens),
         }
@@ -105,23 +110,21 @@ class Load:
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """The sizes of a model in its own dtype; it may lie on the meta device."""
+    """The sizes of a model in its own dtype, the cache's those of the layers that RefreshKV serves.
+
+    The model may lie on the meta device.
+    """
+    from refreshkv.hosts.transformers import RefreshCache
+    from refreshkv.hosts.transformers.cache import RefreshLayer
+
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     # Of an input embedding of its own a pass reads a row a token, not all.
     own = head is None or head.weight is not table
     weights = stored - table.numel() * table.element_size() if own else stored
-    return Sizes(weights, entry_bytes(model.config, model.dtype.itemsize), stored)
-
-
-def entry_bytes(config: PreTrainedConfig, item: int) -> int:
-    """Bytes of K and V of one token of one row, in the layers that RefreshKV serves; `item` bytes a number."""
-    from refreshkv.hosts.transformers import RefreshCache
-    from refreshkv.hosts.transformers.cache import RefreshLayer
-
-    cache = RefreshCache(config, RefreshConfig())
-    served = sum(isinstance(layer, RefreshLayer) for layer in cache.layers)
-    config = config.get_text_config(decoder=True)
+    layers = RefreshCache(model.config, RefreshConfig()).layers
+    served = sum(isinstance(layer, RefreshLayer) for layer in layers)
+    config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return served * heads * 2 * dim * item
+    return Sizes(weights, served * heads * 2 * dim * model.dtype.itemsize, stored)

@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 
 from refreshkv.bench import decode
-from refreshkv.bench.record import rounded
-from refreshkv.bench.tables import Row
+from refreshkv.bench.record import Row, rounded
+from refreshkv.bench.roofline import mixed
 from refreshkv.bench.variants import VARIANTS
 
-FITTED = {
-    "own_dense": "our full attention",
-    "partial": "partial step",
-    "full": "full step with re-selection",
-}
+FITTED = ("own_dense", "partial", "full")
 _SKIP = tuple(name for name in VARIANTS if name not in FITTED)
 _SIZE = ("context", "batch", "budget")
 _KEPT = ("time", "shape", *_SIZE, "device", "dtype", "threads", "bandwidth", "versions")
@@ -82,7 +78,7 @@ def fit(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
     Returns `fixed_ms` (a), `bytes_per_s` (1 / b), `worst` (the largest relative error of a point) and `points`; the
     first three are `None` where the bytes are all the same, or more of them take less time.
     """
-    size, ms = (np.array(values, dtype=float) for values in zip(*points, strict=True))
+    size, ms = np.array(points, dtype=float).T
     slope, fixed = np.polyfit(size, ms, 1) if np.ptp(size) else (0.0, 0.0)
     numbers = dict.fromkeys(("fixed_ms", "bytes_per_s", "worst"))
     if slope > 0:
@@ -93,12 +89,12 @@ def fit(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 def at_stride(record: Row, stride: int) -> dict[str, float | None]:
     """The mix at another stride, from the partial and full steps of a run, and what the bytes would allow."""
-    ms, moved = (
-        {**part, "mix": (1 - 1 / stride) * part["partial"] + part["full"] / stride}
+    ms, ideal = (
+        {**part, "mix": mixed(part["partial"], part["full"], stride)}
         for part in (record["ms"], record["bytes"])
     )
     ratios = {
-        name: part["own_dense"] / part["mix"]
-        for name, part in (("over_own_dense", ms), ("ideal", moved))
+        "over_own_dense": ms["own_dense"] / ms["mix"],
+        "ideal": ideal["own_dense"] / ideal["mix"],
     }
     return {"stride": stride, **rounded({"ms": ms["mix"], **ratios})}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from refreshkv.config import unknown
+from refreshkv.config import check_names
+
+if TYPE_CHECKING:
+    from refreshkv.bench.job import Job
 
 _FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -31,14 +35,19 @@ def config_of(shape: str) -> PreTrainedConfig:
     Raises:
         ValueError: an unknown shape, named with its nearest neighbour.
     """
-    if shape not in SHAPES:
-        raise ValueError(unknown("shape", shape, SHAPES))
+    check_names("shape", [shape], SHAPES)
     return AutoConfig.for_model(
         **dict(zip(_FIELDS, SHAPES[shape], strict=True)),
         max_position_embeddings=1 << 20,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         sliding_window=None,  # Mistral has none since its version 0.2
     )
+
+
+def random_states(job: Job, generator: torch.Generator, heads: int, tokens: int) -> Tensor:
+    """Queries, keys or values of one layer, `[B, heads, tokens, D]`."""
+    size = (job.batch, heads, tokens, config_of(job.shape).head_dim)
+    return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

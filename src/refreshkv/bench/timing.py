@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
+
+from refreshkv.bench.job import WARM_UP
 
 _BLOCK = 1 << 28  # float32 numbers, one GiB: more than the last cache of a server holds
 _CPU_CACHE = 128 << 20  # bytes; torch does not know, and neighbours on the machine use it too
@@ -13,52 +18,85 @@ _MOST_COPIES = 64
 _MOST_BYTES = 4 << 30  # of all copies
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Timed:
+    """A call that is timed in so many `turns`; what comes `before` and `after` each of them is not."""
+
+    call: Callable[[], Any]
+    turns: int = 0
+    before: Callable[[], object] = _nothing
+    after: Callable[[], object] = _nothing
+
+    def once(self) -> Any:
+        """What the call gives, with `after`."""
+        found = self.call()
+        self.after()
+        return found
+
+    def capture(self, device: torch.device) -> bool:
+        """Whether the call is a CUDA graph from here on, which Python cannot slow down; False where that cannot be.
+
+        It is run a few times, each with `after`, which is no part of the graph. A replay returns what the last of them
+        did: the same tensors, filled anew.
+        """
+        if device.type != "cuda":
+            return False
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self.once()  # compiles and allocates, which may wait for the device
+            # A capture that fails can leave the process unusable, so calls that would wait are found out before.
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.call()
+            except RuntimeError:
+                return False
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                torch.cuda.synchronize(device)
+                self.after()  # of a call that broke off, too
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self.call()
+        self.after()
+        self.call = lambda: (graph.replay(), found)[1]
+        return True
+
+
+def take_turns(
+    timed: Mapping[str, Timed], device: torch.device, progress: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of each turn of each call. They go round, so that a drift of the machine's speed hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    turns = range(-WARM_UP, max((one.turns for one in timed.values()), default=0))
+    for turn in tqdm(turns, desc="turns", disable=not progress, leave=False):
+        for name, one in timed.items():
+            if turn < one.turns:
+                one.before()
+                taken = milliseconds(one.call, device)
+                one.after()
+                times[name] += [taken] if turn >= 0 else []
+    return times
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """What one call takes on the device, the gaps included in which it waits for Python."""
-    wait_for(device)
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     call()
     last.record()
     last.synchronize()
     return first.elapsed_time(last)
-
-
-def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
-    """The kernels of `call` as a CUDA graph, which Python cannot slow down; `None` where that is not possible.
-
-    The call is run a few times. A replay repeats it with the same tensors and at the same places.
-    """
-    if device.type != "cuda":
-        return None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        call()  # compiles and allocates, which may wait for the device
-        # A capture that fails can leave the process unusable, so calls that would wait are found out before.
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        except RuntimeError:
-            return None
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-            wait_for(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def copies_for(size: int, each: int, device: torch.device) -> int:

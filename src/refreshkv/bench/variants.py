@@ -1,13 +1,13 @@
 """What is timed against what: one cache a variant, all with the same random content, and one step over each.
 
-A prefill of 64K tokens would take longer than the benchmark, so the caches are filled with noise. Ours share one full
-store with transformers' static cache, and every step is taken back, so that each begins where the context ends.
+A prefill of 64K tokens would take longer than the benchmark, so the caches are filled with noise. Ours share the
+buffers of transformers' static cache, and every step is taken back, so that each begins where the context ends.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.job import Job
+from refreshkv.bench.shapes import random_states
+from refreshkv.bench.timing import Timed
 from refreshkv.cache.store import DenseStore
-from refreshkv.config import RefreshConfig, make_config, unknown
+from refreshkv.config import RefreshConfig, make_config
 from refreshkv.hosts.transformers import RefreshCache
 from refreshkv.hosts.transformers.fallback import CACHES
 from refreshkv.hosts.transformers.static import StaticRefreshCache
@@ -52,17 +54,13 @@ VARIANTS = (
 )
 
 
-def check_names(skip: tuple[str, ...]) -> None:
-    """Raises `ValueError` for a variant that does not exist."""
-    for name in skip:
-        if name not in VARIANTS:
-            raise ValueError(unknown("variant", name, VARIANTS))
-
-
 def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str, Cache]:
-    """The cache of each variant that is wanted and possible here, filled."""
-    full = RefreshConfig(mode="full")
-    ours = {
+    """The cache of each variant that is wanted and possible here, and of `own_dense` and `static` at any rate, filled.
+
+    The keys and values of ours are those of `static`, or of a shorter one that holds the first of the same tokens.
+    """
+    full, config = RefreshConfig(mode="full"), model.config
+    settings = {
         "own_dense": full,
         "empty": full,
         "snapkv": full,
@@ -72,79 +70,58 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
         "fast_full": make_config("fast", budget=job.budget, stride=1),
         "exact": make_config("default", budget=job.budget, draft=job.draft),
     }
-    wanted = [name for name in ours if name.split("_")[0] not in skip and name not in skip]
-    shorter = {"empty": 1, "snapkv": min(job.budget, job.context)}
+    tokens = dict.fromkeys(settings, job.context)
+    tokens |= {"empty": 1, "snapkv": min(job.budget, job.context)}
+    room = {count: job.room - job.context + count for count in {*tokens.values()}}
+    held = {count: StaticCache(config=config, max_cache_len=most) for count, most in room.items()}
     made: dict[str, Cache] = {}
-    for name in wanted:
-        if job.static:
-            room = job.room - job.context + shorter.get(name, job.context)
-            made[name] = StaticRefreshCache(model.config, ours[name], max_cache_len=room)
-        else:
-            made[name] = RefreshCache(model.config, ours[name])
-    if "static" not in skip:
-        made["static"] = StaticCache(config=model.config, max_cache_len=job.room)
-    if "flash" not in skip and job.device.type == "cuda" and is_flash_attn_2_available():
-        made["flash"] = DynamicCache(config=model.config)
-    if "default" not in skip:
-        made["default"] = DynamicCache(config=model.config)
-    _fill(model, made, job, shorter)
+    for name, refresh in settings.items():
+        if name == "own_dense" or not {name, name.split("_")[0]} & {*skip}:
+            most = room[tokens[name]]
+            made[name] = (
+                StaticRefreshCache(config, refresh, max_cache_len=most)
+                if job.static
+                else RefreshCache(config, refresh)
+            )
+    made["static"] = held[job.context]
+    flash = job.device.type == "cuda" and is_flash_attn_2_available()
+    for name in ("flash", "default") if flash else ("default",):
+        if name not in skip:
+            made[name] = DynamicCache(config=config)
+    _fill(model, made, job, tokens, held)
     return made
 
 
 def _fill(
-    model: PreTrainedModel, made: Mapping[str, Cache], job: Job, shorter: Mapping[str, int]
+    model: PreTrainedModel,
+    made: Mapping[str, Cache],
+    job: Job,
+    tokens: Mapping[str, int],
+    held: Mapping[int, StaticCache],
 ) -> None:
-    """Noise in every layer; the first so many tokens of it, in a store of its own, where a variant is `shorter`."""
-    config, kept = model.config, make_config("default").window
-    generator = torch.Generator(device=job.device).manual_seed(1)
-
-    def noise(heads: int, tokens: int) -> Tensor:
-        size = (job.batch, heads, tokens, config.head_dim)
-        return torch.randn(*size, generator=generator, device=job.device, dtype=job.dtype)
-
+    """Noise in every layer. Ours have so many `tokens` of it, in the buffers of the cache that holds as many."""
+    config, window = model.config, make_config("default").window
+    options = AttendOptions(scale=config.head_dim**-0.5)
+    noise = functools.partial(random_states, job, torch.Generator(device=job.device).manual_seed(1))
     for index in range(config.num_hidden_layers):
         keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
-        queries = noise(config.num_attention_heads, kept)
-        shared = DenseStore(job.room)
-        for name in sorted(made, key=lambda name: name != "static"):  # its buffers are shared
-            cache, tokens = made[name], shorter.get(name, job.context)
+        queries = noise(config.num_attention_heads, window)
+        for count, static in held.items():
+            static.update(keys[:, :, :count], values[:, :, :count], index)
+        for name, cache in made.items():
+            layer = cache.layers[index]
             if not isinstance(cache, CACHES):
-                cache.update(keys, values, index)
+                if name != "static":
+                    cache.update(keys, values, index)
                 continue
-            layer, static = cache.layers[index], made.get("static")
-            if name in shorter or (job.static and static is None):
-                into = layer.update if job.static else layer.inner.append
-                into(keys[:, :, :tokens], values[:, :, :tokens])
-            elif job.static:
-                layer.share(static.layers[index])
+            buffers = held[tokens[name]].layers[index]
+            if job.static:
+                layer.share(buffers)
             else:
-                if (
-                    static is not None
-                ):  # four rows of 128K tokens of an 8B model fit a GPU once, not twice
-                    buffers = static.layers[index]
-                    shared = DenseStore.over(buffers.keys, buffers.values, job.context)
-                elif not shared.is_allocated:
-                    shared.append(keys, values)
-                layer.inner.store = copy.copy(shared)
-            layer.observe(queries, AttendOptions(scale=config.head_dim**-0.5), None)
+                layer.inner.store = DenseStore.over(buffers.keys, buffers.values, tokens[name])
+            layer.observe(queries, options, None)
             if job.static:
                 layer.begin_decoding()
-
-
-def over_same_store(cache: Cache, model: PreTrainedModel) -> Cache:
-    """A cache of full attention over what one of ours holds."""
-    full, config = RefreshConfig(mode="full"), model.config
-    if isinstance(cache, StaticRefreshCache):
-        twin = StaticRefreshCache(config, full, max_cache_len=cache.layers[0].max_cache_len)
-        for ours, theirs in zip(twin.layers, cache.layers, strict=True):
-            ours.share(theirs)
-        return twin
-    twin = RefreshCache(config, full)
-    for ours, theirs in zip(twin.layers, cache.layers, strict=True):
-        store = theirs.inner.store
-        ours.inner.store = copy.copy(store)
-        ours.inner.store.level(store.width)
-    return twin
 
 
 def forward(
@@ -167,20 +144,17 @@ def forward(
         config._attn_implementation_internal = attached
 
 
-def stepper(
-    model: PreTrainedModel, below: str, name: str, cache: Cache, job: Job
-) -> Callable[[], Tensor]:
-    """One decode step of a variant, `[B, V]` logits. `below`: the implementation under the attached one."""
+def step(model: PreTrainedModel, below: str, name: str, cache: Cache, job: Job) -> Timed:
+    """One decode step of a variant, `[B, V]` logits; one of ours is taken back. `below`: as in `attach`."""
     token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
     implementation = "flash_attention_2" if name == "flash" else below
-
-    def step() -> Tensor:
-        return forward(run, implementation, cache, token)[:, -1]
-
     theirs = job.device.type == "cuda" and type(cache) is StaticCache
     ours = job.compiled and isinstance(cache, StaticRefreshCache)
     run: Any = _Compiled(model) if theirs or ours else model
-    return step
+    timed = Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps)
+    if isinstance(cache, CACHES):
+        timed.after = functools.partial(take_back, cache, cache.served_length())
+    return timed
 
 
 class _Compiled:
@@ -196,15 +170,7 @@ class _Compiled:
         return out
 
 
-def end_of(cache: Cache) -> int | None:
-    """Where the store of one of ours ends; `None` for one of transformers'."""
-    return int(cache.layers[0].get_seq_length()) if isinstance(cache, CACHES) else None
-
-
-def take_back(cache: Cache, length: int) -> None:
+def take_back(cache: RefreshCache | StaticRefreshCache, length: int) -> None:
     """The store of one of ours ends at `length` again; what was selected from it stays."""
-    for layer in cache.layers:
-        if isinstance(cache, StaticRefreshCache):
-            layer.cumulative_length.fill_(length)
-        else:
-            layer.inner.store.crop(length)
+    for layer in cache.served:
+        layer.inner.store.level(length)

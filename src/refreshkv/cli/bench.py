@@ -39,9 +39,8 @@ class Numbers(click.ParamType):
             found = [tuple(map(int, one.split("x"))) for one in value.split(",")]
         except ValueError:
             found = []
-        if not found or any(
-            len(one) != self.each or min(one) < 1 or max(one) > MOST for one in found
-        ):
+        fit = [len(one) == self.each and min(one) >= 1 and max(one) <= MOST for one in found]
+        if not fit or not all(fit):
             what = f"integers from 1 to {MOST} such as 8192,32768"
             if self.each > 1:
                 what = f"rows x context such as 1x32768,8x32768, each at most {MOST}"
@@ -49,17 +48,49 @@ class Numbers(click.ParamType):
         return tuple(found) if self.each > 1 else tuple(one for (one,) in found)
 
 
-def option(name: str, kind: Any, help: str, default: Any = None, **more: Any) -> Option:
-    """An option with a value; its default is that of the field of `Job`, where there is one."""
-    default = getattr(Job, name, None) if default is None else default
-    shown = default is not None
-    names = (f"--{name.replace('_', '-')}", more.pop("into", name))
-    return click.option(*names, type=kind, default=default, show_default=shown, help=help, **more)
-
-
-def count(name: str, help: str, default: int | None = None, **more: Any) -> Option:
-    """An option that is a positive integer."""
-    return option(name, common.count(1, MOST), help, default, **more)
+COUNT, FILE = common.count(1, MOST), common.PathName(file=True)
+DTYPES, DEVICES = ["bfloat16", "float16", "float32"], ["auto", "cpu", "cuda"]
+# What options with a value take, and what they say.
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "shape": (str, "A model shape, or 'demo'; random weights."),
+    "model": (str, "A shape of `bench decode`, a folder with a config.json, or a Hub id."),
+    "context": (COUNT, "Tokens in the cache."),
+    "batch": (COUNT, "Rows."),
+    "sizes": (
+        Numbers(2),
+        "Several rows x context in one run, instead of --batch and --context: 1x32768,8x32768.",
+    ),
+    "budget": (common.Budget(), "As in `generate`."),
+    "stride": (common.STRIDE, "Of the mix: fixed, or 'never'."),
+    "draft": (COUNT, "Tokens that each lossless cycle drafts."),
+    "acceptance": (
+        float,
+        "Mean share of them that stands, as measured on text; a full pass yields 1 + draft * acceptance tokens.",
+    ),
+    "steps": (COUNT, "Timed steps of each variant."),
+    "cycles": (COUNT, "Timed cycles of the lossless mode."),
+    "repeats": (COUNT, "Timed turns of each kernel."),
+    "contexts": (Numbers(), "Tokens in the cache, the base first."),
+    "batches": (Numbers(), "Rows."),
+    "budgets": (Numbers(), "Tokens in the partial cache."),
+    "strides": (Numbers(), "Of the mix."),
+    "device": (click.Choice(DEVICES), "Where to run."),
+    "dtype": (click.Choice(DTYPES), "Of weights and cache."),
+    "bandwidth": (common.Finite(1e-3, 1e9), "GB a second, instead of the data sheet's."),
+    "fixed_ms": (
+        common.Finite(0, 1e9),
+        "What a pass costs beside its bytes, as `bench scale` fits it.",
+    ),
+    "check": (
+        common.PathName(file=True, there=True),
+        "Instead: what the model says of the rows of a CSV file of `bench decode`, and its error.",
+    ),
+    "results": (
+        FILE,
+        "The CSV file to append to.  [default: one in benchmarks/results, where that folder is]",
+    ),
+    "plot": (FILE, "Write a PNG: milliseconds over bytes. Needs the extra 'eval'."),
+}
 
 
 def together(*parts: Option) -> Option:
@@ -67,118 +98,81 @@ def together(*parts: Option) -> Option:
     return lambda call: functools.reduce(lambda made, add: add(made), reversed(parts), call)
 
 
-shape = option("shape", str, "A model shape, or 'demo'; random weights.")
-sizes = together(
-    count("context", "Tokens in the cache."),
-    count("batch", "Rows."),
-    option(
-        "sizes",
-        Numbers(2),
-        "Several rows x context in one run, instead of --batch and --context: 1x32768,8x32768.",
-    ),
-)
-budget = option("budget", common.Budget(), "As in `generate`.")
-stride = option("stride", common.STRIDE, "Of the mix: fixed, or 'never'.")
-draft = count("draft", "Tokens that each lossless cycle drafts.")
-acceptance = option(
-    "acceptance",
-    float,
-    "Mean share of them that stands, as measured on text; a full pass yields 1 + draft * acceptance tokens.",
-)
-dtype = option("dtype", click.Choice(["bfloat16", "float16", "float32"]), "Of weights and cache.")
-machine = together(
-    option("device", click.Choice(["auto", "cpu", "cuda"]), "Where to run.", "auto"),
-    dtype,
+def options(names: str, **defaults: Any) -> Option:
+    """Some of `OPTIONS`; the default is the one given here, else that of the field of `Job`, where there is one."""
+    made = []
+    for name in names.split():
+        kind, said = OPTIONS[name]
+        default = defaults.get(name, getattr(Job, name, None))
+        shown = default is not None
+        flag = f"--{name.replace('_', '-')}"
+        made.append(click.option(flag, type=kind, default=default, show_default=shown, help=said))
+    return together(*made)
+
+
+timing = together(
+    options("device dtype", device="auto"),
     common.threads_option,
-    option(
-        "results",
-        common.PathName(file=True),
-        "The CSV file to append to.  [default: one in benchmarks/results, where that folder is]",
-    ),
+    options("results"),
     click.option("--no-record", is_flag=True, help="Append to no file."),
-    option(
-        "plot",
-        common.PathName(file=True),
-        "Write a PNG: milliseconds over bytes. Needs the extra 'eval'.",
-    ),
+    options("plot"),
     common.progress_option,
     common.json_option,
 )
 
 
 @command.command("decode")
-@together(shape, sizes, budget, stride, draft, acceptance)
-@count("steps", "Timed steps of each variant.")
-@count("cycles", "Timed cycles of the lossless mode.")
+@options("shape context batch sizes budget stride draft acceptance steps cycles")
 @click.option(
     "--static/--growing", default=None, help="The form of our cache.  [default: static on a GPU]"
 )
 @click.option("--compiled", is_flag=True, help="Compile our steps, on the static form.")
-@option("skip", str, "Variants to leave out; 'default' is slow on long contexts.", metavar="A,B")
-@machine
-def decode(stride: int | str, skip: str | None, **options: Any) -> None:
+@click.option(
+    "--skip",
+    default="",
+    metavar="A,B",
+    help="Variants to leave out; 'default' is slow on long contexts.",
+)
+@timing
+def decode(stride: int | str, skip: str, **given: Any) -> None:
     """Milliseconds per decoded token: RefreshKV in every mode, eviction, and transformers' caches.
 
     A mix is what a fixed stride costs: its share of full steps with re-selection, the rest partial.
     """
-    names = tuple(name.strip() for name in (skip or "").split(",") if name.strip())
-    timed("decode", **options, stride=fixed(stride), skip=names)
+    names = tuple(name.strip() for name in skip.split(",") if name.strip())
+    timed("decode", **given, stride=fixed(stride), skip=names)
 
 
 @command.command("kernels")
-@together(shape, sizes, budget, draft)
-@count("repeats", "Timed turns of each kernel.", 20, into="steps")
-@machine
-def kernels(**options: Any) -> None:
+@options("shape context batch sizes budget draft repeats", repeats=20)
+@timing
+def kernels(repeats: int, **given: Any) -> None:
     """Milliseconds of each kernel on one layer, with cold caches, against torch and whatever else is installed."""
-    timed("kernels", **options)
+    timed("kernels", **given, steps=repeats)
 
 
 @command.command("scale")
-@shape
-@option(
-    "contexts",
-    Numbers(),
-    "Tokens in the cache, the base first.",
-    "1024,2048,4096,8192",
+@options(
+    "shape contexts batches budgets strides steps",
+    contexts="1024,2048,4096,8192",
+    batches="1,2,4",
+    budgets="256,512,1024",
+    strides="10,2,5,20",
+    steps=10,
 )
-@option("batches", Numbers(), "Rows.", "1,2,4")
-@option("budgets", Numbers(), "Tokens in the partial cache.", "256,512,1024")
-@option("strides", Numbers(), "Of the mix.", "10,2,5,20")
-@count("steps", "Timed steps of each variant.", 10)
-@machine
-def scale(**options: Any) -> None:
+@timing
+def scale(**given: Any) -> None:
     """How the cost of a step grows: ms = a + b * bytes, fitted.
 
     The first value of each list is the base; one list at a time is varied.
     """
-    timed("scale", **options)
+    timed("scale", **given)
 
 
 @command.command("plan")
-@option(
-    "model",
-    str,
-    "A shape of `bench decode`, a folder with a config.json, or a Hub id.",
-    "llama-3.1-8b",
-)
-@count("context", "Tokens in the cache.", 131072)
-@count("batch", "Rows.")
-@together(budget, stride, draft, acceptance)
-@option("device", str, "h100, h200, a100 or b200.", "h200")
-@option("bandwidth", common.Finite(1e-3, 1e9), "GB a second, instead of the data sheet's.")
-@option(
-    "fixed_ms",
-    common.Finite(0, 1e9),
-    "What a pass costs beside its bytes, as `bench scale` fits it.",
-    0.0,
-)
-@dtype
-@option(
-    "check",
-    common.PathName(file=True, there=True),
-    "Instead: what the model says of the rows of a CSV file of `bench decode`, and its error.",
-)
+@options("model context batch budget stride draft acceptance", model="llama-3.1-8b", context=131072)
+@click.option("--device", default="h200", show_default=True, help="h100, h200, a100 or b200.")
+@options("bandwidth fixed_ms dtype check", fixed_ms=0.0)
 @common.json_option
 def plan(
     model: str,
@@ -199,10 +193,10 @@ def plan(
         if check is not None:
             record = bench.check(check, sizes_of)
         else:
-            place = bench.device_of(device, None if bandwidth is None else bandwidth * 1e9)
+            machine = bench.device_of(device, None if bandwidth is None else bandwidth * 1e9)
             asked = Load(**load, stride=fixed(stride))
             about = {"model": model, "device": device, "dtype": dtype}
-            record = {**about, **bench.plan(sizes_of(model, dtype), asked, place, fixed_ms)}
+            record = {**about, **bench.plan(sizes_of(model, dtype), asked, machine, fixed_ms)}
     (view.plan_check if check else view.plan)(record)
     if as_json:
         common.emit_json(record)
@@ -247,7 +241,7 @@ def timed(
     progress: bool | None,
     as_json: bool,
     sizes: tuple[tuple[int, int], ...] | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Run `refreshkv.bench.<kind>`, for each of `sizes`, and show it; what would be missing at the end is missed now.
 
@@ -258,21 +252,21 @@ def timed(
     from refreshkv.cli.loading import pick_device, quiet
 
     quiet()
-    place = str(pick_device(device))
+    settings["device"] = str(pick_device(device))
     if plot is not None:
         with common.bad_input():
             plots.check(plot)
     if no_record:
         results = None
     elif results is None and RESULTS.is_dir():
-        results = RESULTS / f"{kind}-{place.split(':')[0]}.csv"
-    shown = sys.stderr.isatty() if progress is None else progress
-    options |= {"device": place, "results": results, "progress": shown}
+        results = RESULTS / f"{kind}-{settings['device'].split(':')[0]}.csv"
+    settings["results"] = results
+    settings["progress"] = sys.stderr.isatty() if progress is None else progress
     run, show = importlib.import_module(f"refreshkv.bench.{kind}").run, getattr(view, kind)
     found: list[dict[str, Any]] = []
     for size in [{}] if sizes is None else [{"batch": b, "context": n} for b, n in sizes]:
         with common.bad_input():
-            found.append(run(**{**options, **size}))
+            found.append(run(**{**settings, **size}))
         show(found[-1])
     if plot is not None:
         plots.draw(plot, found[-1])

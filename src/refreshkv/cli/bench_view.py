@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-from refreshkv.bench.tables import Column, cells
 from refreshkv.cli import common
 
 Record = Mapping[str, Any]
+
+
+class Column(NamedTuple):
+    """What a column shows: `factor` times the entry `key` of a row, in a form of `str.format` or by a function."""
+
+    key: str
+    form: str | Callable[[Any], str] = "{}"
+    factor: float = 1
+
+
+def cells(row: Record, columns: Mapping[str, Column]) -> list[str]:
+    """The row under `columns` (by heading); "-" where it has nothing."""
+    shown = []
+    for key, form, factor in columns.values():
+        write = form.format if isinstance(form, str) else form
+        shown.append("-" if row.get(key) is None else write(row[key] * factor))
+    return shown
+
 
 _DECODE = {
     "variant": Column("variant"),
@@ -68,19 +85,19 @@ def decode(record: Record) -> None:
         for name in record["ms"]
     ]
     _show(_title(record, settings), rows, _DECODE)
-    console = common.console()
+    say = common.console().print
     for name in record["ms"]:
-        console.print(f"  {name:<12}  {record['notes'].get(name, NAMES[name])}", soft_wrap=True)
-    console.print()
+        say(f"  {name:<12}  {record['notes'].get(name, NAMES[name])}", soft_wrap=True)
+    say()
     for name, ratio in record["ratios"].items():
-        console.print(f"  {name:<22} {_number(ratio, '.3f')}")
+        say(f"  {name:<22} {_number(ratio, '.3f')}")
     points = [
         f"{one['acceptance']:g}: {one['exact_over_own_dense']:.2f} ({one['ideal']:.2f})"
         for one in record["acceptance_curve"]
         if one["exact_over_own_dense"] is not None
     ]
     if points:
-        console.print(f"  exact over own dense at acceptance (by bytes): {', '.join(points)}")
+        say(f"  exact over own dense at acceptance (by bytes): {', '.join(points)}")
 
 
 def kernels(record: Record) -> None:
@@ -91,9 +108,9 @@ def kernels(record: Record) -> None:
 
 def scale(record: Record) -> None:
     """The fits, then the strides."""
-    from refreshkv.bench.scale import FITTED
+    from refreshkv.bench.variants import NAMES
 
-    rows = [{"name": name, "what": FITTED[name], **fit} for name, fit in record["fits"].items()]
+    rows = [{"name": name, "what": NAMES[name], **fit} for name, fit in record["fits"].items()]
     _show(_title(record, "context batch budget dtype threads"), rows, _SCALE)
     for one in record["strides"]:
         common.console().print(

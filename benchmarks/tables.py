@@ -1,6 +1,6 @@
 """The timings in README.md and docs/bench.md, written from `benchmarks/results`, so that no number is anybody's own.
 
-    python -m refreshkv.bench.readme [FOLDER OF THE CHECKOUT]
+    python benchmarks/tables.py [FOLDER OF THE CHECKOUT]
 
 rewrites what stands between the two markers: a few rows in README.md, all of them in docs/bench.md.
 """
@@ -12,36 +12,45 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refreshkv.bench.record import read
-from refreshkv.bench.tables import THREE, Column, Row, markdown
+from refreshkv.bench.record import Row, read
+from refreshkv.cli.bench_view import Column, cells
 
-BEGIN = "<!-- speed: written by `python -m refreshkv.bench.readme` from benchmarks/results; do not edit -->"
+BEGIN = (
+    "<!-- speed: written by `python benchmarks/tables.py` from benchmarks/results; do not edit -->"
+)
 END = "<!-- end of speed -->"
 _PLACES = {"cpu": "cpu", "cuda": "gpu"}  # the name of a file -> that of the target of make
 _NONE = "No row yet: `make bench-{}` on such a machine makes them."
 _MOST = 6  # rows of a machine in README.md
 _TIMES = "{:.2f}x"
+
+
+def _three(value: float) -> str:
+    """At least three digits."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
 _SUMMARY = {
     "K": Column("budget", "{:,}"),
-    "DynamicCache": Column("ms.default", THREE),
-    "StaticCache": Column("ms.static", THREE),
-    "our full attention": Column("ms.own_dense", THREE),
-    "mix": Column("ms.mix", THREE),
+    "DynamicCache": Column("ms.default", _three),
+    "StaticCache": Column("ms.static", _three),
+    "our full attention": Column("ms.own_dense", _three),
+    "mix": Column("ms.mix", _three),
     "mix over ours": Column("ratios.mix_over_own_dense", _TIMES),
     "drafts": Column("draft"),
-    "lossless": Column("ms.exact", THREE),
+    "lossless": Column("ms.exact", _three),
     "lossless over ours": Column("ratios.exact_over_own_dense", _TIMES),
     "lossless over StaticCache": Column("ratios.exact_over_static", _TIMES),
 }
 _DECODE = {
     "K": Column("budget", "{:,}"),
-    "weights alone": Column("ms.empty", THREE),
-    "eviction, same K": Column("ms.snapkv", THREE),
-    "partial step": Column("ms.partial", THREE),
-    "full step": Column("ms.full", THREE),
-    "our dense": Column("ms.own_dense", THREE),
-    "StaticCache": Column("ms.static", THREE),
-    "DynamicCache": Column("ms.default", THREE),
+    "weights alone": Column("ms.empty", _three),
+    "eviction, same K": Column("ms.snapkv", _three),
+    "partial step": Column("ms.partial", _three),
+    "full step": Column("ms.full", _three),
+    "our dense": Column("ms.own_dense", _three),
+    "StaticCache": Column("ms.static", _three),
+    "DynamicCache": Column("ms.default", _three),
     "mix over our dense": Column("ratios.mix_over_own_dense", _TIMES),
     "over StaticCache": Column("ratios.mix_over_static", _TIMES),
     "over DynamicCache": Column("ratios.mix_over_default", _TIMES),
@@ -52,20 +61,20 @@ _EXACT = {
     "K": Column("budget", "{:,}"),
     "drafts": Column("draft"),
     "that stand": Column("acceptance", "{:.0%}"),
-    "draft": Column("ms.draft", THREE),
-    "full pass": Column("ms.verify", THREE),
-    "cycle": Column("ms.cycle", THREE),
-    "a token": Column("ms.exact", THREE),
-    "our dense": Column("ms.own_dense", THREE),
+    "draft": Column("ms.draft", _three),
+    "full pass": Column("ms.verify", _three),
+    "cycle": Column("ms.cycle", _three),
+    "a token": Column("ms.exact", _three),
+    "our dense": Column("ms.own_dense", _three),
     "over our dense": Column("ratios.exact_over_own_dense", _TIMES),
     "over StaticCache": Column("ratios.exact_over_static", _TIMES),
     "of what the bytes allow": Column("ratios.exact_share_of_ideal", "{:.0%}"),
 }
 _KERNEL = {
-    "µs": Column("ms", THREE, 1e3),
+    "µs": Column("ms", _three, 1e3),
     "of the bandwidth": Column("bandwidth_share", "{:.0%}"),
     "the fastest of others": Column("rival"),
-    "its µs": Column("rival_ms", THREE, 1e3),
+    "its µs": Column("rival_ms", _three, 1e3),
 }
 _MACHINE = ("shape", "dtype", "device", "threads", "versions.kernels")
 _SIZE = (*_MACHINE, "batch", "context", "budget", "stride", "draft", "acceptance")
@@ -173,14 +182,15 @@ def _strides(rows: list[Row]) -> str:
 
 
 def _table(first: str, rows: Sequence[Row], columns: dict[str, Column]) -> str:
-    """By size, and by kernel where rows have one."""
-    lines = []
+    """By size, and by kernel where rows have one; the first column is headed `first`."""
+    lines = [f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         tokens = row["context"]
         size = f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
         kernel = f", `{row['kernel']}`" if "kernel" in row else ""
-        lines.append((f"{row['batch']} x {size}{kernel}", row))
-    return markdown(first, lines, columns)
+        named = [f"{row['batch']} x {size}{kernel}", *cells(row, columns)]
+        lines.append(f"| {' | '.join(named)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

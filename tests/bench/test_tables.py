@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from refreshkv.bench import readme, record
+from benchmarks import tables
+from refreshkv.bench import record
 from refreshkv.bench.report import LEFT_OUT
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", readme.DOCUMENTS)
+@pytest.mark.parametrize("name", tables.DOCUMENTS)
 def test_a_document_is_up_to_date(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    written = readme.rewrite(text, readme.DOCUMENTS[name](ROOT / "benchmarks" / "results"))
-    assert text == written, "run `python -m refreshkv.bench.readme`"
+    written = tables.rewrite(text, tables.DOCUMENTS[name](ROOT / "benchmarks" / "results"))
+    assert text == written, "run `python benchmarks/tables.py`"
 
 
-@pytest.mark.parametrize("write", readme.DOCUMENTS.values())
+@pytest.mark.parametrize("write", tables.DOCUMENTS.values())
 def test_without_rows_nothing_is_claimed(write: Callable[[Path], str], tmp_path: Path) -> None:
     text = write(tmp_path)
     assert "make bench-cpu" in text and "make bench-gpu" in text
@@ -36,7 +37,7 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
         {**record_row, "context": 8192, "shape": "demo", "ms.partial": 333.0},
     ]
     record.append(tmp_path / "decode-cpu.csv", rows)
-    text = readme.section(tmp_path)
+    text = tables.section(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| 2 x")]
     assert [line.split(" | ")[0] for line in lines] == ["| 2 x 8K", "| 2 x 64K"] * 2
     assert "222" in lines[0] and "| - |" in lines[0] and "444" in lines[1]
@@ -47,7 +48,7 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
 def test_the_readme_has_few_rows(record_row: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**record_row, "context": 1024 * size, "ms.mix": 100.0 + size} for size in range(1, 9)]
     record.append(tmp_path / "decode-cpu.csv", rows)
-    text = readme.summary(tmp_path)
+    text = tables.summary(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| 2 x")]
     assert len(lines) == 6 and "| 101 |" in lines[0] and "3 drafts of which 50% stand" in text
 
@@ -70,22 +71,22 @@ def test_kernels(tmp_path: Path) -> None:
         "rival_ms": 0.0456,
     }
     record.append(tmp_path / "kernels-cuda.csv", [row])
-    assert "| 8 x 32K, `attend` | 12.3 | 83% | torch sdpa | 45.6 |" in readme.section(tmp_path)
+    assert "| 8 x 32K, `attend` | 12.3 | 83% | torch sdpa | 45.6 |" in tables.section(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "text", ["nothing", readme.BEGIN, f"{readme.END} {readme.BEGIN}", readme.BEGIN * 2 + readme.END]
+    "text", ["nothing", tables.BEGIN, f"{tables.END} {tables.BEGIN}", tables.BEGIN * 2 + tables.END]
 )
 def test_markers_that_are_missing(text: str) -> None:
     with pytest.raises(ValueError, match="lacks the markers"):
-        readme.rewrite(text, "new")
+        tables.rewrite(text, "new")
 
 
 def test_rewriting_keeps_the_rest_and_is_stable() -> None:
-    text = f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
-    once = readme.rewrite(text, "new")
+    text = f"before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n"
+    once = tables.rewrite(text, "new")
     assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
-    assert "new" in once and readme.rewrite(once, "new") == once
+    assert "new" in once and tables.rewrite(once, "new") == once
 
 
 @pytest.fixture
