@@ -263,7 +263,9 @@ def test_the_experiments_say_it_too(folder: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stopped:
         experiments.main(["continuation", "--model", str(folder), "--data", "x"])
     assert stopped.value.code == 2
-    assert re.fullmatch(rf"error: cannot load the weights of model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        rf"error: cannot load the weights of model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err
+    )
 
 
 def test_a_lack_of_memory_is_not_the_fault_of_the_files() -> None:
