@@ -42,6 +42,7 @@ class ExactLayer:
         self.votes: Tensor | None = None
         self.fresh = False
         self.drafted = torch.zeros((), dtype=torch.int64, device=device)  # tokens, in this cycle
+        self._end: int | None = None  # of the longest row, drafts included, where it is known
         # [steps, B], entries that each of these drafts read
         self.read = self.ends.new_zeros(cache.config.draft, cache.rows)
         self.verified = torch.zeros_like(self.ends)  # queries of each row in the last full pass
@@ -71,7 +72,7 @@ class ExactLayer:
         cache, ring = self.cache, self.cache.ring
         assert ring is not None
         positions = self.ends + self.drafted
-        cache.store.write(key[:, :, None], value[:, :, None], positions)
+        cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
         ring.push(positions)
         used = ring.used
         successor = cache.config.successor
@@ -132,8 +133,7 @@ class ExactLayer:
             read=torch.where(self.verified > 0, read, 0),
             available=available,
         )
-        self.ends.add_(kept)
-        self.drafted.zero_()
+        self._advance(kept)
         self.read.zero_()
         self.fresh = True
 
@@ -149,6 +149,20 @@ class ExactLayer:
     def tensors(self) -> list[Tensor]:
         """All that a pass reads and writes, beside the cache."""
         return [self.ends, *(part for part in vars(self).values() if isinstance(part, Tensor))]
+
+    def _advance(self, kept: Tensor) -> None:
+        self.ends.add_(kept)
+        self.drafted.zero_()
+        self._end = None
+
+    def _end_of_draft(self) -> int | None:
+        """Where this draft ends in the longest row: asked of the device once a cycle, and by no graph."""
+        if self.cache.fixed:
+            return None
+        if self._end is None:
+            self._end = int(self.ends.max())
+        self._end += 1
+        return self._end
 
     def _seen(self) -> Tensor | None:
         """`visible` for all positions of the store."""
@@ -177,18 +191,24 @@ class ExactWindowLayer(ExactLayer):
         position = self.ends + self.drafted
         self.drafted += 1
         query, key, value = (x[:, :, None] for x in (query, key, value))
-        return self._attend(query, key, value, position)[:, :, 0]
+        return self._attend(query, key, value, position, self._end_of_draft())[:, :, 0]
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         return self._attend(queries, keys, values, self.ends)
 
     def commit(self, kept: Tensor) -> None:
-        self.ends.add_(kept)
-        self.drafted.zero_()
+        self._advance(kept)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: Tensor,
+        end: int | None = None,
+    ) -> Tensor:
         store = self.cache.store
-        store.write(keys, values, starts)
+        store.write(keys, values, starts, end)
         options = self.options.over(over_heads(self._seen()))
         (output, _), _ = store.verify(queries, options, starts=starts, window=self.window)
         return output

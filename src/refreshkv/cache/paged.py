@@ -52,7 +52,7 @@ class PagedStore(Store):
         self.write(keys, values, self.ends)
         self.ends = self.ends + keys.shape[2]
 
-    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         if self._pages is None:
             self._allocate(keys, values)
         self._reserve((starts + keys.shape[2]).tolist())

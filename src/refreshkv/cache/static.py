@@ -52,7 +52,7 @@ class StaticStore(Store):
     def entries(self) -> Entries:
         return Entries(self._keys, self._values)
 
-    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         """See `Store.write`. There must be room; what lies beyond a row is finite already."""
         scatter(self._keys, self._values, keys, values, starts)
 

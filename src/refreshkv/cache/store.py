@@ -57,10 +57,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         """Tokens `[B, Hkv, n, D]` of row i go to the positions `starts[i]` and after, `[B]` int64, over what is there.
 
-        Where a row ends does not change.
+        Where a row ends does not change. `end`: no row's tokens reach beyond it; `None`: the device is asked.
         """
 
     @abstractmethod
@@ -277,9 +277,9 @@ class DenseStore(Store):
         self._values[:, :, self.length : end] = values
         self.length = end
 
-    def write(self, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         """See `Store.write`. The store is as wide as its longest row; a shorter one ends in zeros, or what it held."""
-        end = int(starts.max()) + keys.shape[2]
+        end = int(starts.max()) + keys.shape[2] if end is None else end
         self._keys = self._with_room(self._keys, keys, end)
         self._values = self._with_room(self._values, values, end)
         # A kernel may multiply a hidden entry by zero, and unused room may hold NaN.
