@@ -213,3 +213,23 @@ def test_crop_takes_both_signs_and_the_next_step_is_full(
         )
         llama(ids[:, 21:22], past_key_values=cache)
         assert session.stats.full_share == 0.5
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("settings", [{"stride": 4, "threshold": None}, {"preset": "fast"}, {}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt-oss"])
+def test_a_partial_cache_of_positions_is_one_of_copies(
+    architecture: str, settings: dict[str, Any], implementation: str | None
+) -> None:
+    model, inputs, outputs = build(architecture), left_padded([40, 23]), []
+    for ring in ("copied", "indexed"):
+        with refreshkv.attach(model, budget=8, ring=ring, **settings):
+            outputs.append(
+                model.generate(
+                    **inputs,
+                    max_new_tokens=20,
+                    do_sample=False,
+                    cache_implementation=implementation,
+                )
+            )
+    assert torch.equal(*outputs)
