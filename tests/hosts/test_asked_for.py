@@ -110,7 +110,7 @@ def test_a_cache_that_is_given_counts_more_than_a_configured_one(llama: PreTrain
 def test_a_static_cache_of_the_lossless_mode_has_room_for_drafts(llama: PreTrainedModel) -> None:
     with refreshkv.attach(llama) as session:
         assert session.new_static_cache(64).layers[0].max_cache_len == 64 + session.config.draft + 1
-        assert "draft + 1` places longer" in type(session).new_static_cache.__doc__
+        assert "draft + 1` positions longer" in type(session).new_static_cache.__doc__
 
 
 LFM2 = {

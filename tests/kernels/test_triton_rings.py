@@ -105,7 +105,8 @@ def test_insert_equals_the_reference() -> None:
     check_inserted(triton_rings)
 
 
-# From here on: what the lines of the kernels are for. A hostile row or page is in test_triton_numbers.
+# From here on: what the lines of the kernels are for. A hostile row or page is in test_triton_numbers. No mutant writes
+# outside of its tensors: interpreted, it would write into whatever lies there.
 
 CHECKS = {"insert": check_inserted, "gather": check_gathered}
 MUTANTS = [
@@ -128,12 +129,12 @@ MUTANTS = [
     ],
     (
         "gather",
-        Mutant("rings", "slot * ring_keys_entry, exists", "wanted * ring_keys_entry, exists"),
+        Mutant("rings", "slot * ring_keys_entry, exists", "slot // 2 * ring_keys_entry, exists"),
     ),
     ("gather", Mutant("rings", "wanted_ptr + slot", "wanted_ptr + slot * 0")),
     ("gather", Mutant("layout", "heads_ptr + row * kv_heads + head", "heads_ptr + row * kv_heads")),
     ("gather", Mutant("layout", "page * store.key_row", "row * store.key_row")),
-    ("insert", Mutant("layout", "page * store.value_row", "page * store.key_row")),
+    ("insert", Mutant("layout", "page * store.value_row", "page // 2 * store.value_row")),
 ]
 
 
