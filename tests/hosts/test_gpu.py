@@ -64,8 +64,8 @@ def test_the_methods(name: str) -> None:
 
 STATIC = {
     "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
-    "fast": refreshkv.PRESETS["fast"],
-    "lossless": refreshkv.PRESETS["default"],
+    "fast": refreshkv.make_config("fast"),
+    "lossless": refreshkv.make_config("default"),
 }
 
 
