@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refreshkv.cache.store import Store
+from refreshkv.cache.store import GROWTH, Store
 from refreshkv.kernels.options import Entries
 from refreshkv.kernels.reference.attention import laid_out
 
 _NO_PAGE = -1
-_GROWTH = 1.25
 
 
 class PagedStore(Store):
@@ -23,7 +22,6 @@ class PagedStore(Store):
 
     def __init__(self, page: int = 64) -> None:
         self.page = page
-        self._pages: tuple[Tensor, Tensor] | None = None
         self._blocks = torch.empty(0, 0, dtype=torch.int32)
         self._free: list[int] = []
 
@@ -33,33 +31,26 @@ class PagedStore(Store):
 
     @property
     def rows(self) -> int:
-        self.entries()
+        self._buffers()  # there are none before the first token
         return self._blocks.shape[0]
 
-    @property
-    def is_allocated(self) -> bool:
-        return self._pages is not None
-
     def entries(self) -> Entries:
-        if self._pages is None:
-            raise RuntimeError("the store is empty: append before reading")
-        return Entries(*self._pages, blocks=self._blocks)
+        return Entries(*self._buffers(), blocks=self._blocks)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        if self._pages is None:
+        if self._held is None:
             self._allocate(keys, values)
         assert self.ends is not None
         self.write(keys, values, self.ends)
         self.ends = self.ends + keys.shape[2]
 
     def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
-        if self._pages is None:
+        if self._held is None:
             self._allocate(keys, values)
         self._reserve((starts + keys.shape[2]).tolist())
         positions = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
         page = self._blocks.long().gather(1, positions // self.page)
-        assert self._pages is not None
-        for pages, new in zip(self._pages, (keys, values), strict=True):
+        for pages, new in zip(self._buffers(), (keys, values), strict=True):
             pages[page, :, positions % self.page] = new.transpose(1, 2)
 
     def level(self, length: int) -> None:
@@ -77,7 +68,7 @@ class PagedStore(Store):
 
     def take_rows(self, rows: Tensor) -> None:
         """See `Store.take_rows`. The first to take a row keeps its pages, others get copies."""
-        assert self.ends is not None and self._pages is not None
+        assert self.ends is not None
         old, sources = self._blocks, rows.tolist()
         self._blocks = old.index_select(0, rows)
         self.ends = self.ends.index_select(0, rows)
@@ -87,14 +78,14 @@ class PagedStore(Store):
             if source in taken:
                 there = old[source] != _NO_PAGE
                 copies = self._take(int(there.sum()))
-                for pages in self._pages:
+                for pages in self._buffers():
                     pages[copies.long()] = pages[old[source, there].long()]
                 self._blocks[row, there] = copies
             taken.add(source)
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        self._pages = self.ends = None
+        self._held = self.ends = None
         self._blocks = torch.empty(0, 0, dtype=torch.int32)
         self._free = []
 
@@ -107,7 +98,7 @@ class PagedStore(Store):
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
         rows, heads = keys.shape[:2]
         shape = (0, heads, self.page)
-        self._pages = (
+        self._held = (
             keys.new_zeros(*shape, keys.shape[-1]),
             values.new_zeros(*shape, values.shape[-1]),
         )
@@ -127,12 +118,11 @@ class PagedStore(Store):
 
     def _take(self, count: int) -> Tensor:
         """`[count]` int32, pages that nobody has."""
-        assert self._pages is not None
-        held = len(self._pages[0])
+        held = len(self._buffers()[0])
         if count > len(self._free):
-            more = max(count - len(self._free), int(held * (_GROWTH - 1)))
-            keys, values = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, more)) for x in self._pages)
-            self._pages = keys, values
+            more = max(count - len(self._free), int(held * (GROWTH - 1)))
+            keys, values = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, more)) for x in self._buffers())
+            self._held = keys, values
             self._free += range(held + more - 1, held - 1, -1)
         taken = [self._free.pop() for _ in range(count)]
         return torch.tensor(taken, dtype=torch.int32, device=self._blocks.device)

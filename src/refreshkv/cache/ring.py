@@ -155,17 +155,22 @@ class Ring(ABC):
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
         """Attention, and the slots of the `count` most attended entries but the newest, `[B, Hkv, count]` int64."""
 
-    def _insert(self, wanted: Tensor, **copies: Tensor | None) -> Tensor:
+    def _insert(self, wanted: Tensor) -> Tensor:
         """Tokens at `wanted` `[B, Hkv, m]` int32 enter, but those that are there; how many did, `[B, Hkv]`."""
-        copies = copies or {"ring_keys": None, "ring_values": None}
+        keys, values = self._copies()
         return self._store.insert(
             wanted,
-            **copies,
+            ring_keys=keys,
+            ring_values=values,
             ring_positions=self.positions,
             filled=self.filled,
             pushed=self.pushed,
             budget=self.budget,
         )
+
+    def _copies(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of the entries, where the ring has its own."""
+        return None, None
 
     def _copy(self, positions: Tensor, heads: Tensor | None) -> None:  # noqa: B027
         """Entries to slots 0 .. after a refresh; a ring of positions has none."""
@@ -195,17 +200,15 @@ class CopiedRing(Ring):
         self.keys, self.values = store.room_for(slots or 0)
 
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
-        entries, backend = Entries(self.keys, self.values), self._store.backend
-        if not count:
-            return backend.attend(query, entries, options), self.newest[..., None]
-        return backend.attend_and_rank(query, entries, options, newest=self.newest, count=count)
+        entries = Entries(self.keys, self.values)
+        return self._store.attend_and_rank(query, entries, options, newest=self.newest, count=count)
 
     def _copy(self, positions: Tensor, heads: Tensor | None) -> None:
         ring = {"ring_keys": self.keys, "ring_values": self.values}
         self._store.gather(positions, **ring, heads=heads)
 
-    def _insert(self, wanted: Tensor, **copies: Tensor | None) -> Tensor:
-        return super()._insert(wanted, ring_keys=self.keys, ring_values=self.values)
+    def _copies(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.keys, self.values
 
     def _grow(self, slots: int) -> None:
         extra = slots - self.positions.shape[2]

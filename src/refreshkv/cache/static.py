@@ -20,7 +20,7 @@ class StaticStore(Store):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
-        self._keys, self._values = keys, values
+        self._held = keys, values
         self._length = length
         self._own_ends: Tensor | None = None  # while rows differ
 
@@ -34,15 +34,11 @@ class StaticStore(Store):
 
     @property
     def width(self) -> int:
-        return self._keys.shape[2]
+        return self._buffers()[0].shape[2]
 
     @property
     def rows(self) -> int:
-        return self._keys.shape[0]
-
-    @property
-    def is_allocated(self) -> bool:
-        return True
+        return self._buffers()[0].shape[0]
 
     @property
     def backend(self) -> Backend:
@@ -50,17 +46,17 @@ class StaticStore(Store):
         return OPERATORS
 
     def entries(self) -> Entries:
-        return Entries(self._keys, self._values)
+        return Entries(*self._buffers())
 
     def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         """See `Store.write`. There must be room; what lies beyond a row is finite already."""
-        scatter(self._keys, self._values, keys, values, starts)
+        scatter(self._buffers(), (keys, values), starts)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """See `Store.append`. There must be room."""
         positions = self._length + torch.arange(keys.shape[2], device=keys.device)
-        self._keys.index_copy_(2, positions, keys)
-        self._values.index_copy_(2, positions, values)
+        for buffer, new in zip(self._buffers(), (keys, values), strict=True):
+            buffer.index_copy_(2, positions, new)
         self._length.add_(keys.shape[2])
 
     def level(self, length: int) -> None:
@@ -73,7 +69,7 @@ class StaticStore(Store):
 
     def take_rows(self, rows: Tensor) -> None:
         """See `Store.take_rows`; as many rows as before."""
-        for buffer in (self._keys, self._values):
+        for buffer in self._buffers():
             buffer.copy_(buffer.index_select(0, rows))
         if self._own_ends is not None:
             self._own_ends.copy_(self._own_ends.index_select(0, rows))

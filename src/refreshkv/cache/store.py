@@ -8,6 +8,7 @@ Where the entries lie is the store's own: side by side in buffers that grow (`De
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
 
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
-_GROWTH = 1.25  # so the copies of all re-allocations add up to four per token
+GROWTH = 1.25  # so the copies of all re-allocations add up to four per token
 # Tokens: an answer of this length fits without re-allocation after any prompt.
 _RESERVE_BEYOND = 4096
 
@@ -32,6 +33,7 @@ class Store(ABC):
     """
 
     ends: Tensor | None = None
+    _held: tuple[Tensor, Tensor] | None = None  # keys and values as they lie, `[.., Hkv, .., D]`
 
     @property
     @abstractmethod
@@ -44,9 +46,9 @@ class Store(ABC):
         """B."""
 
     @property
-    @abstractmethod
     def is_allocated(self) -> bool:
         """Whether anything was ever written since the last `reset`."""
+        return self._held is not None
 
     @abstractmethod
     def entries(self) -> Entries:
@@ -86,12 +88,12 @@ class Store(ABC):
     @property
     def kv_heads(self) -> int:
         """Hkv."""
-        return self.entries().kv_heads
+        return self._buffers()[0].shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the tokens are."""
-        return self.entries().keys.device
+        return self._buffers()[0].device
 
     @property
     def backend(self) -> Backend:
@@ -101,8 +103,7 @@ class Store(ABC):
     @property
     def entry_bytes(self) -> int:
         """Bytes of the K and V of one token and one KV head."""
-        entries = self.entries()
-        return sum(x.shape[-1] * x.element_size() for x in (entries.keys, _values(entries)))
+        return sum(buffer.shape[-1] * buffer.element_size() for buffer in self._buffers())
 
     @property
     def lengths(self) -> Tensor:
@@ -128,8 +129,9 @@ class Store(ABC):
             )
         if not self.is_allocated:
             return
-        entries = self.entries()
-        for kind, new, held in (("keys", keys, entries.keys), ("values", values, _values(entries))):
+        for kind, new, held in zip(
+            ("keys", "values"), (keys, values), self._buffers(), strict=True
+        ):
             for name, theirs, ours in (
                 ("rows", new.shape[0], self.rows),
                 ("KV heads", new.shape[1], held.shape[1]),
@@ -144,15 +146,15 @@ class Store(ABC):
 
     def room_for(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, slots, D]` of zeros, of the dtype and on the device of these."""
-        entries = self.entries()
-        keys, values = entries.keys, _values(entries)
-        shape = (self.rows, entries.kv_heads, slots)
-        return keys.new_zeros(*shape, keys.shape[-1]), values.new_zeros(*shape, values.shape[-1])
+        shape = (self.rows, self.kv_heads, slots)
+        keys, values = (x.new_zeros(*shape, x.shape[-1]) for x in self._buffers())
+        return keys, values
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, width, D]`, for attention that is not ours."""
         entries = self.entries()
-        return entries.keys, _values(entries)
+        assert entries.values is not None
+        return entries.keys, entries.values
 
     def attend(self, query: Tensor, options: AttendOptions) -> Attended:
         """Attention of one query a row, `[B, Hq, D]`."""
@@ -203,12 +205,17 @@ class Store(ABC):
 
         As `reference.attend_and_rank`; the options are those of the list.
         """
-        entries = self.entries()
-        listed = Entries(entries.keys, entries.values, entries.blocks, positions, entries.rows)
+        listed = replace(self.entries(), positions=positions)
+        return self.attend_and_rank(query, listed, options, newest=newest, count=count)
+
+    def attend_and_rank(
+        self, query: Tensor, entries: Entries, options: AttendOptions, *, newest: Tensor, count: int
+    ) -> tuple[Attended, Tensor]:
+        """As `reference.attend_and_rank`, over entries of anybody; without scores where `count` is 0."""
         if not count:
-            attended = self.backend.attend(query, listed, options)
-            return attended, newest.new_empty(*newest.shape, 0)
-        return self.backend.attend_and_rank(query, listed, options, newest=newest, count=count)
+            none = newest.new_empty(*newest.shape, 0)
+            return self.backend.attend(query, entries, options), none
+        return self.backend.attend_and_rank(query, entries, options, newest=newest, count=count)
 
     def gather(
         self,
@@ -225,6 +232,11 @@ class Store(ABC):
     def insert(self, wanted: Tensor, **ring: Tensor | None) -> Tensor:
         """Tokens enter a ring, but those that are there already; see `reference.insert`."""
         return self.backend.insert(self.entries(), wanted, **ring)
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        if self._held is None:
+            raise RuntimeError("the store is empty: append before reading")
+        return self._held
 
     def _within(self, options: AttendOptions) -> AttendOptions:
         if self.ends is None:
@@ -243,14 +255,12 @@ class DenseStore(Store):
     def __init__(self, reserve: int = 0) -> None:
         self.reserve = reserve
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
 
     @classmethod
     def over(cls, keys: Tensor, values: Tensor, length: int) -> DenseStore:
         """A store in the buffers of another, `[B, Hkv, C, D]`, of which the first `length` positions are filled."""
         store = cls()
-        store._keys, store._values, store.length = keys, values, length
+        store._held, store.length = (keys, values), length
         return store
 
     @property
@@ -259,33 +269,25 @@ class DenseStore(Store):
 
     @property
     def rows(self) -> int:
-        return _allocated(self._keys).shape[0]
-
-    @property
-    def is_allocated(self) -> bool:
-        return self._keys is not None
+        return self._buffers()[0].shape[0]
 
     def entries(self) -> Entries:
-        keys, values = _allocated(self._keys), _allocated(self._values)
-        return Entries(keys[:, :, : self.length], values[:, :, : self.length])
+        return Entries(*(buffer[:, :, : self.length] for buffer in self._buffers()))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         end = self.length + keys.shape[2]
-        self._keys = self._with_room(self._keys, keys, end)
-        self._values = self._with_room(self._values, values, end)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
+        for buffer, new in zip(self._with_room(keys, values, end), (keys, values), strict=True):
+            buffer[:, :, self.length : end] = new
         self.length = end
 
     def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int | None = None) -> None:
         """See `Store.write`. The store is as wide as its longest row; a shorter one ends in zeros, or what it held."""
         end = int(starts.max()) + keys.shape[2] if end is None else end
-        self._keys = self._with_room(self._keys, keys, end)
-        self._values = self._with_room(self._values, values, end)
-        # A kernel may multiply a hidden entry by zero, and unused room may hold NaN.
-        self._keys[:, :, self.length : end] = 0
-        self._values[:, :, self.length : end] = 0
-        scatter(self._keys, self._values, keys, values, starts)
+        buffers = self._with_room(keys, values, end)
+        for buffer in buffers:
+            # A kernel may multiply a hidden entry by zero, and unused room may hold NaN.
+            buffer[:, :, self.length : end] = 0
+        scatter(buffers, (keys, values), starts)
         self.length = max(self.length, end)
 
     def crop(self, length: int) -> None:
@@ -296,26 +298,27 @@ class DenseStore(Store):
             self.ends = self.ends.clamp(max=length)
 
     def take_rows(self, rows: Tensor) -> None:
-        self._keys = self._take(_allocated(self._keys), rows)
-        self._values = self._take(_allocated(self._values), rows)
+        keys, values = (self._take(buffer, rows) for buffer in self._buffers())
+        self._held = keys, values
         if self.ends is not None:
             self.ends = self.ends.index_select(0, rows)
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.length = 0
-        self._keys = self._values = self.ends = None
+        self._held = self.ends = None
 
-    def _with_room(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
-        if buffer is not None and buffer.shape[2] >= needed:
-            return buffer
-        grown = 0 if buffer is None else int(buffer.shape[2] * _GROWTH)
+    def _with_room(self, keys: Tensor, values: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """The buffers, with room for `needed` tokens like these."""
+        if self._held is not None and self._held[0].shape[2] >= needed:
+            return self._held
+        grown = 0 if self._held is None else int(self._held[0].shape[2] * GROWTH)
         capacity = max(needed + _SPARE, grown, min(self.reserve, 2 * needed + _RESERVE_BEYOND))
-        rows, heads, _, dim = like.shape
-        new = like.new_empty(rows, heads, capacity, dim)
-        if buffer is not None:
-            new[:, :, : self.length] = buffer[:, :, : self.length]
-        return new
+        new = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
+        for buffer, old in zip(new, self._held or (), strict=False):
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+        self._held = new[0], new[1]
+        return self._held
 
     def _take(self, buffer: Tensor, rows: Tensor) -> Tensor:
         new = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
@@ -324,27 +327,14 @@ class DenseStore(Store):
         return new
 
 
-def scatter(
-    buffer_keys: Tensor, buffer_values: Tensor, keys: Tensor, values: Tensor, starts: Tensor
-) -> None:
-    """Tokens `[B, Hkv, n, D]` go to the positions `starts[i]` and after of the buffers `[B, Hkv, C, D]`."""
-    rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-    positions = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
-    buffer_keys[rows, :, positions] = keys.transpose(1, 2)
-    buffer_values[rows, :, positions] = values.transpose(1, 2)
+def scatter(buffers: tuple[Tensor, Tensor], tokens: tuple[Tensor, Tensor], starts: Tensor) -> None:
+    """Keys and values `[B, Hkv, n, D]` go to the positions `starts[i]` and after of the buffers `[B, Hkv, C, D]`."""
+    rows = torch.arange(len(starts), device=starts.device)[:, None]
+    positions = starts[:, None] + torch.arange(tokens[0].shape[2], device=starts.device)
+    for buffer, new in zip(buffers, tokens, strict=True):
+        buffer[rows, :, positions] = new.transpose(1, 2)
 
 
 def is_identity(rows: Tensor, count: int) -> bool:
     """Whether taking `rows` of `count` rows changes nothing."""
     return rows.shape[0] == count and bool((rows == torch.arange(count, device=rows.device)).all())
-
-
-def _allocated(buffer: Tensor | None) -> Tensor:
-    if buffer is None:
-        raise RuntimeError("the store is empty: append before reading")
-    return buffer
-
-
-def _values(entries: Entries) -> Tensor:
-    assert entries.values is not None
-    return entries.values
