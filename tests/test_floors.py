@@ -18,6 +18,7 @@ FLOORS = [
     {"policy", "stats", "tasks", "weights"},
     {"kernels", "demo"},
     {"cache"},
+    {"mixed"},
     {"step"},
     {"exact", "methods"},
     {"hosts"},

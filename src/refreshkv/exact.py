@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.kernels.options import AttendOptions
-from refreshkv.step import over_heads, reselect, select_after_prompt
+from refreshkv.kernels.options import AttendOptions, over_heads
+from refreshkv.step import reselect, select_after_prompt
 
 
 class ExactLayer:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreshkv.kernels.backend import Backend, backend_for
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
 
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
@@ -191,6 +193,18 @@ class Store(ABC):
     ) -> Scored:
         """The scores of `verify` without touching the values."""
         return self.backend.vote(queries, self.entries(), options, starts=starts, counts=counts)
+
+    def attend_mixed(
+        self, query: Tensor, codes: Codes, options: AttendOptions, **rows: Tensor
+    ) -> tuple[Attended, Tensor]:
+        """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`."""
+        return self.backend.attend_mixed(
+            query, self.entries(), codes, self._within(options), **rows
+        )
+
+    def encode(self, codes: Codes, **blocks: Any) -> None:
+        """The codes of blocks of these tokens; see `reference.encode`."""
+        self.backend.encode(self.entries(), codes, **blocks)
 
     def attend_at(
         self,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted, Reduction
-from refreshkv.kernels.options import AttendOptions, Entries
+from refreshkv.kernels.options import AttendOptions, Entries, over_heads
 from refreshkv.policy.selection import FREE, Selected, rank_keys
-from refreshkv.step import Algorithm, count_again, over_heads
+from refreshkv.step import Algorithm, count_again
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted
-from refreshkv.kernels.options import AttendOptions
+from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.methods.method import Method
-from refreshkv.step import Algorithm, decode_step, full_step, over_heads
+from refreshkv.step import Algorithm, decode_step, full_step
 
 
 class NoReselection(Algorithm):

@@ -287,10 +287,11 @@ class Session:
             ValueError: neither the cache that was given nor a lossy mode can do so.
         """
         mode = self.config.mode
+        lossy = mode in ("mixed", "refresh")
         if generation_config.output_attentions:
-            asked, served = "output_attentions=True", mode != "refresh" or self.method is None
+            asked, served = "output_attentions=True", not lossy or self.method is None
         elif generation_config.use_cache is False:
-            asked, served = "use_cache=False", mode != "refresh"
+            asked, served = "use_cache=False", not lossy
         else:
             return False
         if given is not None:
