@@ -223,8 +223,8 @@ class RefreshConfig(
     Attributes:
         mode: "refresh" is the method as published and what was built on it; "mixed" reads, in every step, a copy of all
             entries in two bits and exactly the few that have weight, K of a KV head at most (ours); "exact" drafts with
-            cheap steps and verifies the drafts with a full one, so that the output is that of full attention (ours; only
-            in `generate`); "full" is ordinary attention through the same code.
+            cheap steps and verifies the drafts with a full one, so that the output is that of full attention (ours; in
+            `generate` only); "full" is ordinary attention through the same code.
     """
 
     mode: Mode = "refresh"

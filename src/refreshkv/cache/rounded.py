@@ -1,4 +1,4 @@
-"""A copy of the full store in a few bits: the codes of its finished blocks, a seventh of its size at two bits (ours)."""
+"""A copy of the full store in few bits: the codes of its finished blocks, at two bits a sixth of its size (ours)."""
 
 from __future__ import annotations
 

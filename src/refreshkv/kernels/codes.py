@@ -30,7 +30,7 @@ class Codes:
     """Rounded copies of whole blocks, and where those of each row lie among them.
 
     Attributes:
-        keys, values: `[R, Hkv, N, W]` int16, planes; or, with `blocks`, those of pages `[pages, Hkv, blocks a page, W]`.
+        keys, values: `[R, Hkv, N, W]` int16, planes; or, with `blocks`, pages `[pages, Hkv, blocks a page, W]`.
         key_grids: `[R, Hkv, N, 2, D]` bfloat16, low and step of each dim.
         value_grids: `[R, Hkv, N, 2, 64]` bfloat16, low and step of each token.
         blocks: `[B, M]` int32, as in `Entries`. `None`: no pages, and row b lies where `Entries.rows` says.

@@ -56,9 +56,9 @@ def encode(
         most: no row has more of them.
         visible: `[B, L]` bool; what it hides has no say in a grid. `None`: everything is visible.
     """
-    rows, device = len(first), entries.keys.device
     if most < 1:
         return
+    device = entries.keys.device
     block = begin[:, None] + torch.arange(most, device=device)  # [B, most]
     inside = torch.arange(BLOCK, device=device)
     positions = first[:, None, None] + block[..., None] * BLOCK + inside
