@@ -12,6 +12,7 @@ from refreshkv.config import (
     PRESETS,
     Exact,
     RefreshConfig,
+    Rounding,
     Schedule,
     Selection,
     make_config,
@@ -201,11 +202,11 @@ def test_what_is_given_counts_though_it_be_the_default() -> None:
     with pytest.raises(ValueError, match="stride has no effect in mode 'exact'"):
         make_config(mode="exact", stride=5)
     with pytest.raises(ValueError, match="threshold has no effect with trigger 'lse-drop'"):
-        make_config("fast", threshold=0.85)
+        make_config("lse-drop", threshold=0.85)
 
 
 def test_a_preset_gives_way_to_what_replaces_it() -> None:
-    assert make_config("fast", trigger="query").drop == RefreshConfig().drop
+    assert make_config("lse-drop", trigger="query").drop == RefreshConfig().drop
     assert make_config("default", mode="refresh") == RefreshConfig(
         budget=0.0625, recent=16, successor=2, window=32, anchor=0.5
     )
@@ -219,9 +220,9 @@ def test_a_copy_that_would_not_be_read_is_refused() -> None:
 
 
 def test_the_themes_are_the_settings() -> None:
-    themes = [*names_of(Selection), *names_of(Schedule), *names_of(Exact)]
+    themes = [name for theme in (Selection, Schedule, Exact, Rounding) for name in names_of(theme)]
     assert [*themes, "mode"] == names_of(RefreshConfig)
-    for theme in (Selection, Schedule, Exact):
+    for theme in (Selection, Schedule, Exact, Rounding):
         assert isinstance(RefreshConfig(), theme)
         assert {n: getattr(theme(), n) for n in names_of(theme)}.items() <= vars(
             RefreshConfig()
