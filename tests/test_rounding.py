@@ -79,7 +79,7 @@ def test_codes_are_those_of_a_slow_definition(kind: str) -> None:
         assert low == float(torch.tensor(min(line)).bfloat16())
         assert step == float((torch.tensor(max(line)) - torch.tensor(min(line))).div(3).bfloat16())
         for number, code in zip(line, found, strict=True):
-            nearest = min(range(4), key=lambda c: abs(low + step * c - number))  # noqa: B023
+            nearest = min(range(4), key=lambda c: abs(low + step * c - number))
             assert code == nearest
 
 
@@ -127,7 +127,7 @@ def test_no_number_gives_a_code_that_there_is_not(kind: str, poison: float) -> N
     exact = numbers()
     exact[0, 0, 3, 2] = poison
     rounded = make(exact, 2)
-    assert 0 <= int(rounded.codes.min()) and int(rounded.codes.max()) <= 3
+    assert int(rounded.codes.min()) >= 0 and int(rounded.codes.max()) <= 3
     same = torch.ones(SHAPE, dtype=torch.bool)  # the other grids
     same[(0, 0, slice(None), 2) if over == -2 else (0, 0, 3)] = False
     assert torch.equal(restored(rounded)[same], restored(make(numbers(), 2))[same])
