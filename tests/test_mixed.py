@@ -112,11 +112,12 @@ def test_more_bits_come_closer_and_eight_are_close() -> None:
         assert errors[bits, 24] < 0.2 * errors[bits, 1]
 
 
-def test_before_a_block_is_complete_it_is_full_attention() -> None:
+@pytest.mark.parametrize("prompt", [40, 63, 68])
+def test_before_a_block_is_complete_it_is_full_attention(prompt: int) -> None:
     """The token that completes one is exact too, and with it all of the block."""
     tokens = texts(pads=(0, 5), length=75)
-    run = Decoder(tokens, replace(MIXED, budget=1), 40, options=PLAIN)
-    for now in range(40, 75):
+    run = Decoder(tokens, replace(MIXED, budget=1), prompt, options=PLAIN)
+    for now in range(prompt, 75):
         step = run.step()
         for row, pad in enumerate((0, 5)):
             exact = now - pad < BLOCK
