@@ -70,7 +70,7 @@ class Codes:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of one KV head."""
-        return sum(part[0, 0, 0].numel() * part.element_size() for part in self.tensors)
+        return sum(part.shape[3:].numel() * part.element_size() for part in self.tensors)
 
 
 def code_width(dim: int, bits: int) -> int:
