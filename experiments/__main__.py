@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from experiments import continuation, grids, recall, tables, text_model, train
+from experiments import continuation, documents, grids, recall, tables, text_model, train
 from refreshkv.text import one_line
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
@@ -18,6 +18,7 @@ EXPERIMENTS: dict[str, Callable[..., None]] = {
     "fidelity-wide": grids.fidelity_wide,
     "fidelity-text": grids.fidelity_text,
     "tables": tables.show,
+    "documents": documents.show,
     "recall": recall.show,
     "continuation": continuation.show,
     "train": train.run,
