@@ -139,7 +139,7 @@ def of_files(files: Files) -> Iterator[Document]:
             version, found = sys.version.split()[0], [Path(sysconfig.get_path("stdlib"), path)]
         else:
             distribution = _distribution(package)
-            version = distribution.version
+            version = distribution.version.partition("+")[0]  # of torch with its build
             found = [
                 Path(str(distribution.locate_file(file)))
                 for file in distribution.files or ()
