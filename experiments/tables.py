@@ -6,8 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.documents import NAME
 from refreshkv.evals import plots
-from refreshkv.evals.summary import Summary, read_results, scale, summarize, write_whole
+from refreshkv.evals.summary import (
+    Record,
+    Summary,
+    is_perplexity,
+    read_results,
+    scale,
+    summarize,
+    write_whole,
+)
 from refreshkv.tasks.breadth import PREFIX
 from refreshkv.tasks.continuation import Continuation
 from refreshkv.text import visible
@@ -29,10 +38,12 @@ def show(runs: tuple[Path, ...], *, plots_in: Path | None = None) -> None:
         ValueError: a directory without results, or a line that is none.
     """
     for run in runs:
-        every = summarize(read_results(run))
+        records = read_results(run)
+        every = summarize(records)
         summaries = [row for row in every if row.mode == "free"]
         shown = [table(rows) for rows in (summaries, [row for row in every if row.ratio]) if rows]
-        print(visible("\n\n".join((f"### {run.name}", *shown)) + "\n", keep="\n"))
+        shown.append(kinds_table([r for r in records if is_perplexity(r["task"])]))
+        print(visible("\n\n".join((f"### {run.name}", *filter(None, shown))) + "\n", keep="\n"))
         if plots_in is not None:
             plots_in.mkdir(parents=True, exist_ok=True)
             look = plots.styles(row.method for row in summaries)
@@ -98,6 +109,30 @@ def beside_full_table(summaries: Sequence[Summary]) -> str:
         for row in summaries
     )
     return markdown([f"{summaries[0].examples} documents", *BESIDE_FULL], rows)
+
+
+def kinds_table(records: Sequence[Record]) -> str:
+    """Of perplexities a row a method, a column a kind of `documents`: ratio to full attention's, agreement (per cent).
+
+    Empty where the texts are others.
+    """
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        found = NAME.fullmatch(Path(record.get("source") or "").name)
+        if found is None:
+            return ""
+        kinds.setdefault(found[1], []).append(record)
+    rows: dict[str, dict[str, str]] = {}
+    for kind in sorted(kinds):
+        for row in summarize(kinds[kind]):
+            shown = "-" if row.ratio is None else f"{row.ratio:.4f}, {_percent(row.agreement)}"
+            rows.setdefault(row.method, {})[kind] = shown
+    if not rows:
+        return ""
+    cells = (
+        [f"`{name}`", *(of.get(kind, "-") for kind in sorted(kinds))] for name, of in rows.items()
+    )
+    return markdown(["", *sorted(kinds)], cells)
 
 
 def continuation_table(summaries: Sequence[Summary]) -> str:

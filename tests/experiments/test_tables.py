@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from experiments.tables import family_table, table, task_table
+from experiments.tables import family_table, kinds_table, table, task_table
 from refreshkv.evals.summary import Summary
 
 FULL = Summary(
@@ -63,3 +64,21 @@ def test_the_table_is_the_one_that_fits() -> None:
     texts = [replace(row, task="continuation", examples=24) for row in (FULL, LOSSLESS, LOSSY)]
     head, _, *cells = [line.split(" | ") for line in table(texts).splitlines()]
     assert [row[1] for row in (head, *cells)] == ["same text", "24/24", "24/24", "2/24"]
+
+
+def test_ratios_by_kind_of_text() -> None:
+    records = [
+        {
+            **{"task": "perplexity", "mode": "forced", "method": method, "example": str(i)},
+            **{"score": 1.0 + far * (i + 1), "said": [1, 2, 3 + far], "kl": 0.1},
+            **{"output_tokens": 3, "prompt_tokens": 9, "source": f"a/0{i}-{kind}.txt"},
+        }
+        for i, kind in enumerate(("table", "code", "table"))
+        for method, far in (("full", 0), ("x", 1))
+    ]
+    head, _, full, x = kinds_table(records).splitlines()
+    assert head == "| | code | table |"
+    assert full == "| `full` | 1.0000, 100.0 | 1.0000, 100.0 |"
+    assert x == f"| `x` | {math.exp(2):.4f}, 66.7 | {math.exp(2):.4f}, 66.7 |"
+    assert kinds_table([*records, {**records[0], "source": "a/b.txt"}]) == ""
+    assert kinds_table([{**records[0], "source": None}]) == kinds_table([]) == ""

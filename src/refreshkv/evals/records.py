@@ -91,6 +91,7 @@ def records_of(
             "kl": None if watch is None else watch.kl(row, output.output_tokens),
             "output": output.text,
             "prompt_sha256": hash_of(example),
+            "source": example.facts.get("source"),
             "seconds": output.seconds,
         }
 
