@@ -18,6 +18,8 @@ from refreshkv.evals.compare import FULL, TRANSFORMERS, Row
 GAIN = 1.05  # less is not told from the noise of three rounds
 BAR = 0.95  # share of full attention's tokens that a lossy mode has to agree with
 LEAST = 32  # tokens: on fewer there is nothing to say
+ROUNDS = 3  # of timing, as for tokens
+_NAMED = 3  # rows of which is said why they are not used
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
         text = f"no verdict: {written} tokens are too few to tell; give longer answers room, or other prompts"
         return Verdict(text, None, baseline.name, speedups)
 
+    if len(baseline.rates) < ROUNDS:
+        text = f"no verdict: {len(baseline.rates)} of at least {ROUNDS} rounds of timing"
+        return Verdict(text, None, baseline.name, speedups)
+
     others = [row for row in rows if row not in (full, theirs)]
     faster = [row for row in others if row.rates and speedups[row.name].measurable]
     kept = [row for row in faster if row.lossless or (row.agreement or 0) >= bar]
@@ -74,7 +80,11 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
             f"use {best.name}: {speedups[best.name].median:.2f}x full attention, {_fidelity(best)}"
         )
         return Verdict(text, best.name, baseline.name, speedups)
-    why = "; ".join(_why(row, speedups[row.name], bar) for row in others if row.rates)
+    slower = sorted((r for r in others if r.rates), key=lambda r: -speedups[r.name].median)
+    reasons = [_why(row, speedups[row.name], bar) for row in slower[:_NAMED]]
+    if len(slower) > _NAMED:
+        reasons.append(f"{len(slower) - _NAMED} more are slower")
+    why = "; ".join(reasons)
     own = speedup(full, theirs)
     if own.measurable:
         text = f"use full: {own.median:.2f}x transformers' own cache, the same attention; {why}"
