@@ -6,15 +6,18 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from refreshkv.cli import compare_view
 from refreshkv.cli.generate import STATS
 from refreshkv.evals import decoding, tuning
-from refreshkv.evals.compare import Candidate, Comparison, Difference
+from refreshkv.evals.compare import Candidate, Comparison, Difference, Row, Text
 from refreshkv.evals.decoding import Continued
+from refreshkv.evals.verdict import judge
 
 PROMPT = "The quick brown fox jumps over it\n"
 NEW = 34  # of one prompt; of two half as many are enough for a verdict
@@ -262,3 +265,37 @@ def test_model_text_is_shown_and_not_obeyed(
         r"exact, the prompt: token 2 differs after '[red]a\x1b[2J': full attention 'b\n\u202e', here the end"
     )
     assert "\x1b" not in out and "\u202e" not in out
+
+
+def test_the_table_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = Console(highlight=False, markup=False, width=80)
+    monkeypatch.setattr("refreshkv.cli.common.console", lambda: narrow)
+    large = {"agreement": 0.9995, "perplexity_ratio": 1.2345e5, "kv_read_share": 1.0}
+    measured = {"rates": [12345.6] * 3, "rates_with_prompt": [12345.6] * 3, "stats": None}
+    texts = [Text(f"p{i}", 100, None, None) for i in range(12)]
+    rows = [
+        Row(
+            name=name,
+            lossless=True,
+            candidate=None,
+            texts=texts,
+            same=12,
+            cache_bytes=size,
+            peak_bytes=None,
+            **large,
+            **measured,
+        )
+        for name, size in (("transformers", None), ("full", 2**30), ("fast:budget=16", 2**31 - 1))
+    ]
+    stand_in = SimpleNamespace(rows=lambda: rows, written={text.prompt: 100 for text in texts})
+    compare_view.show(stand_in, judge(rows), None)
+    out = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    for cells in (
+        " ".join(compare_view.HEADINGS),
+        "full 12/12 100.0% 1.23e+05 12345.6 1.00x 1.00x 100% 1 GiB",
+        "fast:budget=16 12/12 100.0% 1.23e+05 12345.6 1.00x 1.00x 100% +1 GiB",
+    ):
+        assert cells in [" ".join(line.split()) for line in out.splitlines()]

@@ -60,7 +60,7 @@ DEFAULT = "exact,fast"
 )
 @click.option(
     "--bar",
-    type=click.FloatRange(0, 1),
+    type=common.Finite(0, 1),
     default=0.95,
     show_default=True,
     help="Share of full attention's tokens that a lossy mode has to agree with to be recommended.",

@@ -55,9 +55,9 @@ def cells(row: Row, rows: Sequence[Row], verdict: Verdict) -> tuple[str, ...]:
     speed = verdict.speedups.get(row.name)
     return (
         row.name,
-        f"{row.same} of {len(row.texts)}" if row.texts else "-",
+        f"{row.same}/{len(row.texts)}" if row.texts else "-",
         "-" if row.agreement is None else f"{row.agreement:.1%}",
-        "-" if row.perplexity_ratio is None else f"{row.perplexity_ratio:.4g}",
+        "-" if row.perplexity_ratio is None else ratio(row.perplexity_ratio),
         "-" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
         "-" if speed is None else f"{speed.median:.2f}x",
         "-" if speed is None else f"{speed.with_prompt:.2f}x",
@@ -74,6 +74,11 @@ def memory(row: Row, full: Row) -> str:
         return size(row.cache_bytes)
     added = row.cache_bytes - full.cache_bytes
     return f"{'-' if added < 0 else '+'}{size(abs(added))}"
+
+
+def ratio(value: float) -> str:
+    """Three digits behind the point, for what is near 1; few digits of what is far."""
+    return f"{value:.3f}" if value < 10 else f"{value:.3g}"
 
 
 def size(count: float) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import refreshkv
-from refreshkv.config import Budgeted, RefreshConfig, make_config
+from refreshkv.config import Budgeted, RefreshConfig, make_config, unknown
 from refreshkv.evals import decoding
 from refreshkv.evals.decoding import GREEDY, Continued, Fed
 from refreshkv.evals.encoding import encode, text_of
 from refreshkv.evals.grid import parse_method
 from refreshkv.evals.prefill import Prefills
-from refreshkv.methods import find
+from refreshkv.methods import METHODS, find
 from refreshkv.stats import RowStats, Stats
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def parse_candidate(text: str) -> Candidate:
         ValueError: an unknown name or setting, or a value out of range.
     """
     name, colon, rest = text.partition(":")
+    if name not in MODES and name not in METHODS:
+        raise ValueError(unknown("method", name, [*MODES, *METHODS]))
     method, arguments = MODES.get(name, (name, {"method": name}))
     spec = parse_method(method + colon + rest)
     return Candidate(text, {**arguments, **spec.settings})
