@@ -14,8 +14,9 @@ from rich.console import Console
 
 from refreshkv.cli import compare_view
 from refreshkv.cli.generate import STATS
-from refreshkv.evals import decoding, tuning
-from refreshkv.evals.compare import Candidate, Comparison, Difference, Row, Text
+from refreshkv.evals import candidates, decoding
+from refreshkv.evals.candidates import Candidate
+from refreshkv.evals.compare import Comparison, Difference, Row, Text
 from refreshkv.evals.decoding import Continued
 from refreshkv.evals.verdict import judge
 
@@ -88,6 +89,7 @@ def test_json_contract(
             assert set(text) == {"prompt", "new_tokens", "difference", "agreement"}
     theirs, full, exact, fast = record["results"]
     assert theirs["config"] is theirs["stats"] is None
+    assert theirs["agreement"] == 1
     assert set(full["stats"]) == set(STATS)
     assert exact["same"] == 2
     assert exact["config"]["mode"] == "exact"
@@ -157,7 +159,7 @@ def test_progress_goes_to_stderr(tiny: Path, run: Callable[..., Any]) -> None:
     args = ("compare", "--model", tiny, "--prompt", PROMPT, "--new-tokens", 2, "--methods", "exact")
     assert run(*args, "--no-progress").stderr == ""
     shown = run(*args, "--progress").stderr
-    assert "exact, timed" in shown and "/13" in shown
+    assert "exact, timed" in shown and "/14" in shown
 
 
 def test_an_interruption_prints_what_there_is(
@@ -206,7 +208,7 @@ def test_tuned_settings_become_a_preset(
     last_json: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tuning, "LOSSLESS", {"confidence": (0.5,), "draft": (3, 4)})
+    monkeypatch.setattr(candidates, "LOSSLESS", {"confidence": (0.5,), "draft": (3, 4)})
     file = tmp_path / "own.json"
     base = ("compare", "--model", tiny, "--prompt", PROMPT, "--new-tokens", NEW, "--json")
     args = (*base, "--methods", "exact", "--tune", "--write-preset", file)
@@ -256,13 +258,14 @@ def test_model_text_is_shown_and_not_obeyed(
 ) -> None:
     monkeypatch.setattr(
         "refreshkv.evals.compare.difference",
-        lambda *_: Difference(2, "[red]a\x1b[2J", "b\n\u202e", ""),
+        lambda *_: Difference(2, "[red]a\x1b[2J", "b\n\u202e", "", 0.125),
     )
     args = ("compare", "--model", tiny, "--prompt", PROMPT, "--new-tokens", 2, "--repeats", 1)
     out = run(*args, "--methods", "exact").stdout
     line = next(line for line in out.splitlines() if line.startswith("exact, the prompt"))
     assert line == (
         r"exact, the prompt: token 2 differs after '[red]a\x1b[2J': full attention 'b\n\u202e', here the end"
+        " (0.12 nats)"
     )
     assert "\x1b" not in out and "\u202e" not in out
 

@@ -16,17 +16,16 @@ import refreshkv
 from refreshkv import demo
 from refreshkv.config import RefreshConfig
 from refreshkv.demo.prompts import make_prompt
-from refreshkv.evals import compare, decoding
+from refreshkv.evals import decoding
+from refreshkv.evals.candidates import LOSSLESS, LOSSY, MODES, Candidate, parse_candidate, variants
 from refreshkv.evals.compare import (
-    Candidate,
     Comparison,
     difference,
+    gap,
     held_bytes,
-    parse_candidate,
     rate,
 )
 from refreshkv.evals.decoding import Continued, feed
-from refreshkv.evals.tuning import LOSSLESS, LOSSY, variants
 from refreshkv.stats import RowStats
 
 NEW = 10
@@ -68,15 +67,14 @@ def test_rows(compared: Comparison, loaded: tuple[Any, Any]) -> None:
     assert list(rows) == ["transformers", "full", *NAMES]
     for name in ("transformers", "full", "exact"):
         row = rows[name]
-        assert (row.lossless, row.same, row.agreement, row.perplexity_ratio) == (
-            True,
-            2,
-            None,
-            None,
-        )
+        assert (row.lossless, row.same) == (True, 2)
         assert [text.difference for text in row.texts] == [None, None]
     assert [text.prompt for text in rows["full"].texts] == list(PROMPTS)
     assert compared.written == {text.prompt: text.new_tokens for text in rows["full"].texts}
+    for name in ("full", "exact"):
+        assert rows[name].agreement is rows[name].perplexity_ratio is None
+    assert rows["transformers"].agreement == 1
+    assert rows["transformers"].perplexity_ratio == pytest.approx(1, abs=1e-3)
     poor = rows[POOR]
     assert not poor.lossless
     assert poor.same < 2
@@ -125,7 +123,7 @@ def test_runs_are_counted_and_take_turns(loaded: tuple[Any, Any], clock: list[st
     clock.clear()
     made.run(told.append)
     assert len(told) == made.runs
-    first = ["full", "transformers", "fast", "full, fed", "fast, fed"]
+    first = ["full", "transformers", "fast", "transformers, fed", "full, fed", "fast, fed"]
     turn = [f"{name}, timed" for name in ("full", "transformers", "fast")]
     assert told == first * 2 + turn * 4
     assert clock == ["ours", "theirs", "ours"] * 6
@@ -133,7 +131,7 @@ def test_runs_are_counted_and_take_turns(loaded: tuple[Any, Any], clock: list[st
 
 def test_it_may_be_stopped_anywhere(loaded: tuple[Any, Any]) -> None:
     """What is measured stays; a round that was not finished does not count."""
-    for stop in (0, 4, 5, 14, 20):
+    for stop in (0, 5, 6, 16, 22):
         made = Comparison(*loaded, PROMPTS, [parse_candidate("fast")], new_tokens=4, repeats=2)
         steps = itertools.count()
 
@@ -144,10 +142,10 @@ def test_it_may_be_stopped_anywhere(loaded: tuple[Any, Any]) -> None:
         with pytest.raises(KeyboardInterrupt):
             made.run(tick)
         rows = {row.name: row for row in made.rows()}
-        # Five runs a prompt, then three a prompt in a round.
-        assert len(made.written) == len(rows["full"].texts) == min(2, (stop + 4) // 5)
-        assert (rows["fast"].agreement is not None) is (stop >= 5)
-        assert len(rows["fast"].rates) == max(0, stop - 10) // 6
+        # Six runs a prompt, then three a prompt in a round.
+        assert len(made.written) == len(rows["full"].texts) == min(2, (stop + 5) // 6)
+        assert (rows["fast"].agreement is not None) is (stop >= 6)
+        assert len(rows["fast"].rates) == max(0, stop - 12) // 6
 
 
 def test_the_cache_is_measured_whole(compared: Comparison, loaded: tuple[Any, Any]) -> None:
@@ -188,6 +186,30 @@ def test_where_texts_part(loaded: tuple[Any, Any]) -> None:
     assert ended is not None and (ended.token, ended.own) == (3, "")
     longer = difference(tokenizer, full[:2], full)
     assert longer is not None and (longer.token, longer.full) == (3, "")
+
+
+def test_how_near_a_difference_is() -> None:
+    """By the likelihood of both tokens where the texts part, after what they share."""
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.5, -0.5], [0.0, -9.0, -9.0]])
+    assert gap(logprobs, [0, 1, 0], [0, 1, 2]) == 9
+    assert gap(logprobs, [0, 1, 0], [0, 2, 0]) == -1
+    assert gap(logprobs, [0, 1, 0], [1]) == 1
+    assert gap(logprobs, [0, 1, 0], [0, 1, 0]) is gap(logprobs, [0, 1, 0], [0]) is None
+
+
+def test_gaps_are_those_of_a_pass_of_the_model(
+    compared: Comparison, loaded: tuple[Any, Any]
+) -> None:
+    row = next(row for row in compared.rows() if row.name == POOR)
+    found = next(text for text in row.texts if text.difference is not None)
+    at, free = found.difference.token - 1, compared._seen
+    place = list(PROMPTS).index(found.prompt)
+    full, own = (free[name].free[place].tokens[0] for name in ("full", POOR))
+    with torch.no_grad():
+        tokens = torch.tensor([[*compared.tokens[found.prompt], *full[:at]]])
+        last = loaded[0](tokens).logits[0, -1].log_softmax(-1)
+    assert found.difference.nats == pytest.approx(float(last[full[at]] - last[own[at]]), abs=1e-3)
+    assert found.difference.nats > 0
 
 
 def test_rates() -> None:
@@ -242,6 +264,6 @@ def test_tuning_varies_what_was_not_asked_for() -> None:
 
 
 def test_every_mode_of_people_is_one_of_attach() -> None:
-    for name, (method, arguments) in compare.MODES.items():
+    for name, (method, arguments) in MODES.items():
         assert parse_candidate(name).config == parse_candidate(method).config
         assert parse_candidate(name).arguments == arguments

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from refreshkv.evals.compare import Difference, Row, Text
-from refreshkv.evals.verdict import BAR, GAIN, LEAST, ROUNDS, judge
+from refreshkv.evals.verdict import BAR, GAIN, LEAST, ROUNDS, TIE, judge
 
 PARTED = Difference(3, "a", "b", "c")
 
@@ -42,6 +43,21 @@ def verdict(
     *rows: Row, theirs: Sequence[float] = (9.8, 9.8, 9.8), full: Sequence[float] = (10, 10, 10)
 ) -> Any:
     return judge([row("transformers", *theirs), row("full", *full), *rows])
+
+
+def test_a_lossless_row_may_part_at_a_tie() -> None:
+    tie, near = Difference(3, "a", "b", "c", TIE), Difference(3, "a", "b", "c", -0.25)
+    texts = [Text("p", 100, tie, None), Text("q", 100, near, None), Text("r", 100, None, None)]
+    found = verdict(row("exact", 12, 12, 12, texts=texts, same=1))
+    assert found.text == (
+        "use exact: 1.20x full attention, the same text in 1 of 3 (else a tie within 0.5 nats)"
+    )
+    texts[1] = Text("q", 100, dataclasses.replace(tie, nats=1.25), None)
+    found = verdict(row("exact", 12, 12, 12, texts=texts, same=1))
+    assert found.use is None
+    assert found.text.endswith("exact is 1.20x, but leaves the text by 1.2 nats")
+    texts[1] = Text("q", 100, PARTED, None)  # nobody knows by how much
+    assert verdict(row("exact", 12, 12, 12, texts=texts, same=1)).use is None
 
 
 def test_the_fastest_that_keeps_the_text_is_used() -> None:

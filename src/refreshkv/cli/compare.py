@@ -14,7 +14,8 @@ from refreshkv.cli.common import BadInput
 
 if TYPE_CHECKING:
     from refreshkv.cli.loading import Loaded
-    from refreshkv.evals.compare import Candidate, Comparison
+    from refreshkv.evals.candidates import Candidate
+    from refreshkv.evals.compare import Comparison
 
 DEFAULT = "exact,fast"
 
@@ -159,8 +160,7 @@ def read_prompts(text: str | None, files: tuple[str, ...]) -> dict[str, str]:
 
 def parse(methods: str | None, presets: tuple[str, ...], tune: bool) -> list[Candidate]:
     """The rows that were asked for, each once, or the default ones."""
-    from refreshkv.evals.compare import Candidate, parse_candidate
-    from refreshkv.evals.tuning import variants
+    from refreshkv.evals.candidates import Candidate, parse_candidate, variants
 
     if methods is None and not presets:
         methods = DEFAULT

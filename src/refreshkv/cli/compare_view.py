@@ -11,14 +11,16 @@ from refreshkv.cli import common
 from refreshkv.cli.eval_view import sections
 from refreshkv.cli.generate import STATS
 from refreshkv.cli.side_by_side_view import TITLE, plain, share
-from refreshkv.evals.compare import FULL, TRANSFORMERS, Candidate, Comparison, Row
+from refreshkv.evals.candidates import Candidate
+from refreshkv.evals.compare import FULL, TRANSFORMERS, Comparison, Row
 from refreshkv.evals.verdict import Verdict
 from refreshkv.presets import write_preset
 
 HEADINGS = ("texts", "tokens", "ppl", "tok/s", "speed", "whole", "KV read", "cache")
 MOST_SHOWN = 12  # differences
 NOTES = (
-    "Texts: that are full attention's. Tokens: of its text, fed, the share that the row would have written too. ppl:"
+    "Texts: that are full attention's. Tokens: of its text, fed, the share that the row would have written too; what"
+    " transformers lacks there is rounding, as is a text that leaves it where two tokens are as likely (nats). ppl:"
     " perplexity of that text over full attention's. tok/s: of decoding. Speed: of it over the faster of transformers"
     " and full, median of the rounds; whole: with the prompt's pass. KV read: against full attention. Cache: memory of"
     " keys, values and all beside them; + is what a row adds."
@@ -99,7 +101,8 @@ def differences(rows: Sequence[Row]) -> Iterator[str]:
                 full, own = (
                     repr(words) if words else "the end" for words in (found.full, found.own)
                 )
-                yield f"{where} after {found.before!r}: full attention {full}, here {own}"
+                nats = "" if found.nats is None else f" ({found.nats:.2g} nats)"
+                yield f"{where} after {found.before!r}: full attention {full}, here {own}{nats}"
 
 
 def named(rows: Sequence[Row], verdict: Verdict) -> Candidate | None:

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 import refreshkv
-from refreshkv.config import Budgeted, RefreshConfig, make_config, unknown
 from refreshkv.evals import decoding
-from refreshkv.evals.decoding import GREEDY, Continued, Fed
+from refreshkv.evals.candidates import Candidate
+from refreshkv.evals.decoding import GREEDY, Continued
 from refreshkv.evals.encoding import encode, text_of
-from refreshkv.evals.grid import parse_method
 from refreshkv.evals.prefill import Prefills
-from refreshkv.methods import METHODS, find
 from refreshkv.stats import RowStats, Stats
 
 if TYPE_CHECKING:
@@ -33,57 +31,7 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = "transformers"  # the row of a model that is not attached, over its own cache
 FULL = "full"  # the row that is the yardstick
-# What people call the modes: the method that says which settings there are, and what `attach` is given.
-MODES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "exact": ("refreshkv", {"mode": "exact"}),
-    "fast": ("refreshkv-fast", {"preset": "fast"}),
-}
 _AROUND = 8  # tokens shown before a difference, and from it on
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is compared with full attention: its name here, and the arguments of `attach`."""
-
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def config(self) -> Budgeted:
-        """What it runs with.
-
-        Raises:
-            ValueError: as `attach`.
-        """
-        rest = dict(self.arguments)
-        method = rest.pop("method", None)
-        return make_config(**rest) if method is None else find(method).config(**rest)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether its tokens are those of full attention by construction."""
-        return self.config.mode in ("exact", "full")
-
-    @property
-    def preset(self) -> RefreshConfig | None:
-        """The settings, where they can be a preset: full attention and other algorithms cannot."""
-        config, method = self.config, self.arguments.get("method")
-        own = isinstance(config, RefreshConfig) and config.mode != "full"
-        return config if own and (method is None or find(method).make is None) else None
-
-
-def parse_candidate(text: str) -> Candidate:
-    """`exact`, `fast` or a method, with settings as in `grid.parse_method`: `exact:draft=8:confidence=0.5`.
-
-    Raises:
-        ValueError: an unknown name or setting, or a value out of range.
-    """
-    name, colon, rest = text.partition(":")
-    if name not in MODES and name not in METHODS:
-        raise ValueError(unknown("method", name, [*MODES, *METHODS]))
-    method, arguments = MODES.get(name, (name, {"method": name}))
-    spec = parse_method(method + colon + rest)
-    return Candidate(text, {**arguments, **spec.settings})
 
 
 @dataclass(frozen=True)
@@ -94,12 +42,15 @@ class Difference:
         token: the number of the first new token that differs, from 1.
         before: the words before it, which both share.
         full, own: how full attention goes on, and how this row does; empty at an end.
+        nats: by how much transformers' own pass over the yardstick finds the row's token less likely than the other
+            one. In 16-bit dtypes it is small, or below 0, where two tokens are about as likely: rounding chose.
     """
 
     token: int
     before: str
     full: str
     own: str
+    nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +72,7 @@ class Row:
         texts: by prompt.
         same: how many texts are those of full attention.
         agreement: share of the fed tokens, over all prompts; the first one, which comes with the prompt, is left out.
+            That of transformers' own pass is what rounding alone does, in this dtype.
         perplexity_ratio: of the same tokens, over that of full attention.
         rates: new tokens a second in each round, those after the first over the seconds of decoding.
         rates_with_prompt: all new tokens over all seconds.
@@ -149,13 +101,22 @@ class Row:
         return statistics.median(self.rates) if self.rates else None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Of each fed token, whether it was the most probable one, and its log-probability in nats."""
+
+    right: Sequence[bool]
+    logprobs: Sequence[float]
+
+
 @dataclass
 class _Seen:
     """What a row has so far. Lists have an entry a prompt; `rounds` has such a list a round."""
 
     candidate: Candidate | None
     free: list[Continued] = field(default_factory=list)
-    fed: list[Fed] = field(default_factory=list)
+    fed: list[Scores] = field(default_factory=list)
+    nats: list[float | None] = field(default_factory=list)
     rounds: list[list[Continued]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     cache_bytes: int | None = None
@@ -200,7 +161,7 @@ class Comparison:
     @property
     def runs(self) -> int:
         """How many runs there are in all."""
-        feeds = 1 + len(self._fed_rows())
+        feeds = 2 + len(self._fed_rows())
         return len(self.tokens) * (len(self._seen) * (1 + self.repeats) + feeds)
 
     def run(self, tick: Callable[[str], object] = lambda name: None) -> None:
@@ -262,14 +223,25 @@ class Comparison:
             add(seen.stats, stats)
 
     def _feed(self, prompt: str, tick: Callable[[str], object]) -> None:
-        """The yardstick through full attention and every lossy row, over one prefill."""
+        """The yardstick through one plain pass, and token by token through full attention and every lossy row."""
         prefills, gold = Prefills(self.model), self._seen[FULL].free[-1].tokens[0]
+        tick(f"{TRANSFORMERS}, fed")
+        logprobs = plain_pass(self.model, self.tokens[prompt], gold)
+        for seen in self._seen.values():
+            seen.nats.append(gap(logprobs, gold, seen.free[-1].tokens[0]))
+        self._seen[TRANSFORMERS].fed.append(
+            Scores(
+                (logprobs.argmax(-1) == torch.tensor(gold, device=logprobs.device)).tolist(),
+                logprobs[range(len(gold)), gold].tolist(),
+            )
+        )
+        del logprobs  # as large as the vocabulary, for each token
         for seen in [self._seen[FULL], *self._fed_rows()]:
             assert seen.candidate is not None
             tick(f"{seen.candidate.name}, fed")
             arguments = seen.candidate.arguments
             with refreshkv.attach(self.model, stats=RowStats(), **arguments) as session:
-                seen.fed += decoding.feed(
+                (fed,) = decoding.feed(
                     self.model,
                     self.tokenizer,
                     session,
@@ -279,16 +251,17 @@ class Comparison:
                     names=[prompt],
                     prefills=prefills,
                 )
+            seen.fed.append(Scores(fed.right, fed.logprobs))
 
     def _row(self, name: str, seen: _Seen) -> Row:
         yardstick, candidate = self._seen[FULL], seen.candidate
-        compared = candidate is not None and not candidate.lossless
-        fed = seen.fed if compared else []
+        fed = [] if seen is yardstick else seen.fed
         texts = []
         for i, (prompt, own) in enumerate(zip(self.tokens, seen.free, strict=False)):
             full, new = yardstick.free[i].tokens[0], own.tokens[0]
             right = fed[i].right[1:] if i < len(fed) else []
-            found = difference(self.tokenizer, full, new)
+            nats = seen.nats[i] if i < len(seen.nats) else None
+            found = difference(self.tokenizer, full, new, nats)
             texts.append(Text(prompt, len(new), found, statistics.fmean(right) if right else None))
         right = [one for row in fed for one in row.right[1:]]
         ratios = [
@@ -300,7 +273,7 @@ class Comparison:
         counted = seen.stats if seen.stats.layers else None
         return Row(
             name=name,
-            lossless=not compared,
+            lossless=candidate is None or candidate.lossless,
             candidate=candidate,
             texts=texts,
             same=sum(text.difference is None for text in texts),
@@ -323,16 +296,41 @@ def rate(runs: Sequence[Continued], prompt: bool = False) -> float | None:
 
 
 def difference(
-    tokenizer: PreTrainedTokenizerBase, full: Sequence[int], own: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    full: Sequence[int],
+    own: Sequence[int],
+    nats: float | None = None,
 ) -> Difference | None:
     """Where two continuations of one prompt part; `None` where they are the same."""
     if list(full) == list(own):
         return None
-    pairs = zip(full, own, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full), len(own)))
+    at = parting(full, own)
     before = text_of(tokenizer, list(full[max(0, at - _AROUND) : at]))
     theirs, ours = (text_of(tokenizer, list(one[at : at + _AROUND])) for one in (full, own))
-    return Difference(at + 1, before, theirs, ours)
+    return Difference(at + 1, before, theirs, ours, nats)
+
+
+def parting(full: Sequence[int], own: Sequence[int]) -> int:
+    """The index of the first token in which two texts differ; the length of the shorter where none does."""
+    pairs = zip(full, own, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full), len(own)))
+
+
+def gap(logprobs: Tensor, full: Sequence[int], own: Sequence[int]) -> float | None:
+    """`Difference.nats` by the log-probabilities `[n, V]` at each token of `full`; `None` where no token differs."""
+    at = parting(full, own)
+    if at == min(len(full), len(own)):
+        return None
+    return float(logprobs[at, full[at]] - logprobs[at, own[at]])
+
+
+@torch.no_grad()
+def plain_pass(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Log-probabilities `[n, V]` at each of the n tokens of an answer: one pass of the model as it is."""
+    tokens = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
+    few = {"logits_to_keep": len(answer)} if decoding.last_logits_only(model) else {}
+    logits = model(input_ids=tokens, use_cache=False, **few).logits[0, -len(answer) :]
+    return logits.float().log_softmax(-1)
 
 
 def add(total: Stats, other: Stats) -> None:

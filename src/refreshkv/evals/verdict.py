@@ -2,13 +2,15 @@
 
 The rule, which docs/cli.md repeats. The baseline is the faster of transformers' own cache and our full attention. A row
 is *faster* where its decoding speed over the baseline's, both of the same round, is at least `GAIN` in the median and
-above 1 in every round, and with the prompt it is not slower in the median. It is *kept* if it is lossless, or if it
-would have written at least the share `bar` of full attention's tokens. The fastest row that is both is used; a lossy
-one only where it is `GAIN` times as fast as the fastest lossless one.
+above 1 in every round, and with the prompt it is not slower in the median. It is *kept* if it is lossless, and leaves
+full attention's text only where two tokens are about as likely (`TIE`); or if it would have written at least the share
+`bar` of full attention's tokens. The fastest row that is both is used; a lossy one only where it is `GAIN` times as
+fast as the fastest lossless one.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from refreshkv.evals.compare import FULL, TRANSFORMERS, Row
 
 GAIN = 1.05  # less is not told from the noise of three rounds
 BAR = 0.95  # share of full attention's tokens that a lossy mode has to agree with
+TIE = 0.5  # nats; logits in bfloat16 lie up to 0.125 apart, and rounding adds up
 LEAST = 32  # tokens: on fewer there is nothing to say
 ROUNDS = 3  # of timing, as for tokens
 _NAMED = 3  # rows of which is said why they are not used
@@ -68,7 +71,7 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
 
     others = [row for row in rows if row not in (full, theirs)]
     faster = [row for row in others if row.rates and speedups[row.name].measurable]
-    kept = [row for row in faster if row.lossless or (row.agreement or 0) >= bar]
+    kept = [row for row in faster if _is_kept(row, bar)]
     # Ascending, so that the last of those that pass is the fastest.
     ranked = sorted(kept, key=lambda row: speedups[row.name].median)
     lossless = [row for row in ranked if row.lossless]
@@ -100,15 +103,28 @@ def speedup(row: Row, baseline: Row) -> Speedup:
     return Speedup(statistics.median(decode), min(decode), statistics.median(whole))
 
 
+def _is_kept(row: Row, bar: float) -> bool:
+    return _parts(row) <= TIE if row.lossless else (row.agreement or 0) >= bar
+
+
+def _parts(row: Row) -> float:
+    """The largest gap in likelihood at which a text leaves that of full attention, in nats; 0 where none does."""
+    gaps = [text.difference.nats for text in row.texts if text.difference is not None]
+    return max((math.inf if nats is None else nats for nats in gaps), default=0.0)
+
+
 def _fidelity(row: Row) -> str:
     if row.lossless:
-        return f"the same text in {row.same} of {len(row.texts)}"
+        parted = "" if row.same == len(row.texts) else f" (else a tie within {TIE} nats)"
+        return f"the same text in {row.same} of {len(row.texts)}{parted}"
     return f"{row.agreement:.1%} of the tokens"
 
 
 def _why(row: Row, speed: Speedup, bar: float) -> str:
     """Why a row is not used."""
     said = f"{row.name} is {speed.median:.2f}x"
+    if speed.measurable and row.lossless:
+        return f"{said}, but leaves the text by {_parts(row):.2g} nats"
     if speed.measurable:
         return f"{said}, but has {row.agreement or 0:.1%} of the tokens (the bar is {bar:.0%})"
     if speed.median >= GAIN and speed.least > 1:
