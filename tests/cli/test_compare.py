@@ -150,7 +150,7 @@ def test_a_lossy_mode_needs_the_bar(
     assert row["agreement"] < 0.95
     assert row["texts"][0]["difference"]["token"] > 1
     assert record["verdict"]["use"] is None
-    assert "the bar is 95%" in record["verdict"]["text"]
+    assert "the bar is 95.0%" in record["verdict"]["text"]
     record = last_json(run(*args, *poor, "--bar", row["agreement"]))
     assert record["verdict"]["use"] == row["name"]
 

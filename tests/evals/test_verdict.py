@@ -78,7 +78,7 @@ def test_speeds_are_over_the_faster_baseline() -> None:
 def test_a_lossy_row_has_to_agree() -> None:
     below = verdict(row("fast", 14, 14, 14, agreement=BAR - 0.001))
     assert below.use is None
-    assert "fast is 1.40x, but has 94.9% of the tokens (the bar is 95%)" in below.text
+    assert "fast is 1.40x, but has 94.9% of the tokens (the bar is 95.0%)" in below.text
     assert verdict(row("fast", 14, 14, 14, agreement=BAR)).use == "fast"
     rows = [
         row("transformers", 9, 9, 9),
@@ -86,6 +86,13 @@ def test_a_lossy_row_has_to_agree() -> None:
         row("fast", 14, 14, 14, agreement=0.8),
     ]
     assert judge(rows, bar=0.8).use == "fast"
+
+
+def test_no_row_has_to_agree_more_than_rounding_does() -> None:
+    rows = [row("full", 10, 10, 10), row("fast", 14, 14, 14, agreement=0.9)]
+    for floor, used in ((0.9, "fast"), (0.91, None), (None, None)):
+        theirs = dataclasses.replace(row("transformers", 9.8, 9.8, 9.8), agreement=floor)
+        assert judge([theirs, *rows]).use == used
 
 
 def test_a_lossy_row_that_was_not_fed_is_not_used() -> None:

@@ -4,8 +4,8 @@ The rule, which docs/cli.md repeats. The baseline is the faster of transformers'
 is *faster* where its decoding speed over the baseline's, both of the same round, is at least `GAIN` in the median and
 above 1 in every round, and with the prompt it is not slower in the median. It is *kept* if it is lossless, and leaves
 full attention's text only where two tokens are about as likely (`TIE`); or if it would have written at least the share
-`bar` of full attention's tokens. The fastest row that is both is used; a lossy one only where it is `GAIN` times as
-fast as the fastest lossless one.
+`bar` of full attention's tokens, or what transformers' own pass has of them, which only rounds differently. The fastest
+row that is both is used; a lossy one only where it is `GAIN` times as fast as the fastest lossless one.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
         text = f"no verdict: {len(baseline.rates)} of at least {ROUNDS} rounds of timing"
         return Verdict(text, None, baseline.name, speedups)
 
+    bar = bar if theirs.agreement is None else min(bar, theirs.agreement)
     others = [row for row in rows if row not in (full, theirs)]
     faster = [row for row in others if row.rates and speedups[row.name].measurable]
     kept = [row for row in faster if _is_kept(row, bar)]
@@ -126,7 +127,7 @@ def _why(row: Row, speed: Speedup, bar: float) -> str:
     if speed.measurable and row.lossless:
         return f"{said}, but leaves the text by {_parts(row):.2g} nats"
     if speed.measurable:
-        return f"{said}, but has {row.agreement or 0:.1%} of the tokens (the bar is {bar:.0%})"
+        return f"{said}, but has {row.agreement or 0:.1%} of the tokens (the bar is {bar:.1%})"
     if speed.median >= GAIN and speed.least > 1:
         return f"{said} without the prompt, {speed.with_prompt:.2f}x with it"
     return f"{said}, not beyond doubt" if speed.median > 1 else said
