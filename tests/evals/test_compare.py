@@ -190,11 +190,11 @@ def test_where_texts_part(loaded: tuple[Any, Any]) -> None:
 
 def test_how_near_a_difference_is() -> None:
     """By the likelihood of both tokens where the texts part, after what they share."""
-    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.5, -0.5], [0.0, -9.0, -9.0]])
-    assert gap(logprobs, [0, 1, 0], [0, 1, 2]) == 9
-    assert gap(logprobs, [0, 1, 0], [0, 2, 0]) == -1
-    assert gap(logprobs, [0, 1, 0], [1]) == 1
-    assert gap(logprobs, [0, 1, 0], [0, 1, 0]) is gap(logprobs, [0, 1, 0], [0]) is None
+    logits = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.5, -0.5], [0.0, -9.0, -9.0]])
+    assert gap(logits, [0, 1, 0], [0, 1, 2]) == 9
+    assert gap(logits, [0, 1, 0], [0, 2, 0]) == -1
+    assert gap(logits, [0, 1, 0], [1]) == 1
+    assert gap(logits, [0, 1, 0], [0, 1, 0]) is gap(logits, [0, 1, 0], [0]) is None
 
 
 def test_gaps_are_those_of_a_pass_of_the_model(

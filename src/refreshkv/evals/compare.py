@@ -226,16 +226,11 @@ class Comparison:
         """The yardstick through one plain pass, and token by token through full attention and every lossy row."""
         prefills, gold = Prefills(self.model), self._seen[FULL].free[-1].tokens[0]
         tick(f"{TRANSFORMERS}, fed")
-        logprobs = plain_pass(self.model, self.tokens[prompt], gold)
+        logits = plain_pass(self.model, self.tokens[prompt], gold)
         for seen in self._seen.values():
-            seen.nats.append(gap(logprobs, gold, seen.free[-1].tokens[0]))
-        self._seen[TRANSFORMERS].fed.append(
-            Scores(
-                (logprobs.argmax(-1) == torch.tensor(gold, device=logprobs.device)).tolist(),
-                logprobs[range(len(gold)), gold].tolist(),
-            )
-        )
-        del logprobs  # as large as the vocabulary, for each token
+            seen.nats.append(gap(logits, gold, seen.free[-1].tokens[0]))
+        self._seen[TRANSFORMERS].fed.append(scores(logits, gold))
+        del logits  # a number for every word, at each token
         for seen in [self._seen[FULL], *self._fed_rows()]:
             assert seen.candidate is not None
             tick(f"{seen.candidate.name}, fed")
@@ -316,21 +311,30 @@ def parting(full: Sequence[int], own: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full), len(own)))
 
 
-def gap(logprobs: Tensor, full: Sequence[int], own: Sequence[int]) -> float | None:
-    """`Difference.nats` by the log-probabilities `[n, V]` at each token of `full`; `None` where no token differs."""
+def gap(logits: Tensor, full: Sequence[int], own: Sequence[int]) -> float | None:
+    """`Difference.nats` by the logits `[n, V]` at each token of `full`; `None` where no token differs."""
     at = parting(full, own)
     if at == min(len(full), len(own)):
         return None
-    return float(logprobs[at, full[at]] - logprobs[at, own[at]])
+    return float(logits[at, full[at]]) - float(logits[at, own[at]])
 
 
 @torch.no_grad()
 def plain_pass(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Log-probabilities `[n, V]` at each of the n tokens of an answer: one pass of the model as it is."""
+    """Logits `[n, V]` at each of the n tokens of an answer: one pass of the model as it is."""
     tokens = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
     few = {"logits_to_keep": len(answer)} if decoding.last_logits_only(model) else {}
-    logits = model(input_ids=tokens, use_cache=False, **few).logits[0, -len(answer) :]
-    return logits.float().log_softmax(-1)
+    return model(input_ids=tokens, use_cache=False, **few).logits[0, -len(answer) :]
+
+
+def scores(logits: Tensor, answer: Sequence[int]) -> Scores:
+    """Of the tokens of an answer, by the logits `[n, V]` at each."""
+    places = zip(
+        logits, answer, strict=True
+    )  # singly: in float32 all may outgrow the model
+    logprobs = [float(one.float().log_softmax(-1)[token]) for one, token in places]
+    best = logits.argmax(-1).tolist()
+    return Scores([a == b for a, b in zip(best, answer, strict=True)], logprobs)
 
 
 def add(total: Stats, other: Stats) -> None:
