@@ -75,6 +75,11 @@ def test_speeds_are_over_the_faster_baseline() -> None:
     assert found.text == "stay with full attention: fast is 0.93x"
 
 
+def test_the_baseline_is_the_faster_within_rounds() -> None:
+    """In the medians of the rates transformers is ahead, in two of three rounds it is not."""
+    assert verdict(theirs=(12, 11, 5), full=(10, 12, 6)).baseline == "full"
+
+
 def test_a_lossy_row_has_to_agree() -> None:
     below = verdict(row("fast", 14, 14, 14, agreement=BAR - 0.001))
     assert below.use is None

@@ -329,9 +329,7 @@ def plain_pass(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[i
 
 def scores(logits: Tensor, answer: Sequence[int]) -> Scores:
     """Of the tokens of an answer, by the logits `[n, V]` at each."""
-    places = zip(
-        logits, answer, strict=True
-    )  # singly: in float32 all may outgrow the model
+    places = zip(logits, answer, strict=True)  # singly: in float32 all may outgrow the model
     logprobs = [float(one.float().log_softmax(-1)[token]) for one, token in places]
     best = logits.argmax(-1).tolist()
     return Scores([a == b for a, b in zip(best, answer, strict=True)], logprobs)

@@ -54,12 +54,12 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
     named = {row.name: row for row in rows}
     full, theirs = named[FULL], named[TRANSFORMERS]
     written = sum(text.new_tokens for text in full.texts)
-    timed = [row for row in (theirs, full) if row.rates]
-    if len(timed) < 2:
+    if not (theirs.rates and full.rates):
         short = bool(full.rates_with_prompt) or not full.texts
         why = "no token to time" if short else "the speed was not measured"
         return Verdict(f"no verdict: {why}", None, None, {})
-    baseline = max(timed, key=lambda row: statistics.median(row.rates))
+    own = speedup(full, theirs)
+    baseline = full if own.median > 1 else theirs
     speedups = {row.name: speedup(row, baseline) for row in rows if row.rates}
     if written < LEAST:
         text = f"no verdict: {written} tokens are too few to tell; give longer answers room, or other prompts"
@@ -89,7 +89,6 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
     if len(slower) > _NAMED:
         reasons.append(f"{len(slower) - _NAMED} more are slower")
     why = "; ".join(reasons)
-    own = speedup(full, theirs)
     if own.measurable:
         text = f"use full: {own.median:.2f}x transformers' own cache, the same attention; {why}"
         return Verdict(text.removesuffix("; "), FULL, baseline.name, speedups)
