@@ -55,8 +55,7 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
     full, theirs = named[FULL], named[TRANSFORMERS]
     written = sum(text.new_tokens for text in full.texts)
     if not (theirs.rates and full.rates):
-        short = bool(full.rates_with_prompt) or not full.texts
-        why = "no token to time" if short else "the speed was not measured"
+        why = "no token to time" if full.rates_with_prompt else "the speed was not measured"
         return Verdict(f"no verdict: {why}", None, None, {})
     own = speedup(full, theirs)
     baseline = full if own.median > 1 else theirs
