@@ -187,7 +187,7 @@ def test_an_interruption_prints_what_there_is(
     )
     nothing = run(*args)
     assert (nothing.exit_code, nothing.stdout) == (1, "")
-    for runs, said in ((2, "no verdict: the speed was not"), (8, "no verdict: 2 of at least 3")):
+    for runs, said in ((2, "no verdict: the speed was not"), (8, "no verdict: 1 of at least 3")):
         left[0] = runs
         stopped = run(*args)
         assert stopped.exit_code == 1

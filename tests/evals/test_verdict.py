@@ -172,6 +172,8 @@ def test_no_verdict_on_too_little() -> None:
     assert short.use is None
     assert short.text == f"no verdict: 2 of at least {ROUNDS} rounds of timing"
     assert short.speedups["exact"].median == 2
+    stopped = judge([row("transformers", *[9] * 3), row("full", *[10] * 3), row("exact", 20, 20)])
+    assert stopped.text == short.text
     untimed = judge([row("transformers"), row("full"), row("exact")])
     assert untimed.text == "no verdict: the speed was not measured"
     assert untimed.baseline is None and not untimed.speedups

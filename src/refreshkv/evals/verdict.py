@@ -63,9 +63,9 @@ def judge(rows: Sequence[Row], bar: float = BAR) -> Verdict:
     if written < LEAST:
         text = f"no verdict: {written} tokens are too few to tell; give longer answers room, or other prompts"
         return Verdict(text, None, baseline.name, speedups)
-
-    if len(baseline.rates) < ROUNDS:
-        text = f"no verdict: {len(baseline.rates)} of at least {ROUNDS} rounds of timing"
+    rounds = min(len(row.rates) for row in rows if row.rates)
+    if rounds < ROUNDS:
+        text = f"no verdict: {rounds} of at least {ROUNDS} rounds of timing"
         return Verdict(text, None, baseline.name, speedups)
 
     bar = bar if theirs.agreement is None else min(bar, theirs.agreement)
