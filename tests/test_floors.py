@@ -15,7 +15,7 @@ SOURCE = Path(refreshkv.__file__).parent
 # From the ground up. The parts of one floor do not import each other.
 FLOORS = [
     {"config", "text"},
-    {"policy", "stats", "tasks", "weights"},
+    {"policy", "presets", "stats", "tasks", "weights"},
     {"kernels", "demo"},
     {"cache"},
     {"mixed"},

@@ -138,7 +138,7 @@ def feed(
     tokenizer: PreTrainedTokenizerBase,
     session: Session,
     prompts: Sequence[str],
-    answers: Sequence[str],
+    answers: Sequence[str | list[int]],
     *,
     chat: bool = False,
     names: Sequence[str] | None = None,
@@ -147,7 +147,8 @@ def feed(
 ) -> list[Fed]:
     """Prefill each prompt, then decode its answer token by token under the method, whatever the model would have said.
 
-    Arguments as for `generate`, and
+    An answer is a text, or tokens: what a model wrote need not be encoded as it was written. Other arguments as for
+    `generate`, and
 
     Args:
         watch: is told the number of each step and the log-probabilities of all tokens in it, `[B, V]`.
@@ -158,7 +159,7 @@ def feed(
     """
     if session.config.mode == "exact":
         raise ValueError("the lossless mode cannot be fed an answer; let it generate freely")
-    golds = [answer_tokens(tokenizer, answer) for answer in answers]
+    golds = [a if isinstance(a, list) else answer_tokens(tokenizer, a) for a in answers]
     if [] in golds:
         name = f"prompt {golds.index([])}" if names is None else names[golds.index([])]
         raise ValueError(f"{name}: the answer has no tokens; there is nothing to feed")
