@@ -22,7 +22,7 @@ from pathlib import Path
 
 from refreshkv import demo, safe_folder, weights
 from refreshkv.config import unknown
-from refreshkv.text import one_line
+from refreshkv.text import one_line, reason
 
 _FULL = os.strerror(errno.ENOSPC)
 
@@ -109,8 +109,8 @@ def path(name: str) -> Path:
     """The folder of a model, for `from_pretrained`.
 
     Raises:
-        ValueError: a name that is none of `MODELS`, or a model that is not fetched; names the command.
-        OSError: a cache folder that others could have written to.
+        ValueError: a name that is none of `MODELS`, a model that is not fetched (names the command), or a cache folder
+            that others could have written to.
     """
     folder = _folder(name)
     if not folder.is_dir():
@@ -123,7 +123,7 @@ def path(name: str) -> Path:
 
 def is_fetched(name: str) -> bool:
     """Whether `path` has a folder to name."""
-    with suppress(ValueError, OSError):
+    with suppress(ValueError):
         return path(name).is_dir()
     return False
 
@@ -146,10 +146,10 @@ def fetch(name: str, *, accept_licence: bool = False) -> Path:
         accept_licence: you have read the terms that the model's licence binds you to, and accept them.
 
     Raises:
-        ValueError: a name that is none, or terms that are not accepted.
+        ValueError: a name that is none, terms that are not accepted, or a cache folder that others can write to.
         ModuleNotFoundError: what reads GGUF is not installed; names the command.
         FetchError: no answer from the index, or a download that is not what was expected.
-        OSError: no place for it, a full disk among the reasons.
+        OSError: it cannot be written, to a full disk for one.
     """
     target, model = _folder(name), MODELS[name]
     if target.is_dir():
@@ -183,7 +183,12 @@ def _folder(name: str) -> Path:
     wheels = MODELS[name].wheels
     if not wheels:
         return demo.MODEL_PATH
-    return safe_folder.user_folder() / "models" / f"{name}-{wheels[0].version}"
+    try:
+        return safe_folder.user_folder() / "models" / f"{name}-{wheels[0].version}"
+    except OSError as error:
+        raise ValueError(
+            f"there is no safe place for models ({reason(error)}); {safe_folder.REMEDY}"
+        ) from error
 
 
 def _download(model: Model, room: Path) -> None:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+REMEDY = "make it a folder of yours with mode 700, or name another place in XDG_CACHE_HOME"
 _UNFINISHED = "tmp"  # how everything begins that is still being written
 
 
 class UnsafeFolder(OSError):
-    """The folder is not the user's alone: which, why, and the remedy."""
+    """The folder is not the user's alone: which, and why."""
 
 
 def user_folder() -> Path:
@@ -36,14 +37,11 @@ def user_folder() -> Path:
         with contextlib.suppress(RuntimeError):  # a user without a home directory
             home = Path.home() / ".cache"
     if not home.is_absolute():
-        raise OSError("there is no home directory; name a place in XDG_CACHE_HOME")
+        raise OSError("there is no home directory")
     folder = home / "refreshkv"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if fault := _fault(folder.lstat(), stat.S_ISDIR):
-        raise UnsafeFolder(
-            f"{str(folder)!r}, which {fault}: make it a folder of yours with mode 700, or name another place in"
-            " XDG_CACHE_HOME"
-        )
+        raise UnsafeFolder(f"{str(folder)!r}, which {fault}")
     return folder
 
 
@@ -53,7 +51,7 @@ def kept() -> Path | None:
         return user_folder()
     except UnsafeFolder as error:
         warnings.warn(
-            f"each process compiles its own CPU kernels, because none are kept in {error}",
+            f"each process compiles its own CPU kernels, because none are kept in {error}: {REMEDY}",
             RuntimeWarning,
             stacklevel=2,
         )

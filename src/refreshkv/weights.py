@@ -150,10 +150,18 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise `ValueError` where the tokenizer has a token that the model has no embedding for."""
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, gguf: bool = False
+) -> None:
+    """Raise `ValueError` where the tokenizer has a token that the model has no embedding for.
+
+    That of a `gguf` file may be GPT-2's end: transformers adds it to every vocabulary of bytes, Llama 3's for one.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    tokens = tokenizer.get_vocab()
+    if gguf and tokens.get("<|endoftext|>") == rows:
+        del tokens["<|endoftext|>"]
+    token, largest = max(tokens.items(), key=lambda item: item[1], default=("", 0))
     if largest >= rows:
         raise ValueError(
             f"its tokens go up to number {largest}, {token!r}, but the model has {rows} embeddings: it belongs to"

@@ -93,7 +93,7 @@ def load(
             AutoModelForCausalLM, source.location, dtype=dtype, use_safetensors=True, **common
         )
     with reading(source, "tokenizer"):
-        weights.check_tokens(tokenizer, model)
+        weights.check_tokens(tokenizer, model, gguf=source.gguf is not None)
     model.generation_config.use_cache = True  # checkpoints fresh from training often say False
     return Loaded(source, model.to(target).eval(), tokenizer)
 

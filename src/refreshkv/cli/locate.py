@@ -1,4 +1,4 @@
-"""Where `--model` points: a model with a name, a folder, a GGUF file or the Hub. Says in one line why it cannot be used."""
+"""Where `--model` points: a name, a folder, a GGUF file or the Hub. Says in one line why it cannot be used."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def locate(model: str, *, need_weights: bool = True) -> Source:
     """Find the model; nothing is loaded yet.
 
     Args:
-        model: a name of `refreshkv.models`, a folder, a GGUF file or a Hub id. A folder of the name "demo" is reached as
-            "./demo".
+        model: a name of `refreshkv.models`, a folder, a GGUF file or a Hub id. The name goes before a folder, which is
+            reached as "./demo".
         need_weights: whether weights are needed (a folder with only a config is enough to tell its architecture).
 
     Raises:
@@ -60,8 +60,8 @@ def locate(model: str, *, need_weights: bool = True) -> Source:
     if model in models.MODELS:
         try:
             folder = models.path(model)
-        except (ValueError, OSError) as error:
-            raise BadInput(reason(error)) from error
+        except ValueError as error:
+            raise BadInput(str(error)) from error
         if not (folder / "config.json").is_file():
             raise click.ClickException(
                 f"model {model!r} is missing from '{folder}'; {models.remedy(model)}"
