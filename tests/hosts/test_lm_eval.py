@@ -132,7 +132,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
 def test_models_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its folder for the model and for tasks that load the tokenizer by themselves; else the command that fetches it."""
+    """Its folder for the model and for tasks that load the tokenizer; else the command that fetches it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="run 'refreshkv models fetch smollm2-135m'"):
         RefreshLM("smollm2-135m", **COMMON)
