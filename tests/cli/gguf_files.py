@@ -10,8 +10,8 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 POSITIONS = 128
-# Bytes and a merge, for GGUF wants one; the end comes before them.
-TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+# Bytes and merges, for GGUF wants some; the end comes before them.
+TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -49,8 +49,10 @@ def write_gguf(file: Path, end: str = "<|endoftext|>") -> LlamaForCausalLM:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([end, *TOKENS])
     writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * len(TOKENS))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)  # transformers 5.16 wants one
+    writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
