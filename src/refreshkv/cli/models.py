@@ -9,6 +9,7 @@ import click
 
 from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
+from refreshkv.text import visible
 
 
 @click.group(
@@ -26,6 +27,11 @@ def command(context: click.Context, as_json: bool) -> None:
     if as_json:
         common.emit_json({"models": found})
         return
+    show(found)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """A table that fits 80 columns, and where each comes from."""
     from rich import box
     from rich.table import Table
 
@@ -33,15 +39,14 @@ def command(context: click.Context, as_json: bool) -> None:
     for heading in ("", "architecture", "weights", "context", "licence", "here"):
         table.add_column(heading, overflow="fold")
     for one in found:
-        here = "yes" if one["fetched"] else f"no: {one['download'] / 1e6:.0f} MB to fetch"
-        size = f"{one['parameters'] / 1e6:.3g}M"
-        table.add_row(
-            one["name"], one["architecture"], size, str(one["context"]), one["licence"], here
-        )
+        here = "yes" if one["fetched"] else f"no ({one['download'] / 1e6:.0f} MB)"
+        kind = one["architecture"].removesuffix("ForCausalLM")
+        size, context = f"{one['parameters'] / 1e6:.3g}M", f"{one['context'] // 1024}K"
+        table.add_row(one["name"], kind, size, context, one["licence"], here)
     console = common.console()
     console.print(table)
     for one in found:
-        terms = f"; terms: {one['terms']}" if one["terms"] else ""
+        terms = f" (terms: {one['terms']})" if one["terms"] else ""
         console.print(f"{one['name']}: {one['source']}{terms}", soft_wrap=True)
 
 
@@ -101,4 +106,4 @@ def fetch(name: str, accept_licence: bool, as_json: bool) -> None:
     if as_json:
         common.emit_json({"name": name, "path": str(folder), "fetched": not before})
     else:
-        click.echo(f"{name} {'is already' if before else 'is now'} in '{folder}'")
+        click.echo(visible(f"{name} {'is already' if before else 'is now'} in '{folder}'"))
