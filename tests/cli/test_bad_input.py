@@ -115,6 +115,7 @@ case("empty model name")(lambda tiny, tmp: generate("", "--prompt", "a"))
 case("model folder that is missing")(lambda tiny, tmp: generate(tmp / "no", "--prompt", "a"))
 case("model folder without a config")(lambda tiny, tmp: generate(tmp, "--prompt", "a"))
 case("model given as a file")(lambda tiny, tmp: generate(tiny / "config.json", "--prompt", "a"))
+case("unknown model to fetch")(lambda tiny, tmp: ["models", "fetch", "smollm"])
 case("Hub id that cannot be reached")(lambda tiny, tmp: generate("nobody/nothing", "--prompt", "a"))
 case("unknown task")(lambda tiny, tmp: ["demo", "--tasks", "key-value,html-to-csv"])
 case("unknown task to print")(lambda tiny, tmp: ["demo", "--print-prompt", "key-vale"])
@@ -285,6 +286,29 @@ def _(tiny: Path, tmp: Path) -> Args:
     return generate(tmp, "--prompt", "a")
 
 
+@case("model folder with several GGUF files")
+def _(tiny: Path, tmp: Path) -> Args:
+    for name in ("b.gguf", "a.gguf"):
+        (tmp / name).write_bytes(b"GGUF")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("GGUF file that is none")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "a.gguf").write_bytes(b"GGUF")
+    return generate(tmp / "a.gguf", "--prompt", "a")
+
+
+@case("model that is not fetched")
+def _(tiny: Path, tmp: Path) -> Args:
+    return generate("gemma3-270m", "--prompt", "a")
+
+
+@case("model whose terms are not accepted")
+def _(tiny: Path, tmp: Path) -> Args:
+    return ["models", "fetch", "gemma3-270m"]
+
+
 @case("model folder with broken weights")
 def _(tiny: Path, tmp: Path) -> Args:
     shutil.copytree(tiny, tmp, dirs_exist_ok=True)
@@ -357,8 +381,15 @@ def test_every_documented_row_has_a_case() -> None:
 
 @pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("name", documented())
-def test_bad_input(name: str, tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_bad_input(
+    name: str,
+    tiny: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     message, code = documented()[name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is fetched
     result = run(*CASES[name](tiny, tmp_path), stdin=b"")
     assert result.exit_code == code, (result.stderr, result.exception)
     assert result.stdout == ""

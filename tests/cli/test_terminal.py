@@ -47,6 +47,7 @@ def harmless(text: str) -> bool:
         ("compare", "--model", "demo", "--prompt", "a", "--write-preset", f"/{EVIL}"),
         ("demo", "--tasks", EVIL),
         ("bench", "decode", "--shape", EVIL),
+        ("models", "fetch", EVIL),
         ("bench", "plan", "--device", EVIL),
         ("bench", "plan", "--check", f"/{EVIL}"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from refreshkv.bench.variants import NAMES
-from refreshkv.cli import bench_view, eval_view, side_by_side_view
+from refreshkv.cli import bench_view, eval_view, models, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.evals.summary import Summary
 
@@ -122,3 +122,9 @@ def test_eval_beside_full_attention(capsys: pytest.CaptureFixture[str]) -> None:
     printed = lines(capsys)
     assert "refreshkv-mixed 123.46 [1.00, 234.56] 1234 100.0% 100.0%" in printed
     assert "they are against full attention; add full to --methods." in " ".join(printed)
+
+
+def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refreshkv.models.is_fetched", lambda name: False)
+    models.show(models.listed())
+    assert "gemma3-270m Gemma3 268M 32K Gemma Terms of Use no (238 MB)" in lines(capsys)
