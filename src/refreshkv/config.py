@@ -43,7 +43,7 @@ def odd(default: int) -> int:
 
 def bits_of_code(default: int) -> int:
     """A field of bits of a code."""
-    return setting(default, "must be an integer from 1 to 8", lambda bits: 1 <= bits <= 8)
+    return setting(default, "must be an integer from 1 to 6", lambda bits: 1 <= bits <= 6)
 
 
 def cosine(default: float | None, alternative: str) -> float | None:
@@ -188,8 +188,8 @@ class Rounding(Settings):
     """The copy of all keys and values in a few bits that mixed steps read (ours).
 
     Attributes:
-        key_bits: of the code of a key's number, 1 to 8; its grid is that of a channel over 64 tokens.
-        value_bits: of the code of a value's number, 1 to 8; its grid is that of a token.
+        key_bits: of the code of a key's number, 1 to 6; it lies on a grid of its channel over 64 tokens.
+        value_bits: of the code of a value's number, 1 to 6; likewise.
     """
 
     key_bits: int = bits_of_code(2)

@@ -175,14 +175,12 @@ def oracle(row: Row) -> Iterator[Sets]:
 
 
 def with_rough_keys(row: Row, bits: int) -> Row:
-    """The row with each key on a grid of its own, whose least value and step are kept in bfloat16."""
+    """The row with each key on a grid of its own."""
     keys = row.text.keys
     low, high = keys.amin(-1, keepdim=True), keys.amax(-1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).bfloat16().float()
-    low = low.bfloat16().float()
-    codes = ((keys - low) / step).round().clamp(0, 2**bits - 1)
+    step = (high - low) / (2**bits - 1)
     rough = copy.copy(row)
-    rough.text = replace(row.text, keys=low + codes * step)
+    rough.text = replace(row.text, keys=low + ((keys - low) / step).round() * step)
     return rough
 
 

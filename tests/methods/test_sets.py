@@ -14,7 +14,7 @@ from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods import METHODS
 from refreshkv.methods.pyramidkv import PyramidKVSettings, layer_budget
 from refreshkv.methods.quest import Quest
-from refreshkv.policy.rounding import restored, round_keys, round_values
+from refreshkv.policy.rounding import restored, round_block
 from tests.helpers import random_tokens
 
 from .driver import CHOOSING, EVICTING, KEPT, KIVI, Driver, close, full_attention
@@ -370,8 +370,8 @@ def test_kivi_attends_to_nothing_but_codes_and_the_newest_tokens(bits: int) -> N
     outputs = [driver.step() for _ in range(10)]
     keys, values = tokens.keys.clone(), tokens.values.clone()
     for block in (slice(0, 64), slice(64, 128)):
-        keys[:, :, block] = restored(round_keys(keys[:, :, block], bits))
-        values[:, :, block] = restored(round_values(values[:, :, block], bits))
+        for part in (keys, values):
+            part[:, :, block] = restored(round_block(part[:, :, block], bits))
     expected = full_attention(replace(tokens, keys=keys, values=values), 129, driver.options)
     torch.testing.assert_close(outputs[-1], expected, rtol=2e-2, atol=2e-3)
     exact = full_attention(tokens, 129, driver.options)

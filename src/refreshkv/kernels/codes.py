@@ -31,8 +31,7 @@ class Codes:
 
     Attributes:
         keys, values: `[R, Hkv, N, W]` int16, planes; or, with `blocks`, pages `[pages, Hkv, blocks a page, W]`.
-        key_grids: `[R, Hkv, N, 2, D]` bfloat16, low and step of each dim.
-        value_grids: `[R, Hkv, N, 2, 64]` bfloat16, low and step of each token.
+        key_grids, value_grids: `[R, Hkv, N, D]` int16, the grid of each dim.
         blocks: `[B, M]` int32, as in `Entries`. `None`: no pages, and row b lies where `Entries.rows` says.
     """
 
@@ -50,17 +49,18 @@ class Codes:
         shape = (*like.shape[:2], blocks)
         widths = (code_width(dim, b) for dim, b in zip(dims, (bits, value_bits), strict=True))
         keys, values = (like.new_zeros(*shape, width, dtype=torch.int16) for width in widths)
-        grids = [like.new_zeros(*shape, 2, size, dtype=torch.bfloat16) for size in (dims[0], BLOCK)]
-        return cls(keys, grids[0], values, grids[1])
+        key_grids, value_grids = (like.new_zeros(*shape, dim, dtype=torch.int16) for dim in dims)
+        return cls(keys, key_grids, values, value_grids)
 
     @property
     def bits(self) -> int:
         """Bits of the code of a key's number."""
         return self.keys.shape[-1] // code_width(self.key_grids.shape[-1], 1)
 
-    def value_bits(self, dim: int) -> int:
-        """Bits of the code of a value's number; values have `dim`."""
-        return self.values.shape[-1] // code_width(dim, 1)
+    @property
+    def value_bits(self) -> int:
+        """Bits of the code of a value's number."""
+        return self.values.shape[-1] // code_width(self.value_grids.shape[-1], 1)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,16 +90,16 @@ def pack_values(codes: Tensor, bits: int) -> Tensor:
 
 def restored_keys(codes: Codes) -> Tensor:
     """Keys `[R, Hkv, N * 64, D]` float32."""
-    low, step = codes.key_grids.unbind(-2)
-    numbers = _unpack(codes.keys, _padded(low.shape[-1]), BLOCK).mT[..., : low.shape[-1]]
-    return restored(Rounded(numbers, low[..., None, :], step[..., None, :])).flatten(2, 3)
+    dim = codes.key_grids.shape[-1]
+    numbers = _unpack(codes.keys, _padded(dim), BLOCK).mT[..., :dim]
+    return restored(Rounded(numbers, codes.key_grids)).flatten(2, 3)
 
 
-def restored_values(codes: Codes, dim: int) -> Tensor:
-    """Values `[R, Hkv, N * 64, dim]` float32."""
-    low, step = codes.value_grids.unbind(-2)
+def restored_values(codes: Codes) -> Tensor:
+    """Values `[R, Hkv, N * 64, D]` float32."""
+    dim = codes.value_grids.shape[-1]
     numbers = _unpack(codes.values, BLOCK, _padded(dim))[..., :dim]
-    return restored(Rounded(numbers, low[..., None], step[..., None])).flatten(2, 3)
+    return restored(Rounded(numbers, codes.value_grids)).flatten(2, 3)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

@@ -24,7 +24,7 @@ class KiviSettings(Budgeted):
 
     mode = "mixed"
 
-    bits: int = setting(4, "is a number of bits from 1 to 8", lambda bits: 1 <= bits <= 8)
+    bits: int = setting(4, "is a number of bits from 1 to 6", lambda bits: 1 <= bits <= 6)
 
     def for_cache(self) -> RefreshConfig:
         """See `Budgeted.for_cache`."""
@@ -58,9 +58,8 @@ def _method(bits: int) -> Method:
             " arXiv 2402.02750"
         ),
         note=(
-            f"All keys and values in {bits} bits, whatever K is: keys per channel over 64 tokens, values per token; the"
-            " newest, at most 64, are exact (the paper: groups of 32, values in groups of 32 channels too, and the"
-            " newest 128 exact). Counts codes and grids."
+            f"All keys and values in {bits} bits, whatever K is, per channel over 64 tokens; the newest, at most 64, are"
+            " exact (the paper: keys over 32 tokens, values per token, the newest 128). Counts codes and grids."
         ),
         settings=KiviSettings,
         fixed={"bits": bits},

@@ -10,9 +10,9 @@ from torch import Tensor
 from refreshkv.config import Grouped, setting
 from refreshkv.methods.kept import KeptEntries, Look
 from refreshkv.methods.method import Method
-from refreshkv.policy.rounding import GRID_BITS, restored, round_values
 
 _ENTRY = 32  # bits of a dimension of an entry: key and value of 16 each
+_RANGE = 32  # bits that the least component and the step of a rounded key take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,14 @@ class ByRoundedKeys(KeptEntries):
     def copy(self, now: Look) -> Tensor:
         """`rounded`, up to the newest token."""
         keys = now.keys if self.rounded is None else now.keys[:, :, -1:]
-        new = restored(round_values(keys, self.settings.bits)).to(keys.dtype)
+        new = round_keys(keys, self.settings.bits)
         self.rounded = new if self.rounded is None else torch.cat([self.rounded, new], 2)
         return self.rounded
 
     def overhead(self, now: Look) -> Tensor:
         """The copy of every visible token, as a share of an entry of 16 bits a number."""
         dims = now.keys.shape[-1]
-        bits = now.tokens * (self.settings.bits * dims + GRID_BITS)
+        bits = now.tokens * (self.settings.bits * dims + _RANGE)
         return (bits + _ENTRY * dims - 1) // (_ENTRY * dims)
 
 
@@ -83,6 +83,14 @@ class TopP(ByRoundedKeys):
         kept = kept.unflatten(1, (now.cache.kv_heads, -1)).any(2) & now.seen[:, None]
         kept[..., -1] = True
         return kept
+
+
+def round_keys(keys: Tensor, bits: int) -> Tensor:
+    """Each key `[..., D]` on a grid of `2**bits` values between its least and its greatest component."""
+    exact = keys.float()
+    low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
+    unit = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (low + ((exact - low) / unit).round() * unit).to(keys.dtype)
 
 
 def _method(bits: int) -> Method:

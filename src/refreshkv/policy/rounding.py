@@ -1,11 +1,13 @@
 """Keys and values in a few bits, and which entries of a step are worth reading exactly (ours).
 
-Keys lie on a grid per channel over a block of 64 consecutive tokens, because their outliers sit in channels; values on
-a grid per token. Source of that: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
-arXiv 2402.02750. Codes are a function of a block's keys and values alone, whenever they are made.
+Numbers lie on a grid per channel over a block of 64 consecutive tokens, because outliers sit in channels. Source of
+that, for keys: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750; values
+fare better so too, measured in docs/log.md (KIVI rounds them per token). Codes are a function of a block's keys and
+values alone, whenever they are made.
 
 Letters: B rows, Hkv KV heads, D head dim, n entries. A grid of b bits has the values `low + step * code` for the codes
-0 .. 2^b - 1; `low` and `step` are kept in 16 bits (bfloat16), and codes are made with what is kept.
+0 .. 2^b - 1, and is kept in 16 bits: 7 for `step`, one of 128 numbers `m * 2^e` with m = 1, 1.25, 1.5, 1.75 and e =
+-20 .. 11, and 9 for `low`, in quarters of a step. Codes are made with what is kept.
 """
 
 from __future__ import annotations
@@ -15,33 +17,73 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens that share the grids of their keys
-GRID_BITS = 32  # of `low` and `step` together
+BLOCK = 64  # tokens that share a grid
+GRID_BITS = 16
+_STEP_BITS = 7
+_QUARTERS = 4  # of a step, in which `low` is counted
+_FURTHEST = 255  # quarters from 0 that it may lie; what is one more away means NaN
+_STEP_SHIFT, _STEP_BASE = (
+    21,
+    107 << 2,
+)  # a step as it is kept is the top of a float32, less what 2^-20 has there
 _STEPS_A_NAT = 8  # buckets of the histogram of log-weights; the last one has no end
 _BUCKETS = 256
 
 
 class Rounded(NamedTuple):
-    """codes `[..., 64, D]` int32; low, step bfloat16: `[..., 1, D]` of keys, `[..., 64, 1]` of values."""
+    """codes `[..., 64, D]` int32; grid `[..., D]` int16, of each channel."""
 
     codes: Tensor
-    low: Tensor
-    step: Tensor
+    grid: Tensor
 
 
-def round_keys(keys: Tensor, bits: int, visible: Tensor | None = None) -> Rounded:
-    """Keys `[..., 64, D]` of a block; `visible` `[..., 64]` bool, the others have no say in the grid."""
-    return _rounded(keys, bits, -2, visible)
+def round_block(numbers: Tensor, bits: int, visible: Tensor | None = None) -> Rounded:
+    """Keys or values `[..., 64, D]` of a block; `visible` `[..., 64]` bool, the others have no say in the grid.
 
-
-def round_values(values: Tensor, bits: int) -> Rounded:
-    """Values `[..., 64, D]` of a block."""
-    return _rounded(values, bits, -1, None)
+    The grid reaches from the least number of a channel to the greatest; that of one bit has two of the four values
+    that two bits have, the inner ones. A channel with a NaN or an infinity that is visible becomes NaN.
+    """
+    exact, levels = numbers.float(), 2 ** max(bits, 2) - 1
+    low = high = exact
+    if visible is not None:
+        low = exact.masked_fill(~visible[..., None], float("inf"))
+        high = exact.masked_fill(~visible[..., None], float("-inf"))
+        nothing = ~visible.any(-1)[..., None, None]
+        low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
+    low, high = low.amin(-2), high.amax(-2)
+    step = (high - low) / levels
+    if bits == 1:
+        low = low + step
+    grid = _kept(low, step)
+    low, step = low_and_step(grid)
+    codes = (exact - low[..., None, :]) / step[..., None, :]
+    return Rounded(codes.round().clamp(0, 2**bits - 1).nan_to_num(0.0).int(), grid)
 
 
 def restored(rounded: Rounded) -> Tensor:
     """`[..., 64, D]` float32."""
-    return rounded.low.float() + rounded.step.float() * rounded.codes
+    low, step = low_and_step(rounded.grid)
+    return low[..., None, :] + step[..., None, :] * rounded.codes
+
+
+def low_and_step(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Least value and step of grids, float32, shaped as they are."""
+    kept = grid.int()
+    quarters = kept >> _STEP_BITS
+    step = (((kept & (2**_STEP_BITS - 1)) + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
+    low = (step * quarters / _QUARTERS).masked_fill(quarters < -_FURTHEST, float("nan"))
+    return low, step
+
+
+def _kept(low: Tensor, step: Tensor) -> Tensor:
+    """The grid nearest to one, int16; a step that `low` is too far away for becomes a longer one."""
+    step = torch.maximum(step, low.abs() * (_QUARTERS / _FURTHEST))
+    bits = (step.contiguous().view(torch.int32) + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT
+    kept = (bits - _STEP_BASE).clamp(0, 2**_STEP_BITS - 1)
+    unit = ((kept + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
+    quarters = (low / unit * _QUARTERS).round().clamp(-_FURTHEST, _FURTHEST)
+    quarters = quarters.masked_fill(~(step < float("inf")), -_FURTHEST - 1)
+    return ((quarters.int() << _STEP_BITS) | kept).to(torch.int16)
 
 
 def largest_weights(logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
@@ -71,18 +113,3 @@ def worth_reading(weights: Tensor, budget: Tensor) -> Tensor:
     counts.scatter_add_(-1, bucket, torch.ones_like(bucket))
     fits = counts[..., :_BUCKETS].cumsum(-1) <= budget[:, None, None]
     return bucket < fits.sum(-1, keepdim=True)
-
-
-def _rounded(numbers: Tensor, bits: int, over: int, visible: Tensor | None) -> Rounded:
-    """On a grid between the least and the greatest over the dimension `over`."""
-    exact, most = numbers.float(), 2**bits - 1
-    low, high = exact, exact
-    if visible is not None:
-        low = exact.masked_fill(~visible[..., None], float("inf"))
-        high = exact.masked_fill(~visible[..., None], float("-inf"))
-    low, high = low.amin(over, keepdim=True), high.amax(over, keepdim=True)
-    step = ((high - low) / most).bfloat16()
-    low = low.bfloat16()
-    unit = step.float().clamp(min=torch.finfo(torch.bfloat16).tiny)
-    codes = ((exact - low.float()) / unit).round().clamp(0, most)
-    return Rounded(codes.nan_to_num(0.0).int(), low, step)

@@ -1,7 +1,7 @@
 """Attention over a rounded copy of all entries and the exact ones of those that have weight; and that copy (ours).
 
-As everywhere here, no number makes a kernel read or write elsewhere. A NaN among the keys of a block may reach the
-logits of all its tokens, one among the values of a token all dims of the output.
+As everywhere here, no number makes a kernel read or write elsewhere. A NaN or an infinity among the keys of a block
+makes the logits of all its tokens NaN, one among the values its own dim of the output.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from refreshkv.kernels.reference.attention import (
 from refreshkv.policy.rounding import (
     BLOCK,
     largest_weights,
-    round_keys,
-    round_values,
+    round_block,
     worth_reading,
 )
 
@@ -76,13 +75,13 @@ def encode(
     row, column = wanted.nonzero(as_tuple=True)
     at = page[row, column], slice(None), slot[row, column]
     seen = stored[row, :, column]
-    bits, value_bits = codes.bits, codes.value_bits(values.shape[-1])
-    coded = round_keys(keys[row, :, column], bits, seen)
-    codes.keys[at] = pack_keys(coded.codes, bits)
-    codes.key_grids[at] = torch.stack([coded.low[..., 0, :], coded.step[..., 0, :]], -2)
-    coded = round_values(values[row, :, column].masked_fill(~seen[..., None], 0.0), value_bits)
-    codes.values[at] = pack_values(coded.codes, value_bits)
-    codes.value_grids[at] = torch.stack([coded.low[..., 0], coded.step[..., 0]], -2)
+    parts = (
+        (keys, codes.bits, pack_keys, codes.keys, codes.key_grids),
+        (values, codes.value_bits, pack_values, codes.values, codes.value_grids),
+    )
+    for numbers, bits, pack, planes, grids in parts:
+        rounded = round_block(numbers[row, :, column], bits, seen)
+        planes[at], grids[at] = pack(rounded.codes, bits), rounded.grid
 
 
 def attend_mixed(
@@ -116,7 +115,7 @@ def attend_mixed(
     everywhere = positions[:, None].expand(-1, entries.kv_heads, -1)
     copy = Entries(
         restored_keys(codes),
-        restored_values(codes, values.shape[-1]),
+        restored_values(codes),
         codes.blocks,
         rows=entries.rows,
     )
