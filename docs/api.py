@@ -23,8 +23,8 @@ Written from the docstrings by `python docs/api.py`; do not edit. Letters in sha
 KV heads, D head dim, T tokens of one pass, L tokens so far, K budget (slots of a partial cache).
 """
 TOP = (
-    *("attach", "detach", "Session", "make_config", "RefreshConfig", "PRESETS", "supported"),
-    *("UnsupportedModelError", "PROVEN_ARCHITECTURES", "RefreshCache"),
+    *("attach", "detach", "Session", "make_config", "RefreshConfig", "PRESETS", "load_preset"),
+    *("supported", "UnsupportedModelError", "PROVEN_ARCHITECTURES", "RefreshCache"),
 )
 PUBLIC: dict[str, Any] = {
     **{f"refreshkv.{name}": getattr(refreshkv, name) for name in TOP},

@@ -86,3 +86,15 @@ def slow_head(
             ring = [*ring, now][-budget:]  # lowest first, so the lowest-scored leaves
         over = list(range(pad, now + 1)) if full else ring
         yield sorted(ring), weights(now, over) @ tokens.values[row, head, over].double()
+
+
+def slow_worth(weights: Sequence[float], k: int) -> list[int]:
+    """Which entries a mixed step reads exactly, by log-weights: whole buckets of 1/8 nat, as long as K suffices."""
+    buckets = [min(int(max(-w, 0.0) * 8), 255) for w in weights]
+    chosen: list[int] = []
+    for bucket in range(256):
+        more = [i for i, b in enumerate(buckets) if b == bucket]
+        if len(chosen) + len(more) > k:
+            break
+        chosen += more
+    return sorted(chosen)

@@ -12,6 +12,7 @@ from refreshkv.config import (
     PRESETS,
     Exact,
     RefreshConfig,
+    Rounding,
     Schedule,
     Selection,
     make_config,
@@ -36,6 +37,8 @@ from refreshkv.config import (
         *[("trigger", v) for v in ("lse", None, True, ["query"])],
         *[("drop", v) for v in (0, 0.0, -4.0, math.nan, True, "4", None)],
         *[("draft", v) for v in (0, -8, 8.0, True, None)],
+        *[("drafter", v) for v in ("full", None, True)],
+        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (0, 9, 16, 2.0, True, None)],
     ],
 )
 def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
@@ -54,7 +57,7 @@ def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
         *[("pool_kernel", v) for v in (1, 7, 63)],
         *[("decide", v) for v in ("layer", "head")],
         *[("group_reduction", v) for v in ("max", "mean")],
-        *[("mode", v) for v in ("refresh", "exact", "full")],
+        *[("mode", v) for v in ("refresh", "mixed", "exact", "full")],
         *[("recent", v) for v in (0, 16, 10**6)],
         *[("successor", v) for v in (0, 2, 10**6)],
         *[("window", v) for v in (1, 32, 10**6)],
@@ -62,10 +65,16 @@ def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
         *[("trigger", v) for v in ("query", "lse-drop")],
         *[("drop", v) for v in (1e-9, 4, 4.0, math.inf)],
         *[("draft", v) for v in (1, 8, 1000)],
+        *[("drafter", v) for v in ("partial", "mixed")],
+        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (1, 2, 8)],
     ],
 )
 def test_the_edges_of_every_range_are_valid(setting: str, value: Any) -> None:
-    beside: dict[str, Any] = {"draft": {"mode": "exact"}, "drop": {"trigger": "lse-drop"}}
+    beside: dict[str, Any] = {
+        **{name: {"mode": "exact"} for name in ("draft", "drafter")},
+        **{name: {"mode": "mixed"} for name in ("key_bits", "value_bits")},
+        "drop": {"trigger": "lse-drop"},
+    }
     settings = {**beside.get(setting, {}), setting: value}
     assert getattr(RefreshConfig(**settings), setting) == value
 
@@ -148,6 +157,7 @@ def test_the_schedule_belongs_to_the_lossy_mode(setting: str, value: Any) -> Non
     assert getattr(make_config("default", mode="refresh", **{setting: value}), setting) == value
 
 
+THEMES = (Selection, Schedule, Exact, Rounding)
 NO_EFFECT = "{} has no effect {}; leave it out{}"
 LSE, QUERY, STRIDE = (
     ("with trigger 'lse-drop'", ", or set trigger='query'"),
@@ -169,7 +179,31 @@ LSE, QUERY, STRIDE = (
         ("decide", ("without a threshold", ", or set one"), {"threshold": None, "decide": "head"}),
         *[
             (name, ("in mode 'refresh'", ", or set mode='exact'"), {"mode": "refresh", name: value})
-            for name, value in {"draft": 3, "confidence": 0.5}.items()
+            for name, value in {"draft": 3, "confidence": 0.5, "drafter": "mixed"}.items()
+        ],
+        *[
+            (name, ("in mode 'refresh'", ", or set mode='mixed'"), {"mode": "refresh", name: 4})
+            for name in ("key_bits", "value_bits")
+        ],
+        *[
+            (name, ("in mode 'mixed'", f", or set mode={mode!r}"), {"mode": "mixed", name: value})
+            for mode, settings in {
+                "refresh": {"stride": 3, "drop": 2.0, "recent": 1, "window": 8, "anchor": 0.5},
+                "exact": {"draft": 3, "confidence": 0.5, "drafter": "mixed"},
+            }.items()
+            for name, value in settings.items()
+        ],
+        *[
+            (
+                name,
+                (f"with drafter {drafter!r}", f", or set drafter={other!r}"),
+                {"mode": "exact", "drafter": drafter, name: value},
+            )
+            for drafter, other, name, value in (
+                ("partial", "mixed", "key_bits", 4),
+                ("mixed", "partial", "recent", 4),
+                ("mixed", "partial", "window", 8),
+            )
         ],
         *[
             (name, ("in mode 'full'", ""), {"mode": "full", name: value})
@@ -177,7 +211,7 @@ LSE, QUERY, STRIDE = (
                 **{"stride": 3, "threshold": None, "decide": "head", "trigger": "lse-drop"},
                 **{"drop": 2.0, "score_only": True, "draft": 3, "confidence": 0.5},
                 **{"pool_kernel": 1, "group_reduction": "mean", "recent": 1, "successor": 1},
-                **{"window": 8, "anchor": 0.5},
+                **{"window": 8, "anchor": 0.5, "key_bits": 4, "drafter": "mixed"},
             }.items()
         ],
     ],
@@ -201,11 +235,14 @@ def test_what_is_given_counts_though_it_be_the_default() -> None:
     with pytest.raises(ValueError, match="stride has no effect in mode 'exact'"):
         make_config(mode="exact", stride=5)
     with pytest.raises(ValueError, match="threshold has no effect with trigger 'lse-drop'"):
-        make_config("fast", threshold=0.85)
+        make_config("lse-drop", threshold=0.85)
 
 
 def test_a_preset_gives_way_to_what_replaces_it() -> None:
-    assert make_config("fast", trigger="query").drop == RefreshConfig().drop
+    assert make_config("lse-drop", trigger="query").drop == RefreshConfig().drop
+    assert make_config("default", drafter="mixed") == RefreshConfig(
+        mode="exact", drafter="mixed", budget=0.0625, draft=16, confidence=0.9
+    )
     assert make_config("default", mode="refresh") == RefreshConfig(
         budget=0.0625, recent=16, successor=2, window=32, anchor=0.5
     )
@@ -219,9 +256,9 @@ def test_a_copy_that_would_not_be_read_is_refused() -> None:
 
 
 def test_the_themes_are_the_settings() -> None:
-    themes = [*names_of(Selection), *names_of(Schedule), *names_of(Exact)]
+    themes = [name for theme in THEMES for name in names_of(theme)]
     assert [*themes, "mode"] == names_of(RefreshConfig)
-    for theme in (Selection, Schedule, Exact):
+    for theme in THEMES:
         assert isinstance(RefreshConfig(), theme)
         assert {n: getattr(theme(), n) for n in names_of(theme)}.items() <= vars(
             RefreshConfig()
@@ -241,6 +278,8 @@ def test_the_themes_are_the_settings() -> None:
         ({"mode": "full"}, "full", 0.0625),
         ({"mode": "refresh"}, "refresh", 0.125),
         ({"stride": 5, "budget": 64}, "refresh", 64),
+        ({"mode": "mixed"}, "mixed", 0.03125),
+        ({"mode": "mixed", "budget": 64, "key_bits": 4}, "mixed", 64),
     ],
 )
 def test_the_preset_that_is_meant_where_none_is_named(
@@ -249,7 +288,8 @@ def test_the_preset_that_is_meant_where_none_is_named(
     config = make_config(**given)
     assert (config.mode, config.budget) == (mode, budget)
     if mode != "full":
-        assert config == make_config("paper-llama" if mode == "refresh" else "default", **given)
+        preset = {"refresh": "paper-llama", "mixed": "fast", "exact": "default"}[mode]
+        assert config == make_config(preset, **given)
 
 
 def test_an_unknown_preset_names_its_nearest_neighbour() -> None:

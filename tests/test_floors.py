@@ -15,10 +15,11 @@ SOURCE = Path(refreshkv.__file__).parent
 # From the ground up. The parts of one floor do not import each other.
 FLOORS = [
     {"config", "safe_folder", "text"},
-    {"policy", "stats", "tasks", "weights"},
+    {"policy", "presets", "stats", "tasks", "weights"},
     {"kernels", "demo"},
     {"models"},
     {"cache"},
+    {"mixed"},
     {"step"},
     {"exact", "methods"},
     {"hosts"},

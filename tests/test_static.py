@@ -24,7 +24,7 @@ EVERY = {
     **CONFIGS,
     **OPTIONS,
     "full": RefreshConfig(mode="full"),
-    "fast": make_config("fast", budget=8),
+    "lse-drop": make_config("lse-drop", budget=8),
 }
 
 
@@ -85,7 +85,7 @@ def test_with_softcap_and_sinks(name: str) -> None:
         torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["every option", "drift of a head", "fast", "full"])
+@pytest.mark.parametrize("name", ["every option", "drift of a head", "lse-drop", "full"])
 def test_compiled_it_is_one_graph_that_is_never_made_again(name: str) -> None:
     torch._dynamo.reset()
     grown = Decoder(texts(), EVERY[name], PROMPT)
@@ -139,7 +139,7 @@ def test_rows_can_change_places() -> None:
 
 
 def test_what_it_cannot_do_it_says() -> None:
-    static = StaticDecoder(texts(), EVERY["fast"], PROMPT)
+    static = StaticDecoder(texts(), EVERY["lse-drop"], PROMPT)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         static.cache.crop(3)
     keys = torch.zeros(1, 1, 4, 8)
@@ -149,7 +149,7 @@ def test_what_it_cannot_do_it_says() -> None:
 
 
 def test_a_budget_in_tokens_is_its_number_of_slots() -> None:
-    static = StaticDecoder(texts(), replace(EVERY["fast"], budget=5), PROMPT)
+    static = StaticDecoder(texts(), replace(EVERY["lse-drop"], budget=5), PROMPT)
     assert static.cache.ring is not None
     assert static.cache.ring.positions.shape[2] == 5
 

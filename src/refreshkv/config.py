@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-Mode = Literal["refresh", "exact", "full"]
+Mode = Literal["mixed", "refresh", "exact", "full"]
+Drafter = Literal["partial", "mixed"]
 TriggerName = Literal["query", "lse-drop"]
 Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
@@ -38,6 +39,11 @@ def at_least(least: int, default: T, alternative: str = "") -> T:
 def odd(default: int) -> int:
     """A field of odd integers."""
     return setting(default, "must be an odd integer >= 1", lambda n: n >= 1 and n % 2 == 1)
+
+
+def bits_of_code(default: int) -> int:
+    """A field of bits of a code."""
+    return setting(default, "must be an integer from 1 to 8", lambda bits: 1 <= bits <= 8)
 
 
 def cosine(default: float | None, alternative: str) -> float | None:
@@ -178,31 +184,47 @@ class Schedule(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounding(Settings):
+    """The copy of all keys and values in a few bits that mixed steps read (ours).
+
+    Attributes:
+        key_bits: of the code of a key's number, 1 to 8; its grid is that of a channel over 64 tokens.
+        value_bits: of the code of a value's number, 1 to 8; its grid is that of a token.
+    """
+
+    key_bits: int = bits_of_code(2)
+    value_bits: int = bits_of_code(2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exact(Settings):
     """How the lossless mode drafts.
 
     Attributes:
+        drafter: what steps draft with: "partial", a partial cache, or "mixed", the steps of that mode.
         draft: most tokens that "exact" drafts before it verifies them; fewer where fewer have been right.
         confidence: a draft ends after a token of which the drafting model is less sure than this probability.
     """
 
+    drafter: Drafter = "partial"
     draft: int = at_least(1, 8)
     confidence: float = setting(0.0, "is a probability in [0, 1]", lambda p: 0.0 <= p <= 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshConfig(
-    Exact, Schedule, Selection
+    Rounding, Exact, Schedule, Selection
 ):  # the fields come in the order from the last base to the first
-    """Every choice of the method: `Selection`, `Schedule`, `Exact` and the mode. Frozen.
+    """Every choice of the method: `Selection`, `Schedule`, `Exact`, `Rounding` and the mode. Frozen.
 
     A setting that the mode, or the trigger, does not read keeps its default; anything else is an error. The budget
     alone may be given in every mode, so that a comparison can name one for all.
 
     Attributes:
-        mode: "refresh" is the method; "exact" drafts with partial steps and verifies the drafts with a full one, so
-            that the output is that of full attention (ours; only in `generate`); "full" is ordinary attention through
-            the same code.
+        mode: "refresh" is the method as published and what was built on it; "mixed" reads, in every step, a copy of all
+            entries in two bits and exactly the few that have weight, K of a KV head at most (ours); "exact" drafts with
+            cheap steps and verifies the drafts with a full one, so that the output is that of full attention (ours; in
+            `generate` only); "full" is ordinary attention through the same code.
     """
 
     mode: Mode = "refresh"
@@ -212,14 +234,30 @@ class RefreshConfig(
         """See `Settings.unread`."""
         mode = settings["mode"]
         why = f"in mode {mode!r}; leave it out"
+        read_by = f"{why}, or set mode={{!r}}".format
+        # Of the partial cache, beyond its size.
+        selection = [name for name in names_of(Selection) if name != "budget"]
         if mode == "refresh":
-            of_mode = dict.fromkeys(names_of(Exact), f"{why}, or set mode='exact'")
-            return Schedule.unread(settings) | of_mode
+            of_modes = dict.fromkeys(names_of(Exact), read_by("exact"))
+            of_modes |= dict.fromkeys(names_of(Rounding), read_by("mixed"))
+            return Schedule.unread(settings) | of_modes
         if mode == "exact":
-            return dict.fromkeys(names_of(Schedule), f"{why}, or set mode='refresh'")
+            found = dict.fromkeys(names_of(Schedule), read_by("refresh"))
+            other = "partial" if settings["drafter"] == "mixed" else "mixed"
+            why = f"with drafter {settings['drafter']!r}; leave it out, or set drafter={other!r}"
+            of_drafter = selection if other == "partial" else names_of(Rounding)
+            return found | dict.fromkeys(of_drafter, why)
+        if mode == "mixed":
+            found = dict.fromkeys((*selection, *names_of(Schedule)), read_by("refresh"))
+            return found | dict.fromkeys(names_of(Exact), read_by("exact"))
         if mode == "full":
             return dict.fromkeys(set(settings) - {"budget", "mode"}, why)
         return {}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether steps read a rounded copy."""
+        return self.mode == "mixed" or (self.mode == "exact" and self.drafter == "mixed")
 
     def for_cache(self) -> RefreshConfig:
         """See `Budgeted.for_cache`."""
@@ -228,23 +266,25 @@ class RefreshConfig(
 
 _SELECTION = {"recent": 16, "successor": 2, "window": 32, "anchor": 0.5}
 _EXACT = {"mode": "exact", "budget": 0.0625, "draft": 16, "confidence": 0.9}
-_FAST = {"trigger": "lse-drop", "drop": 2.5, "stride": None, "score_only": True}
+_DROP = {"trigger": "lse-drop", "drop": 2.5, "stride": None, "score_only": True}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper-llama": MappingProxyType({"stride": 5, "threshold": 0.85}),
         "paper-qwen": MappingProxyType({"stride": 5, "threshold": 0.95}),
         # Measured in docs/fidelity.md.
         "default": MappingProxyType({**_EXACT, **_SELECTION}),
-        "fast": MappingProxyType({**_FAST, **_SELECTION}),
+        "fast": MappingProxyType({"mode": "mixed", "budget": 0.03125}),
+        "lse-drop": MappingProxyType({**_DROP, **_SELECTION}),
     }
 )
 
 
-def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
+def make_config(preset: str | Mapping[str, Any] | None = None, **overrides: Any) -> RefreshConfig:
     """A preset with some settings replaced; what the replaced ones leave without effect is dropped from the preset.
 
-    Without a preset it is "default", which is lossless; settings of the schedule (`Schedule`), or `mode="refresh"`,
-    ask for the lossy mode and start from "paper-llama".
+    A preset is a name of `PRESETS`, or settings of your own, as `load_preset` reads them. Without one it is "default",
+    which is lossless; `mode="mixed"` starts from "fast", and settings of the schedule (`Schedule`), or
+    `mode="refresh"`, ask for the published mode and start from "paper-llama".
 
     Raises:
         ValueError: an unknown preset or setting, named with its nearest neighbour, a value out of range, or a preset or
@@ -254,11 +294,16 @@ def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
     named = preset is not None
     if preset is None:
         scheduled = any(name in overrides for name in names_of(Schedule))
-        lossy = overrides.get("mode", "refresh" if scheduled else "exact") == "refresh"
-        preset = "paper-llama" if lossy else "default"
-    if not isinstance(preset, str) or preset not in PRESETS:
+        mode = overrides.get("mode", "refresh" if scheduled else "exact")
+        preset = {"refresh": "paper-llama", "mixed": "fast"}.get(mode, "default")
+    if isinstance(preset, Mapping):
+        check_names("setting", preset, names_of(RefreshConfig))
+        base = preset
+    elif isinstance(preset, str) and preset in PRESETS:
+        base = PRESETS[preset]
+    else:
         raise ValueError(unknown("preset", preset, PRESETS))
-    settings = {**PRESETS[preset], **overrides}
+    settings = {**base, **overrides}
     ignored = RefreshConfig.unread({**vars(RefreshConfig()), **settings})
     check_read(overrides, ignored)
     if named and settings.get("mode") == "full":

@@ -32,7 +32,11 @@ class LayerCounts:
     full: Count = 0  # head-steps with full attention
     steps: Count = 0  # head-steps
     read: Count = 0  # entries read
+    rounded: Count = 0  # bytes of codes and their grids that were read beside them
     available: Count = 0  # entries that full attention would have read
+
+
+COUNTS = ("full", "steps", "read", "rounded", "available")  # of `LayerCounts`, those that grow
 
 
 @dataclass
@@ -75,11 +79,11 @@ class Stats:
     def count_on(self, layer: int, device: torch.device) -> list[Tensor]:
         """From here on the counts of a layer stay where they are, on `device`, and are added to in place."""
         counts = self.layers[layer]
-        for name in ("full", "steps", "read", "available"):
+        for name in COUNTS:
             count = getattr(counts, name)
             if not isinstance(count, Tensor):
                 setattr(counts, name, torch.tensor(count, dtype=torch.int64, device=device))
-        return [counts.full, counts.steps, counts.read, counts.available]  # type: ignore[list-item]
+        return [getattr(counts, name) for name in COUNTS]
 
     def record(
         self,
@@ -91,6 +95,7 @@ class Stats:
         steps: Count,
         read: Count,
         available: Count,
+        rounded: Count = 0,
     ) -> None:
         """Add one decode step of one layer.
 
@@ -103,6 +108,7 @@ class Stats:
         counts.steps += _over_rows(steps)
         counts.read += _over_rows(read)
         counts.available += _over_rows(available)
+        counts.rounded += _over_rows(rounded)
 
     def record_drafts(self, rows: list[DraftCounts]) -> None:
         """Add one cycle of the lossless mode, the counts of each row."""
@@ -147,7 +153,7 @@ class Stats:
     @property
     def kv_bytes_read(self) -> int:
         """KV bytes that the decode steps read."""
-        return sum(int(c.read) * c.entry_bytes for c in self.layers.values())
+        return sum(int(c.read) * c.entry_bytes + int(c.rounded) for c in self.layers.values())
 
     @property
     def kv_bytes_full(self) -> int:
@@ -218,7 +224,7 @@ class RowStats(Stats):
 
     def __init__(self) -> None:
         super().__init__()
-        # Layer -> blocks `[n, 4, B]` of n steps: full, steps, read, available. Reading joins them.
+        # Layer -> blocks `[n, 5, B]` of n steps, the `COUNTS`. Reading joins them.
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
         self._drafts: list[DraftCounts] = []
 
@@ -232,8 +238,8 @@ class RowStats(Stats):
         Raises:
             RuntimeError: another number of rows than in the steps before.
         """
-        names = ("full", "steps", "read", "available")
-        per_row = next((c for n in names if _is_per_row(c := counts[n])), torch.zeros(1))
+        given = [counts.get(name, 0) for name in COUNTS]
+        per_row = next((count for count in given if _is_per_row(count)), torch.zeros(1))
         rows, blocks = per_row.shape[0], self._blocks[layer]
         if blocks and blocks[0].shape[2] != rows:
             raise RuntimeError(
@@ -244,7 +250,7 @@ class RowStats(Stats):
             count
             if _is_per_row(count)
             else torch.full((rows,), count // rows, device=per_row.device)
-            for count in (counts[name] for name in names)
+            for count in given
         ]
         blocks.append(torch.stack(step)[None])
 
@@ -265,11 +271,9 @@ class RowStats(Stats):
             alone.drafts.add(self._drafts[row])
         for layer, blocks in self._blocks.items():
             blocks[:] = [torch.cat(blocks)]
-            full, taken, read, available = blocks[0][:steps, :, row].sum(0).tolist()
+            sums = dict(zip(COUNTS, blocks[0][:steps, :, row].sum(0).tolist(), strict=True))
             whole = self.layers[layer]
-            alone.layers[layer] = LayerCounts(
-                whole.kv_heads, whole.entry_bytes, full, taken, read, available
-            )
+            alone.layers[layer] = LayerCounts(whole.kv_heads, whole.entry_bytes, **sums)
         return alone
 
     def reset(self) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.ring import Ring
-from refreshkv.kernels.options import AttendOptions
+from refreshkv.kernels.options import AttendOptions, over_heads
+from refreshkv.mixed import begin_mixed, mixed_step
 from refreshkv.policy.selection import FREE, recent_share
 
 # `(cache, query, options, visible, heads)` -> `[B, Hq, D]`; `heads` as in `full_step`.
@@ -41,6 +42,8 @@ def decode_step(
         `[B, Hq, D]`.
     """
     options = options.over(reduction=cache.config.group_reduction)
+    if cache.config.mode == "mixed":
+        return mixed_step(cache, query, options, visible)
     # Outside of the loop in `exact.py`, "exact" is full attention.
     if cache.config.mode != "refresh":
         return _ordinary_step(cache, query, options, visible)
@@ -123,6 +126,8 @@ def begin_decoding(cache: LayerCache, options: AttendOptions, visible: Tensor | 
     """The prompt is over, and no step shall have to look at it: a cache of the fixed form selects now."""
     if cache.config.mode == "refresh":
         select_after_prompt(cache, options, visible)
+    elif cache.config.mode == "mixed":
+        begin_mixed(cache, visible)
     else:
         cache.count_padding(visible)
         cache.waiting = None  # the exact mode lets it wait again
@@ -207,11 +212,6 @@ def _ordinary_step(
     output = cache.store.attend(query, options.over(over_heads(visible))).output
     _count(cache, full=None, partial_read=None)
     return output
-
-
-def over_heads(visible: Tensor | None) -> Tensor | None:
-    """`[B, L]` as the kernels want it: one mask for all heads."""
-    return None if visible is None else visible[:, None]
 
 
 def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | None) -> None:

@@ -131,6 +131,43 @@ case("unknown variant to skip")(lambda tiny, tmp: ["bench", "decode", "--skip", 
 case("command that does not exist")(lambda tiny, tmp: ["generat"])
 
 
+def preset(tiny: Path, tmp: Path, settings: str, *args: object) -> Args:
+    (tmp / "own.json").write_text(f'{{"settings": {settings}}}')
+    return generate(tiny, "--prompt", "a", "--preset", tmp / "own.json", *args)
+
+
+case("preset file that is missing")(
+    lambda tiny, tmp: generate(tiny, "--prompt", "a", "--preset", tmp / "no.json")
+)
+case("preset file that is no preset")(lambda tiny, tmp: preset(tiny, tmp, '{"budgets": 3}'))
+case("preset file of another mode")(
+    lambda tiny, tmp: preset(tiny, tmp, '{"mode": "refresh", "budget": 3}', "--draft", 3)
+)
+
+
+def compare(tiny: Path, *args: object) -> Args:
+    return ["compare", "--model", tiny, "--prompt", "hello", *args]
+
+
+case("unknown mode to compare")(lambda tiny, tmp: compare(tiny, "--methods", "exakt"))
+case("nothing to compare")(lambda tiny, tmp: compare(tiny, "--methods", ","))
+case("a bar that is no share")(lambda tiny, tmp: compare(tiny, "--bar", "nan"))
+case("preset to write that could not be read")(
+    lambda tiny, tmp: compare(tiny, "--write-preset", tmp / "own")
+)
+case("preset to write into no folder")(
+    lambda tiny, tmp: compare(tiny, "--write-preset", tmp / "no" / "own.json")
+)
+
+
+@case("one of several prompts that is too long")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "a.txt").write_text("hello")
+    (tmp / "long.txt").write_text("x" * 200)
+    files = ["--prompt-file", tmp / "a.txt", "--prompt-file", tmp / "long.txt"]
+    return ["compare", "--model", tiny, *files, "--new-tokens", 4]
+
+
 def evaluate(
     model: object, out: Path, *args: object, tasks: str = "key-value", methods: str = "full"
 ) -> Args:

@@ -260,14 +260,16 @@ def test_the_bundled_model_is_held_to_the_same(
     refused(run("generate", "--model", "demo", *GENERATE), "reinstall refreshkv$")
 
 
-def test_the_experiments_say_it_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_experiments_say_it_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rewrite(folder, lambda w: w.pop(UP))
+    out = str(folder / "out")
+    given = ["--model", str(folder), "--data", str(folder), "--processes", "1", "--out", out]
     with pytest.raises(SystemExit) as stopped:
-        experiments.main(["continuation", "--model", str(folder), "--data", "x"])
+        experiments.main(["continuation", *given])
     assert stopped.value.code == 2
-    assert re.fullmatch(
-        rf"error: cannot load the weights of model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err
-    )
+    said, where = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"refreshkv: error: cannot load the weights of .* \(.*{UP}\); .*", said)
+    assert where.startswith("error: the run ")
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<eos>"])

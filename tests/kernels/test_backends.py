@@ -167,12 +167,12 @@ def test_heads_wider_than_the_kernels_go_to_the_reference(wide: str) -> None:
         assert torch.equal(triton_backend().attend(*given, **named).output, expected)
 
 
-@pytest.mark.parametrize("name", ["fixed", "drift of a head", "every option", "fast"])
+@pytest.mark.parametrize("name", ["fixed", "drift of a head", "every option", "lse-drop"])
 def test_decoding_over_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager decode steps, among them the first selection, refreshes of some heads and fetched successors."""
     if device().type == "cuda":
         pytest.skip("tests/hosts/test_gpu.py decodes on the GPU")
-    every = {**CONFIGS, **OPTIONS, "fast": make_config("fast", budget=8)}
+    every = {**CONFIGS, **OPTIONS, "lse-drop": make_config("lse-drop", budget=8)}
     config = replace(every[name], stride=every[name].stride and 3)
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     expected = Decoder(tokens, config, 24).run(7)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.ring import RINGS, Ring
+from refreshkv.cache.rounded import RoundedCopy
 from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
 from refreshkv.policy.selection import FREE, Selected
@@ -33,6 +34,7 @@ class LayerCache:
 
     Attributes:
         ring: the partial cache; `None` before the first selection.
+        copy: the rounded copy, where the settings want one; `None` before the first step.
         queries: `[B, Hq, T, D]`, the last ones of each prompt, at most `config.window`.
         waiting: `[B]` bool, rows that have not selected from them yet; `None`: no row.
         prompt: `[B]` int64, where their prompts end.
@@ -66,6 +68,7 @@ class LayerCache:
         self.store = DenseStore() if store is None else store
         self.fixed = fixed
         self.ring: Ring | None = None
+        self.copy: RoundedCopy | None = None
         self.queries: Tensor | None = None
         self.waiting: Tensor | None = None
         self.prompt: Tensor | None = None
@@ -78,6 +81,8 @@ class LayerCache:
             self.slots = config.resolve_budget(self.store.width)
             self._keep("budget", torch.full((self.rows,), self.slots, device=self.store.device))
             self.stats.count_on(index, self.store.device)
+            if config.rounds:
+                self.copy = self._new_copy()
 
     @property
     def rows(self) -> int:
@@ -163,13 +168,19 @@ class LayerCache:
             self.ring.allow(self.budget)
 
     def count_padding(self, visible: Tensor | None) -> Tensor:
-        """Set and return `hidden`, from the visible tokens `[B, width]`."""
+        """Set and return `hidden`, from the visible tokens `[B, width]`; the rounded copy learns where rows begin."""
         if visible is None:
             hidden = torch.zeros(self.rows, dtype=torch.int64, device=self.store.device)
         else:
             inside = torch.arange(self.store.width, device=visible.device)
             hidden = (~visible & (inside < self.store.lengths[:, None])).sum(-1)
         self._keep("hidden", hidden)
+        if self.config.rounds:
+            self.copy = self.copy or self._new_copy()
+            # Before the first visible token there is nothing but padding.
+            no_padding = torch.zeros_like(hidden)
+            first = no_padding if visible is None else visible.int().argmax(-1)
+            self.copy.begin_at(self.store, first)
         return hidden
 
     def refresh(self, selection: Selected, heads: Tensor | None = None) -> None:
@@ -202,6 +213,8 @@ class LayerCache:
             return
         self.store.crop(length)
         self.forget_selection()
+        if self.copy is not None:
+            self.copy.crop(length)
         if self.anchors is not None:
             self.anchors = self.anchors.masked_fill(self.anchors >= length, FREE)
         self.hidden = None  # padding may be among what is gone
@@ -227,6 +240,8 @@ class LayerCache:
             state = getattr(self, name)
             if state is not None:
                 self._keep(name, state.index_select(0, rows))
+        if self.copy is not None:
+            self.copy.take_rows(rows)
         if self.ring is not None:
             self.ring.take_rows(rows)
             assert self.budget is not None
@@ -236,6 +251,8 @@ class LayerCache:
         """Back to empty; the statistics stay, and in the fixed form the memory."""
         self.store.reset()
         self.forget_selection()
+        if self.copy is not None:
+            self.copy.reset()
         if not self.fixed:
             self.ring = self.queries = None
             self.anchors = self.reference = self.budget = self.hidden = None
@@ -244,7 +261,12 @@ class LayerCache:
         """All that a decode step reads and writes, beside the store and its length."""
         state = [self.anchors, self.reference, self.budget, self.hidden]
         ring = [] if self.ring is None else self.ring.tensors()
-        return ring + [tensor for tensor in state if tensor is not None]
+        copy = [] if self.copy is None else self.copy.tensors()
+        return ring + copy + [tensor for tensor in state if tensor is not None]
+
+    def _new_copy(self) -> RoundedCopy:
+        bits = self.config.key_bits, self.config.value_bits
+        return RoundedCopy(*bits, self.store, fixed=self.fixed)
 
     def _keep(self, name: str, new: Tensor) -> None:
         """State of a fixed form stays where it is."""

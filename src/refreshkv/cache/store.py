@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreshkv.kernels.backend import Backend, backend_for
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
 
 _SPARE = 256  # tokens of head room whenever a buffer is (re)allocated
@@ -191,6 +193,27 @@ class Store(ABC):
     ) -> Scored:
         """The scores of `verify` without touching the values."""
         return self.backend.vote(queries, self.entries(), options, starts=starts, counts=counts)
+
+    def attend_mixed(
+        self,
+        query: Tensor,
+        codes: Codes,
+        options: AttendOptions,
+        ends: Tensor | None = None,
+        **rows: Tensor,
+    ) -> tuple[Attended, Tensor]:
+        """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`.
+
+        `ends` `[B]`: over the first so many positions; `None`: those that a row has.
+        """
+        within = self._within(options)
+        if ends is not None:
+            within = options.over(options.visible, lengths=ends[:, None])
+        return self.backend.attend_mixed(query, self.entries(), codes, within, **rows)
+
+    def encode(self, codes: Codes, **blocks: Any) -> None:
+        """The codes of blocks of these tokens; see `reference.encode`."""
+        self.backend.encode(self.entries(), codes, **blocks)
 
     def attend_at(
         self,

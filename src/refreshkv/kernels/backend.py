@@ -32,12 +32,14 @@ class Backend:
     attend: Callable[..., Attended]
     attend_and_score: Callable[..., tuple[Attended, Scored]]
     attend_and_rank: Callable[..., tuple[Attended, Tensor]]
+    attend_mixed: Callable[..., tuple[Attended, Tensor]]
     score: Callable[..., Scored]
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
     select: Callable[..., Selected]
     gather: Callable[..., None]
     insert: Callable[..., Tensor]
+    encode: Callable[..., None]
 
     @classmethod
     def of(cls, name: str, *modules: ModuleType) -> Backend:
@@ -69,7 +71,7 @@ def _served(module: ModuleType, operation: str) -> Callable[..., Any]:
 
 
 REFERENCE = Backend.of("reference", reference)
-CPU = Backend.of("cpu", native_attention, native_selection)
+CPU = Backend.of("cpu", native_attention, native_selection, reference)
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -91,7 +93,7 @@ def triton_backend() -> Backend:
     """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
     from refreshkv.kernels.triton import rings, select, step, verify
 
-    return Backend.of("triton", step, verify, select, rings)
+    return Backend.of("triton", step, verify, select, rings, reference)
 
 
 def available() -> dict[str, str]:

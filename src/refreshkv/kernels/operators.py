@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.kernels.backend import Backend, backend_for
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
 from refreshkv.policy.selection import Selected
 
@@ -23,8 +24,10 @@ _OPTIONS = (
     "float scale, float? softcap, Tensor? sinks, str reduction, Tensor? visible, Tensor? lengths,"
     " Tensor? heads"
 )
+_CODES = "Tensor code_keys, Tensor key_grids, Tensor code_values, Tensor value_grids, Tensor? code_blocks"
 _ATTEND = f"Tensor query, {_ENTRIES}, {_OPTIONS}"
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entries))
+_CODE_FIELDS = tuple(argument.split()[-1] for argument in _CODES.split(", "))
 _OPTION_FIELDS = tuple(field.name for field in fields(AttendOptions))
 
 
@@ -45,13 +48,15 @@ def _operator(
         writes: the arguments that the kernel writes into.
     """
     names = [argument.split()[-1] for argument in schema.split(", ")]
-    grouped = {*_ENTRY_FIELDS, *_OPTION_FIELDS}
+    grouped = {*_ENTRY_FIELDS, *_CODE_FIELDS, *_OPTION_FIELDS}
 
     def run(*flat: Any) -> Any:
         every = dict(zip(names, flat, strict=True))
         arguments = [every.pop(names[0])] if names[0] not in grouped else []
         if "keys" in every:
             arguments.append(Entries(*(every.pop(field) for field in _ENTRY_FIELDS)))
+        if "key_grids" in every:
+            arguments.append(Codes(*(every.pop(field) for field in _CODE_FIELDS)))
         if "scale" in every:
             options = {field: every.pop(field) for field in _OPTION_FIELDS}
             arguments.append(AttendOptions(**options))
@@ -119,6 +124,15 @@ _attend_and_rank = _operator(
         newest.new_empty(*newest.shape, max(0, min(count, _scores(**given).shape[-1]))),
     ),
 )
+_attend_mixed = _operator(
+    "attend_mixed",
+    f"Tensor query, {_ENTRIES}, {_CODES}, {_OPTIONS}, Tensor first, Tensor finished, Tensor budget",
+    3,
+    lambda budget, **given: (
+        *_attended(**given),
+        budget.new_empty(len(budget), given["code_keys"].shape[1]),
+    ),
+)
 _score = _operator(
     "score",
     _ATTEND,
@@ -152,6 +166,14 @@ _insert = _operator(
     1,
     lambda wanted, pushed, **_: pushed.new_empty(wanted.shape[:2]),
     writes=("ring_keys", "ring_values", "ring_positions", "pushed"),
+)
+_encode = _operator(
+    "encode",
+    f"{_ENTRIES}, Tensor(a!) code_keys, Tensor(b!) key_grids, Tensor(c!) code_values, Tensor(d!) value_grids,"
+    " Tensor? code_blocks, Tensor first, Tensor begin, Tensor end, int most, Tensor? visible",
+    0,
+    lambda **_: None,
+    writes=("code_keys", "key_grids", "code_values", "value_grids"),
 )
 
 
@@ -191,6 +213,22 @@ def attend_and_rank(
     flat = *_entries(entries), *_options(options)
     output, lse, best = _attend_and_rank(query, *flat, newest, count)
     return Attended(output, lse), best
+
+
+def attend_mixed(
+    query: Tensor,
+    entries: Entries,
+    codes: Codes,
+    options: AttendOptions,
+    *,
+    first: Tensor,
+    finished: Tensor,
+    budget: Tensor,
+) -> tuple[Attended, Tensor]:
+    """See `reference.attend_mixed`."""
+    flat = *_entries(entries), *codes.tensors, codes.blocks, *_options(options)
+    output, lse, exact = _attend_mixed(query, *flat, first, finished, budget)
+    return Attended(output, lse), exact
 
 
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:
@@ -278,15 +316,32 @@ def insert(
     return _insert(*_entries(entries), wanted, *ring)
 
 
+def encode(
+    entries: Entries,
+    codes: Codes,
+    *,
+    first: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    most: int,
+    visible: Tensor | None = None,
+) -> None:
+    """See `reference.encode`."""
+    flat = *_entries(entries), *codes.tensors, codes.blocks
+    _encode(*flat, first, begin, end, most, visible)
+
+
 OPERATORS = Backend(
     "operators",
     attend=attend,
     attend_and_score=attend_and_score,
     attend_and_rank=attend_and_rank,
+    attend_mixed=attend_mixed,
     score=score,
     verify=verify,
     vote=vote,
     select=select,
     gather=gather,
     insert=insert,
+    encode=encode,
 )

@@ -107,6 +107,11 @@ class Scored(NamedTuple):
     lse: Tensor
 
 
+def over_heads(visible: Tensor | None) -> Tensor | None:
+    """`[B, L]` as `AttendOptions` wants it: one mask for all heads."""
+    return None if visible is None else visible[:, None]
+
+
 def window_within(window: int | None, positions: int) -> int | None:
     """`window`, no wider than the `positions` there are."""
     if window is not None and window < 1:

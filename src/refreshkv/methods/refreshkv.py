@@ -6,9 +6,9 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted
-from refreshkv.kernels.options import AttendOptions
+from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.methods.method import Method
-from refreshkv.step import Algorithm, decode_step, full_step, over_heads
+from refreshkv.step import Algorithm, decode_step, full_step
 
 
 class NoReselection(Algorithm):
@@ -63,8 +63,17 @@ FAST = Method(
     name="refreshkv-fast",
     label="RefreshKV, fast",
     source="ours",
-    note='The preset "fast": lossy, full where the log-sum-exp of a head has dropped.',
+    note='The preset "fast": every entry in two bits, and exactly those that have weight in this very step.',
     preset="fast",
+    fixed={"mode": "mixed"},
+)
+LSE_DROP = Method(
+    name="refreshkv-lse-drop",
+    label="RefreshKV, by log-sum-exp",
+    source="ours",
+    note='The preset "lse-drop": a partial cache, chosen anew where the log-sum-exp of a head has dropped.',
+    preset="lse-drop",
+    fixed={"mode": "refresh"},
 )
 FIXED = Method(
     name="refreshkv-fixed",

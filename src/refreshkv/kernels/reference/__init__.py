@@ -9,6 +9,7 @@ from refreshkv.kernels.reference.attention import (
     verify,
     vote,
 )
+from refreshkv.kernels.reference.mixed import attend_mixed, encode
 from refreshkv.kernels.reference.rings import gather, insert
 from refreshkv.policy.selection import select
 
@@ -16,6 +17,8 @@ __all__ = [
     "attend",
     "attend_and_rank",
     "attend_and_score",
+    "attend_mixed",
+    "encode",
     "gather",
     "insert",
     "score",

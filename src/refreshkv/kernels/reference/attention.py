@@ -25,10 +25,10 @@ def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
     """Attention of one query token `[B, Hq, D]`: the partial step, or a plain full step."""
     keys, values, visible = seen_entries(entries, options, query.shape[0])
     assert values is not None
-    logits = _logits(query, keys, options, visible)
-    lse = _log_sum_exp(logits)
+    logits = logits_of(query, keys, options, visible)
+    lse = log_sum_exp(logits)
     weights = _weights(logits, lse, options.sinks)
-    output = weights.unflatten(1, (entries.kv_heads, -1)) @ _seen(values, visible)
+    output = weights.unflatten(1, (entries.kv_heads, -1)) @ seen_values(values, visible)
     return Attended(output.flatten(1, 2).to(values.dtype), lse)
 
 
@@ -43,8 +43,8 @@ def attend_and_score(
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:
     """The attention that each entry receives from this query, without touching the values."""
     keys, _, visible = seen_entries(entries, options, query.shape[0])
-    logits = _logits(query, keys, options, visible)
-    lse = _log_sum_exp(logits)
+    logits = logits_of(query, keys, options, visible)
+    lse = log_sum_exp(logits)
     weights = _weights(logits, lse, options.sinks)
     return Scored(reduce_group(weights, entries.kv_heads, options.reduction), lse)
 
@@ -96,9 +96,11 @@ def verify(
     assert values is not None
     seen = _causal(query, keys, starts, visible, window)
     logits = _causal_logits(query, keys, options, seen)
-    lse = _log_sum_exp(logits)
+    lse = log_sum_exp(logits)
     weights = _weights(logits, lse, None if options.sinks is None else options.sinks[:, None])
-    output = weights.unflatten(1, (keys.shape[1], -1)) @ _seen(values, seen.any(2))[:, :, None]
+    output = (
+        weights.unflatten(1, (keys.shape[1], -1)) @ seen_values(values, seen.any(2))[:, :, None]
+    )
     scores = _mean_votes(weights, keys.shape[1], counts, options.reduction)
     return Attended(output.flatten(1, 2).to(values.dtype), lse), Scored(scores, lse)
 
@@ -114,7 +116,7 @@ def vote(
     """The scores of `verify` without touching the values."""
     keys, _, visible = seen_entries(without_list(entries), options, query.shape[0])
     logits = _causal_logits(query, keys, options, _causal(query, keys, starts, visible))
-    lse = _log_sum_exp(logits)
+    lse = log_sum_exp(logits)
     weights = _weights(logits, lse, None if options.sinks is None else options.sinks[:, None])
     return Scored(_mean_votes(weights, keys.shape[1], counts, options.reduction), lse)
 
@@ -188,7 +190,9 @@ def without_list(entries: Entries) -> Entries:
     return entries
 
 
-def _logits(query: Tensor, keys: Tensor, options: AttendOptions, visible: Tensor | None) -> Tensor:
+def logits_of(
+    query: Tensor, keys: Tensor, options: AttendOptions, visible: Tensor | None
+) -> Tensor:
     """`[B, Hq, n]` float32: q k^T * scale, capped, -inf where an entry is not visible."""
     seen = None if visible is None else visible[:, :, None]
     return _causal_logits(query[:, :, None], keys, options, seen).squeeze(2)
@@ -240,13 +244,13 @@ def _mean_votes(
     return total / counts.clamp(min=1)[:, None, None]
 
 
-def _seen(values: Tensor, visible: Tensor | None) -> Tensor:
+def seen_values(values: Tensor, visible: Tensor | None) -> Tensor:
     """Values in float32, 0 where nothing is seen: even no weight at all would make a NaN of a NaN."""
     values = values.float()
     return values if visible is None else values.masked_fill(~visible[..., None], 0.0)
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
+def log_sum_exp(logits: Tensor) -> Tensor:
     """Over the last dimension: -inf where no token is visible, NaN where no softmax is defined."""
     lse = logits.logsumexp(-1)
     return lse.masked_fill(lse == float("inf"), float("nan"))

@@ -1,0 +1,163 @@
+"""Attention over a rounded copy of all entries and the exact ones of those that have weight; and that copy (ours).
+
+As everywhere here, no number makes a kernel read or write elsewhere. A NaN among the keys of a block may reach the
+logits of all its tokens, one among the values of a token all dims of the output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from refreshkv.kernels.codes import (
+    Codes,
+    pack_keys,
+    pack_values,
+    restored_keys,
+    restored_values,
+)
+from refreshkv.kernels.options import Attended, AttendOptions, Entries
+from refreshkv.kernels.reference.attention import (
+    attend,
+    entries_at,
+    kept_rows,
+    log_sum_exp,
+    logits_of,
+    seen_entries,
+    seen_values,
+    without_list,
+)
+from refreshkv.policy.rounding import (
+    BLOCK,
+    largest_weights,
+    round_keys,
+    round_values,
+    worth_reading,
+)
+
+
+def encode(
+    entries: Entries,
+    codes: Codes,
+    *,
+    first: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    most: int,
+    visible: Tensor | None = None,
+) -> None:
+    """Write the codes of blocks; block j of row b holds the positions from `first[b] + 64 j` on.
+
+    Args:
+        entries: all positions, without a list.
+        codes: what is written; blocks for which it has no room are left out.
+        first: `[B]` int64.
+        begin, end: `[B]` int64, the blocks of each row, `end` not among them.
+        most: no row has more of them.
+        visible: `[B, L]` bool; what it hides has no say in a grid. `None`: everything is visible.
+    """
+    if most < 1:
+        return
+    device = entries.keys.device
+    block = begin[:, None] + torch.arange(most, device=device)  # [B, most]
+    inside = torch.arange(BLOCK, device=device)
+    positions = first[:, None, None] + block[..., None] * BLOCK + inside
+    everywhere = positions.flatten(1)[:, None].expand(-1, entries.kv_heads, -1)
+    keys, values, stored = (
+        None if part is None else part.unflatten(2, (most, BLOCK))
+        for part in entries_at(entries, everywhere)
+    )
+    assert keys is not None and values is not None and stored is not None
+    if visible is not None:
+        there = positions.clamp(0, visible.shape[1] - 1).flatten(1)
+        stored = stored & visible.gather(1, there).unflatten(1, (most, BLOCK))[:, None]
+    page, slot, wanted = _places(entries, codes, block)
+    wanted = wanted & (block >= 0) & (block < end[:, None])
+    row, column = wanted.nonzero(as_tuple=True)
+    at = page[row, column], slice(None), slot[row, column]
+    seen = stored[row, :, column]
+    bits, value_bits = codes.bits, codes.value_bits(values.shape[-1])
+    coded = round_keys(keys[row, :, column], bits, seen)
+    codes.keys[at] = pack_keys(coded.codes, bits)
+    codes.key_grids[at] = torch.stack([coded.low[..., 0, :], coded.step[..., 0, :]], -2)
+    coded = round_values(values[row, :, column].masked_fill(~seen[..., None], 0.0), value_bits)
+    codes.values[at] = pack_values(coded.codes, value_bits)
+    codes.value_grids[at] = torch.stack([coded.low[..., 0], coded.step[..., 0]], -2)
+
+
+def attend_mixed(
+    query: Tensor,
+    entries: Entries,
+    codes: Codes,
+    options: AttendOptions,
+    *,
+    first: Tensor,
+    finished: Tensor,
+    budget: Tensor,
+) -> tuple[Attended, Tensor]:
+    """Attention of one query token `[B, Hq, D]`: few entries exactly, all others by their codes, one softmax over both.
+
+    Entries that no finished block covers are exact, and so are those of `policy.rounding.worth_reading`, by the weights
+    that the rounded keys give (and the exact ones of entries that are not covered).
+
+    Args:
+        entries: all positions, without a list.
+        codes: of the finished blocks.
+        first, finished: `[B]` int64; the codes of row b cover `64 * finished[b]` positions from `first[b]` on, at most
+            those that there is room for.
+        budget: `[B]` int64, the most entries of a KV head that are read exactly although they are covered.
+
+    Returns:
+        See `attend`; and `[B, Hkv]` int64, how many entries were exact although they are covered.
+    """
+    keys, values, visible = seen_entries(without_list(entries), options, len(query))
+    assert values is not None
+    positions = torch.arange(entries.width, device=keys.device) - first[:, None]
+    everywhere = positions[:, None].expand(-1, entries.kv_heads, -1)
+    copy = Entries(
+        restored_keys(codes),
+        restored_values(codes, values.shape[-1]),
+        codes.blocks,
+        rows=entries.rows,
+    )
+    rounded_keys, rounded_values, there = entries_at(copy, everywhere)
+    assert rounded_values is not None
+    covered = there & (everywhere < finished[:, None, None] * BLOCK)
+    if visible is not None:
+        covered = covered & visible
+
+    rough = torch.where(covered[..., None], rounded_keys, keys.float())
+    logits = logits_of(query, rough, options, visible)
+    total = log_sum_exp(logits)
+    if options.sinks is not None:
+        total = torch.logaddexp(total, options.sinks.float())
+    weights = largest_weights(logits, total, entries.kv_heads).masked_fill(~covered, float("-inf"))
+    chosen = worth_reading(weights, budget)
+
+    rounded = (covered & ~chosen)[..., None]
+    exact_values = seen_values(values, visible)
+    mixed = Entries(
+        torch.where(rounded, rounded_keys, keys.float()),
+        torch.where(rounded, rounded_values, exact_values),
+    )
+    output, lse = attend(query, mixed, options.over(visible))
+    return Attended(output.to(values.dtype), lse), chosen.sum(-1)
+
+
+def _places(entries: Entries, codes: Codes, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the blocks `[B, m]` of each row lie, row or page and index in it, 0 where they do not; and whether."""
+    rows, each = len(block), codes.keys.shape[2]
+    if codes.blocks is None:
+        row, there = kept_rows(entries, rows, codes.keys.shape[0])
+        return row[:, None].expand_as(block), *_inside(block, each, there[:, None])
+    page = torch.div(block, each, rounding_mode="floor")
+    index, there = _inside(page, codes.blocks.shape[1], torch.ones_like(block, dtype=torch.bool))
+    page = codes.blocks.long().gather(1, index)
+    page, there = _inside(page, codes.keys.shape[0], there)
+    return page, block % each, there
+
+
+def _inside(index: Tensor, count: int, there: Tensor) -> tuple[Tensor, Tensor]:
+    """An index among `count`, 0 where it is none; and whether it is one, and `there`."""
+    there = there & (index >= 0) & (index < count)
+    return index.where(there, 0), there

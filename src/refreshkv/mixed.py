@@ -1,0 +1,97 @@
+"""One mixed step of one layer: a copy of all entries in few bits, and exactly the few that have weight in it (ours).
+
+Nothing of it is stale: which entries are exact is decided in every step, by the weights that the copy gives. At most K
+of a KV head are, whatever the queries (`policy.rounding.worth_reading`), so a step reads no more than the copy, K
+entries of a KV head, and those of the newest, incomplete block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from refreshkv.cache.layer import LayerCache
+from refreshkv.kernels.options import AttendOptions, over_heads
+from refreshkv.policy.rounding import BLOCK
+
+
+def begin_mixed(cache: LayerCache, visible: Tensor | None) -> None:
+    """The prompt is over, or some of it was cropped: K follows from it, and its whole blocks get their codes."""
+    if cache.waiting is not None:
+        assert cache.prompt is not None
+        cache.resolve_budget(visible, cache.prompt, cache.waiting)
+        cache.waiting = None
+    elif cache.budget is None:
+        cache.resolve_budget(visible, cache.store.lengths)
+    else:
+        cache.count_padding(visible)
+    assert cache.copy is not None
+    cache.copy.follow(cache.store, cache.store.lengths - 1, visible)
+
+
+def mixed_step(
+    cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
+) -> Tensor:
+    """Attention of one new token, `[B, Hq, D]` -> `[B, Hq, D]`; arguments as for `step.decode_step`.
+
+    The new token is exact, and with it the block that it completes.
+    """
+    if cache.waiting is not None or cache.hidden is None:
+        begin_mixed(cache, visible)
+    lengths = cache.store.lengths
+    assert cache.copy is not None and cache.hidden is not None
+    cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
+    output, exact = attend_to_copy(cache, query, options, visible)
+    heads = cache.kv_heads
+    cache.stats.record(
+        cache.index,
+        kv_heads=heads,
+        entry_bytes=cache.store.entry_bytes,
+        full=0,
+        steps=cache.rows * heads,
+        read=entries_read(cache, exact, lengths),
+        rounded=bytes_of_codes(cache),
+        available=(lengths - cache.hidden) * heads,
+    )
+    return output
+
+
+def attend_to_copy(
+    cache: LayerCache,
+    query: Tensor,
+    options: AttendOptions,
+    visible: Tensor | None,
+    ends: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a row over the copy as it is, and exactly over what it does not cover.
+
+    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and `[B, Hkv]`,
+    how many entries of the copy were exact.
+    """
+    copy = cache.copy
+    assert copy is not None and copy.codes is not None and cache.budget is not None
+    assert copy.first is not None and copy.finished is not None
+    attended, exact = cache.store.attend_mixed(
+        query,
+        copy.codes,
+        options.over(over_heads(visible)),
+        ends=ends,
+        first=copy.first,
+        finished=copy.finished,
+        budget=cache.budget,
+    )
+    return attended.output, exact
+
+
+def entries_read(cache: LayerCache, exact: Tensor, ends: Tensor) -> Tensor:
+    """`[B]`: entries that a step read exactly, those that no code covers among the first `ends` positions with them."""
+    copy = cache.copy
+    assert copy is not None and copy.first is not None and copy.finished is not None
+    uncovered = ends - copy.first - BLOCK * copy.finished
+    return exact.sum(-1) + uncovered * cache.kv_heads
+
+
+def bytes_of_codes(cache: LayerCache) -> Tensor:
+    """`[B]`: bytes of the codes that a step read."""
+    copy = cache.copy
+    assert copy is not None and copy.codes is not None and copy.finished is not None
+    return copy.finished * cache.kv_heads * copy.codes.block_bytes
