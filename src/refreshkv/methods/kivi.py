@@ -58,8 +58,8 @@ def _method(bits: int) -> Method:
             " arXiv 2402.02750"
         ),
         note=(
-            f"All keys and values in {bits} bits, whatever K is, per channel over 64 tokens; the newest, at most 64, are"
-            " exact (the paper: keys over 32 tokens, values per token, the newest 128). Counts codes and grids."
+            f"All keys and values in {bits} bits, whatever K is, per channel over 64 tokens; the newest, at most 64,"
+            " are exact (the paper: keys over 32 tokens, values per token, the newest 128). Counts codes and grids."
         ),
         settings=KiviSettings,
         fixed={"bits": bits},
