@@ -1,9 +1,10 @@
-"""The exact mode of one layer: partial steps draft, one full pass over the drafted tokens verifies them (ours).
+"""The exact mode of one layer: cheap steps draft, one full pass over the drafted tokens verifies them (ours).
 
 A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`. Drafted tokens are written behind
 the end of their row, where the full pass writes what it computes again, exactly; they stand only once they are
-committed. The pass reads the store once for all its queries, and the mean of their scores makes the next selection,
-whichever of the drafts were right. Rows keep different numbers of tokens, so each has its own end.
+committed. The pass reads the store once for all its queries. Rows keep different numbers of tokens, so each has its own
+end. Drafts are partial steps, whose next selection the mean of the pass's scores makes, whichever of them were right;
+or mixed ones, which select nothing.
 
 Letters: B batch, Hq query heads, Hkv KV heads, T tokens, L positions.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.kernels.options import AttendOptions, over_heads
+from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read
 from refreshkv.step import reselect, select_after_prompt
 
 
@@ -131,6 +133,7 @@ class ExactLayer:
             full=(self.verified > 0) * heads,
             steps=kept * heads,
             read=torch.where(self.verified > 0, read, 0),
+            rounded=self._codes_read(),
             available=available,
         )
         self._advance(kept)
@@ -140,15 +143,23 @@ class ExactLayer:
     def take_back(self, ends: Tensor) -> None:
         """Rows that are longer than `ends` `[B]` forget what they have beyond."""
         self.ends.copy_(torch.minimum(self.ends, ends))
+        if self.cache.copy is not None:
+            self.cache.copy.crop(ends)
 
     def close(self, length: int) -> None:
         """Every row has at least `length` tokens, and the layer goes on with those."""
         self.cache.store.level(length)
         self.cache.forget_selection()
+        if self.cache.copy is not None:
+            self.cache.copy.crop(length)
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads and writes, beside the cache."""
         return [self.ends, *(part for part in vars(self).values() if isinstance(part, Tensor))]
+
+    def _codes_read(self) -> Tensor | int:
+        """`[B]`: bytes of codes that the drafts of this cycle read."""
+        return 0
 
     def _advance(self, kept: Tensor) -> None:
         self.ends.add_(kept)
@@ -169,6 +180,37 @@ class ExactLayer:
         if self.visible is None:
             return None
         return F.pad(self.visible, (0, self.cache.length - self.visible.shape[1]), value=True)
+
+
+class ExactMixedLayer(ExactLayer):
+    """A layer whose drafts are mixed steps: by the codes of what is sure, and exactly where the weight is."""
+
+    def select(self) -> None:
+        """The codes of the blocks that the last cycle has completed."""
+        cache = self.cache
+        if cache.waiting is not None:
+            assert cache.prompt is not None
+            cache.resolve_budget(self._seen(), cache.prompt, cache.waiting)
+            cache.waiting = None
+        elif cache.hidden is None:
+            cache.count_padding(self._seen())
+        assert cache.copy is not None
+        cache.copy.follow(cache.store, self.ends, self._seen())
+
+    def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache, positions = self.cache, self.ends + self.drafted
+        cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
+        output, exact = attend_to_copy(cache, query, self.options, self._seen(), positions + 1)
+        read = entries_read(cache, exact, positions + 1)
+        self.read.index_copy_(0, self.drafted.view(1), read[None])
+        self.drafted += 1
+        return output
+
+    def _codes_read(self) -> Tensor | int:
+        copy = self.cache.copy
+        if copy is None or copy.finished is None:
+            return 0
+        return (self.verified - 1).clamp(min=0) * bytes_of_codes(self.cache)
 
 
 class ExactWindowLayer(ExactLayer):

@@ -38,10 +38,9 @@ def mixed_step(
     if cache.waiting is not None or cache.hidden is None:
         begin_mixed(cache, visible)
     lengths = cache.store.lengths
-    output, exact = attend_to_copy(
-        cache, query, options, visible, lengths - 1, most=1 if cache.fixed else None
-    )
-    assert cache.hidden is not None
+    assert cache.copy is not None and cache.hidden is not None
+    cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
+    output, exact = attend_to_copy(cache, query, options, visible)
     heads = cache.kv_heads
     cache.stats.record(
         cache.index,
@@ -61,21 +60,21 @@ def attend_to_copy(
     query: Tensor,
     options: AttendOptions,
     visible: Tensor | None,
-    sure: Tensor,
-    most: int | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query a row over the copy of what is complete among the first `sure` `[B]` positions.
+    """Attention of one query a row over the copy as it is, and exactly over what it does not cover.
 
-    `most` as in `RoundedCopy.follow`. Returns `[B, Hq, D]`, and `[B, Hkv]`, how many entries of the copy were exact.
+    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and `[B, Hkv]`,
+    how many entries of the copy were exact.
     """
     copy = cache.copy
-    assert copy is not None and cache.budget is not None
-    codes = copy.follow(cache.store, sure, visible, most)
+    assert copy is not None and copy.codes is not None and cache.budget is not None
     assert copy.first is not None and copy.finished is not None
     attended, exact = cache.store.attend_mixed(
         query,
-        codes,
+        copy.codes,
         options.over(over_heads(visible)),
+        ends=ends,
         first=copy.first,
         finished=copy.finished,
         budget=cache.budget,

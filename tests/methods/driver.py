@@ -15,8 +15,10 @@ from refreshkv.stats import RowStats
 from refreshkv.step import Algorithm
 from tests.helpers import Held, Tokens
 
-KEPT = [name for name, m in METHODS.items() if name != "no-reselection" and m.make]
-CHOOSING = ("quest", "token-select", "int4-keys", "int2-keys", "oracle-topk")  # anew in every step
+KIVI = ("kivi-4", "kivi-2")  # nothing is left out
+KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", *KIVI)]
+# Anew in every step.
+CHOOSING = ("quest", "token-select", "int4-keys", "int2-keys", "twilight", "oracle-topk")
 EVICTING = [name for name in KEPT if name not in CHOOSING]
 
 

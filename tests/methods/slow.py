@@ -174,13 +174,38 @@ def oracle(row: Row) -> Iterator[Sets]:
         ]
 
 
+def with_rough_keys(row: Row, bits: int) -> Row:
+    """The row with each key on a grid of its own, whose least value and step are kept in bfloat16."""
+    keys = row.text.keys
+    low, high = keys.amin(-1, keepdim=True), keys.amax(-1, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).bfloat16().float()
+    low = low.bfloat16().float()
+    codes = ((keys - low) / step).round().clamp(0, 2**bits - 1)
+    rough = copy.copy(row)
+    rough.text = replace(row.text, keys=low + codes * step)
+    return rough
+
+
+def twilight(row: Row) -> Iterator[Sets]:
+    rough = with_rough_keys(row, 4)
+    for now in row.steps:
+        sets = []
+        for head in row.heads:
+            kept = {now}
+            for weights in rough.weights(head, now, list(range(now + 1))):
+                held = 0.0
+                for position in weights.argsort(descending=True).tolist():
+                    if held >= row.config.share * float(weights.sum()):
+                        break
+                    kept.add(position)
+                    held += float(weights[position])
+            sets.append(sorted(kept))
+        yield sets
+
+
 def rounded_keys(bits: int) -> Callable[[Row], Iterator[Sets]]:
     def run(row: Row) -> Iterator[Sets]:
-        keys = row.text.keys
-        low, high = keys.amin(-1, keepdim=True), keys.amax(-1, keepdim=True)
-        step = (high - low) / (2**bits - 1)
-        rough = copy.copy(row)
-        rough.text = replace(row.text, keys=low + ((keys - low) / step).round() * step)
+        rough = with_rough_keys(row, bits)
         for now in row.steps:
             older = list(range(now))
             sets = []
@@ -195,6 +220,7 @@ def rounded_keys(bits: int) -> Callable[[Row], Iterator[Sets]]:
 
 
 SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
+    "twilight": twilight,
     "streaming-llm": streaming_llm,
     "h2o": h2o,
     "snapkv": snapkv(32),

@@ -22,9 +22,13 @@ NAMES = [
     "token-select",
     "int4-keys",
     "int2-keys",
+    "twilight",
+    "kivi-4",
+    "kivi-2",
     "oracle-topk",
     "refreshkv",
     "refreshkv-fast",
+    "refreshkv-lse-drop",
     "refreshkv-fixed",
     "refreshkv-paper",
     "no-refresh",
@@ -48,9 +52,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "token-select": {"budget": 64, "threshold": None},
     "int4-keys": GROUPED,
     "int2-keys": GROUPED,
+    "twilight": {**GROUPED, "share": 0.5},
+    "kivi-4": {"budget": 64},
+    "kivi-2": {"budget": 64},
     "oracle-topk": GROUPED,
     "refreshkv": {**SELECTION, "draft": 3, "confidence": 0.4},
-    "refreshkv-fast": {**SELECTION, "stride": 7, "drop": 2.0, "score_only": False},
+    "refreshkv-fast": {"budget": 64, "key_bits": 4, "value_bits": 3},
+    "refreshkv-lse-drop": {**SELECTION, "stride": 7, "drop": 2.0, "score_only": False},
     "refreshkv-fixed": {**SELECTION, "stride": 7, "score_only": True},
     "refreshkv-paper": QUERY,
     "no-refresh": SELECTION,
@@ -113,7 +121,8 @@ def test_an_unknown_name(name: Any, message: str) -> None:
         ("refreshkv-fixed", {"decide": "head"}, "decide has no effect without a threshold"),
         ("no-refresh", {"threshold": 0.5}, "threshold has no effect without a stride"),
         ("no-reselection", {"score_only": True}, "unknown setting of no-reselection"),
-        ("refreshkv-fast", {"threshold": 0.5}, "threshold has no effect with trigger 'lse-drop'"),
+        ("refreshkv-fast", {"anchor": 0.5}, "anchor has no effect in mode 'mixed'"),
+        ("refreshkv-lse-drop", {"threshold": 0.5}, "threshold has no effect with trigger 'lse-d"),
         ("snapkv-1", {"window": 32}, "unknown setting of snapkv-1: 'window'"),
         ("int4-keys", {"bits": 2}, "unknown setting of int4-keys: 'bits'"),
         ("tova", {"budget": 0}, "budget must be at least 1"),
@@ -138,6 +147,7 @@ def test_what_the_variants_set() -> None:
     assert found["full"].mode == "full"
     assert found["refreshkv"] == default
     assert found["refreshkv-fast"] == make_config("fast")
+    assert found["refreshkv-lse-drop"] == make_config("lse-drop")
     assert found["refreshkv-fixed"] == dataclasses.replace(paper, threshold=None)
     assert found["no-refresh"] == dataclasses.replace(paper, stride=None)
     assert found["no-full-attention"] == dataclasses.replace(paper, score_only=True)
@@ -145,7 +155,7 @@ def test_what_the_variants_set() -> None:
         assert found[name] == paper
     for name in NAMES:
         if find(name).make is not None:
-            assert found[name].mode == "refresh"
+            assert found[name].mode == ("mixed" if name.startswith("kivi") else "refresh")
     assert (found["int4-keys"].bits, found["int2-keys"].bits) == (4, 2)
     assert find("refreshkv").config("paper-qwen", stride=10) == RefreshConfig(
         stride=10, threshold=0.95

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods import METHODS
 from refreshkv.methods.pyramidkv import PyramidKVSettings, layer_budget
 from refreshkv.methods.quest import Quest
-from refreshkv.methods.rounded_keys import round_keys
+from refreshkv.policy.rounding import restored, round_keys, round_values
 from tests.helpers import random_tokens
 
 from .driver import CHOOSING, EVICTING, KEPT, Driver, close, full_attention
@@ -230,7 +231,7 @@ def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(na
     close(driver.step(), once.step())
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", [name for name in KEPT if name != "twilight"])
 def test_the_oracle_keeps_at_least_the_mass_of_every_other_set(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
     other, oracle = (Driver(tokens, n, PROMPT, budget=32) for n in (name, "oracle-topk"))
@@ -266,18 +267,6 @@ def test_quest_bounds_every_product_of_a_page(pads: tuple[int, ...] | None) -> N
             # Exact for a page of one token.
             if pages[-1].shape[-1] == 1:
                 close(bounds[row, :, len(pages) - 1], largest[:, -1])
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_rounded_keys_are_off_by_at_most_half_a_step(bits: int) -> None:
-    keys = random_tokens(rows=2, length=LENGTH).keys
-    rounded, steps = round_keys(keys, bits), 2**bits - 1
-    extent = keys.amax(-1, keepdim=True) - keys.amin(-1, keepdim=True)
-    assert ((rounded - keys).abs() <= extent / steps / 2 + 1e-6).all()
-    assert max(len(key.unique()) for key in rounded.flatten(0, 2)) <= 2**bits
-    assert torch.equal(
-        round_keys(torch.full((1, 1, 1, 8), 0.3), bits), torch.full((1, 1, 1, 8), 0.3)
-    )
 
 
 def test_rounded_keys_are_counted() -> None:
@@ -359,3 +348,31 @@ def test_an_ablation_goes_on_after_a_crop(name: str) -> None:
     assert torch.allclose(after, full, atol=1e-5) is (name == "no-reselection")
     driver.run(3)
     assert driver.stats.full_steps == 3  # the third step, the one after the crop, and three later
+
+
+def test_twilight_keeps_the_share_and_not_one_token_more_than_it_needs() -> None:
+    tokens = random_tokens(group=1, length=LENGTH)
+    few, many = (
+        Driver(tokens, "twilight", PROMPT, budget=5, share=share).run(3) for share in (0.2, 0.95)
+    )
+    for (_, least), (_, most) in zip(few, many, strict=True):
+        for row, other in zip(least, most, strict=True):
+            assert all(
+                set(a) <= set(b) and len(a) < len(b) for a, b in zip(row, other, strict=True)
+            )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivi_attends_to_nothing_but_codes_and_the_newest_tokens(bits: int) -> None:
+    """130 tokens: the last step sees two blocks by their codes, and two tokens as they are."""
+    tokens = random_tokens(rows=2, length=130)
+    driver = Driver(tokens, f"kivi-{bits}", 120, budget=20)
+    outputs = [driver.step() for _ in range(10)]
+    keys, values = tokens.keys.clone(), tokens.values.clone()
+    for block in (slice(0, 64), slice(64, 128)):
+        keys[:, :, block] = restored(round_keys(keys[:, :, block], bits))
+        values[:, :, block] = restored(round_values(values[:, :, block], bits))
+    expected = full_attention(replace(tokens, keys=keys, values=values), 129, driver.options)
+    torch.testing.assert_close(outputs[-1], expected, rtol=2e-2, atol=2e-3)
+    exact = full_attention(tokens, 129, driver.options)
+    assert (outputs[-1] - exact).abs().max() > 4 * (outputs[-1] - expected).abs().max()

@@ -49,8 +49,8 @@ class RoundedCopy:
 
     def follow(
         self, store: Store, ends: Tensor, visible: Tensor | None, most: int | None = None
-    ) -> Codes:
-        """The codes of all blocks that are complete among the first `ends` `[B]` positions.
+    ) -> None:
+        """Make the codes of all blocks that are complete among the first `ends` `[B]` positions.
 
         `visible` `[B, width]` bool. `most`: no row has more that are new; `None`: the device is asked.
         """
@@ -70,13 +70,12 @@ class RoundedCopy:
                 visible=visible,
             )
             self.finished.copy_(torch.maximum(complete, self.finished))
-        return self.codes
 
-    def crop(self, length: int) -> None:
-        """Only the first `length` positions remain."""
+    def crop(self, length: Tensor | int) -> None:
+        """Only the first `length` positions remain, a number or `[B]`."""
         if self.first is not None and self.finished is not None:
             left = torch.div(length - self.first, BLOCK, rounding_mode="floor").clamp(min=0)
-            self.finished = torch.minimum(self.finished, left)
+            self.finished.copy_(torch.minimum(self.finished, left))
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the old row `rows[i]`, `[B']` int64."""

@@ -195,12 +195,21 @@ class Store(ABC):
         return self.backend.vote(queries, self.entries(), options, starts=starts, counts=counts)
 
     def attend_mixed(
-        self, query: Tensor, codes: Codes, options: AttendOptions, **rows: Tensor
+        self,
+        query: Tensor,
+        codes: Codes,
+        options: AttendOptions,
+        ends: Tensor | None = None,
+        **rows: Tensor,
     ) -> tuple[Attended, Tensor]:
-        """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`."""
-        return self.backend.attend_mixed(
-            query, self.entries(), codes, self._within(options), **rows
-        )
+        """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`.
+
+        `ends` `[B]`: over the first so many positions; `None`: those that a row has.
+        """
+        within = self._within(options)
+        if ends is not None:
+            within = options.over(options.visible, lengths=ends[:, None])
+        return self.backend.attend_mixed(query, self.entries(), codes, within, **rows)
 
     def encode(self, codes: Codes, **blocks: Any) -> None:
         """The codes of blocks of these tokens; see `reference.encode`."""

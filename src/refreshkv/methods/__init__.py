@@ -11,6 +11,7 @@ from types import MappingProxyType
 from refreshkv.config import unknown
 from refreshkv.methods import (
     h2o,
+    kivi,
     oracle,
     pyramidkv,
     quest,
@@ -39,9 +40,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             token_select.METHOD,
             rounded_keys.INT4,
             rounded_keys.INT2,
+            rounded_keys.TWILIGHT,
+            kivi.KIVI_4,
+            kivi.KIVI_2,
             oracle.METHOD,
             refreshkv.REFRESHKV,
             refreshkv.FAST,
+            refreshkv.LSE_DROP,
             refreshkv.FIXED,
             refreshkv.AS_IN_PAPER,
             refreshkv.NO_REFRESH,

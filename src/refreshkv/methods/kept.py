@@ -8,6 +8,7 @@ prompt's visible tokens, and the token being decoded counts inside K. Padding is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,24 +79,44 @@ class Look:
     def votes(self, queries: Tensor, kept: Tensor | None = None) -> Tensor:
         """The same from the newest T tokens, per query head: `[B, Hq, L]` float32, summed; NaN counts as 0.
 
-        Each of the `queries` `[B, Hq, T, D]` sees no later token than its own. The kernels give one score per KV head,
-        so they are asked for one query head of every group at a time.
+        Each of the `queries` `[B, Hq, T, D]` sees no later token than its own.
         """
-        groups, sinks = (self.cache.kv_heads, -1), self.options.sinks
         starts = torch.full((len(queries),), self.length - queries.shape[2], device=queries.device)
         options = self._over(over_heads(self.visible) if kept is None else kept)
-        received = list[Tensor]()
-        for member in queries.unflatten(1, groups).unbind(2):
-            own = None if sinks is None else sinks.unflatten(0, groups)[:, len(received)]
-            votes = self.cache.store.vote(member, replace(options, sinks=own), starts=starts)
-            received.append(votes.scores[..., : self.length])
-        return torch.stack(received, 2).flatten(1, 2).nan_to_num_(0.0) * queries.shape[2]
+
+        def received(member: Tensor, options: AttendOptions) -> Tensor:
+            votes = self.cache.store.vote(member, options, starts=starts)
+            return votes.scores[..., : self.length]
+
+        return self._by_query_head(queries, options, received).nan_to_num_(0.0) * queries.shape[2]
+
+    def weights(self, keys: Tensor) -> Tensor:
+        """`[B, Hq, L]` float32: the weights of each query head over `keys` `[B, Hkv, L, D]`; NaN counts as 0."""
+        backend, options = self.cache.store.backend, self.options.over(over_heads(self.visible))
+
+        def received(member: Tensor, options: AttendOptions) -> Tensor:
+            return backend.score(member, Entries(keys), options).scores
+
+        return self._by_query_head(self.query, options, received).nan_to_num_(0.0)
 
     def best(self, scores: Tensor, budget: Tensor | None = None, **options: Any) -> Tensor:
         """`[B, Hkv, L]` bool: the K tokens with the best `scores` `[B, Hkv, L]`; see `selection.select`."""
         budget = self.cache.budget if budget is None else budget
         options = {"pool_kernel": 1, "visible": self.visible, **options}
         return mask_of(self.cache.store.backend.select(scores, budget, **options), self.length)
+
+    def _by_query_head(
+        self,
+        queries: Tensor,
+        options: AttendOptions,
+        received: Callable[[Tensor, AttendOptions], Tensor],
+    ) -> Tensor:
+        """`[B, Hq, L]`, from a kernel that gives a score per KV head: one query head of every group at a time."""
+        groups, sinks = (self.cache.kv_heads, -1), options.sinks
+        members = queries.unflatten(1, groups).unbind(2)
+        own = [None] * len(members) if sinks is None else sinks.unflatten(0, groups).unbind(1)
+        each = [received(m, replace(options, sinks=s)) for m, s in zip(members, own, strict=True)]
+        return torch.stack(each, 2).flatten(1, 2)
 
     def _over(self, mask: Tensor | None, reduction: Reduction | None = None) -> AttendOptions:
         """The options for the tokens of `mask` `[B, Hkv or 1, L]` bool, `None` for all, and none after them."""

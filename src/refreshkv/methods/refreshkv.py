@@ -63,8 +63,17 @@ FAST = Method(
     name="refreshkv-fast",
     label="RefreshKV, fast",
     source="ours",
-    note='The preset "fast": lossy, full where the log-sum-exp of a head has dropped.',
+    note='The preset "fast": every entry in two bits, and exactly those that have weight in this very step.',
     preset="fast",
+    fixed={"mode": "mixed"},
+)
+LSE_DROP = Method(
+    name="refreshkv-lse-drop",
+    label="RefreshKV, by log-sum-exp",
+    source="ours",
+    note='The preset "lse-drop": a partial cache, chosen anew where the log-sum-exp of a head has dropped.',
+    preset="lse-drop",
+    fixed={"mode": "refresh"},
 )
 FIXED = Method(
     name="refreshkv-fixed",

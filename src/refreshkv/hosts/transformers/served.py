@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.exact import ExactLayer, ExactWindowLayer
+from refreshkv.exact import ExactLayer, ExactMixedLayer, ExactWindowLayer
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.stats import Stats
 from refreshkv.step import Algorithm
@@ -65,7 +65,8 @@ class ServedLayer:
         """From here on passes are drafts or verifications. `visible` `[B, L]`: the prompt's tokens, `None` for all."""
         assert self._options is not None
         if self.window is None:
-            self.exact = ExactLayer(self.inner, self._options, visible)
+            kind = ExactMixedLayer if self.inner.config.rounds else ExactLayer
+            self.exact = kind(self.inner, self._options, visible)
         else:
             self.exact = ExactWindowLayer(self.inner, self._options, visible, self.window)
 
