@@ -147,9 +147,10 @@ def test_several_turns_on_one_cache(models: Any, name: str) -> None:
     first, more = tokens(1, 100), tokens(1, 45, seed=9)
     with refreshkv.attach(model, MIXED) as session:
         cache, options = session.new_cache(), {"max_new_tokens": 12, "do_sample": False, **DICT}
-        out = model.generate(first, past_key_values=cache, **options)
+        options["past_key_values"] = cache
+        out = model.generate(first, attention_mask=torch.ones_like(first), **options)
         ids = torch.cat([out.sequences, more], 1)
-        again = model.generate(ids, past_key_values=cache, **options)
+        again = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         plain = Plainly(model, session)
         plain.prompt(first[0])
         plain.decode(ids[0, 100:111])
