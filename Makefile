@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-sanitized test-versions test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text crosscheck clean
+.PHONY: help setup demo test test-slow test-sanitized test-versions test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text fidelity-real crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,8 +95,11 @@ endif
 report: $(STAMP)  ## evaluate every method on the bundled model again, into out/ (15 minutes on two cores)
 	$(BIN)/python -m experiments report $(if $(LIMIT),--limit $(LIMIT))
 
-fidelity: $(STAMP)  ## measure the lossless mode and the lossy ones again, into out/ (an hour)
+fidelity: $(STAMP) fidelity-real  ## measure the lossless mode and the lossy ones again, into out/ (hours)
 	$(BIN)/python -m experiments fidelity
+
+fidelity-real: $(STAMP)  ## real models (or MODELS, folders or names) on natural text, into out/ (hours)
+	$(BIN)/python -m experiments fidelity-real $(if $(MODELS),--models $(MODELS))
 
 fidelity-wide: $(STAMP)  ## the shorter tables of docs/fidelity.md, into out/
 	$(BIN)/python -m experiments fidelity-wide

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import refreshkv
-from refreshkv import demo, methods
+from refreshkv import demo, methods, models
 from refreshkv.config import Settings
 from refreshkv.config import described as described_settings
 from refreshkv.demo import prompts
@@ -23,8 +23,8 @@ Written from the docstrings by `python docs/api.py`; do not edit. Letters in sha
 KV heads, D head dim, T tokens of one pass, L tokens so far, K budget (slots of a partial cache).
 """
 TOP = (
-    *("attach", "detach", "Session", "make_config", "RefreshConfig", "PRESETS", "supported"),
-    *("UnsupportedModelError", "PROVEN_ARCHITECTURES", "RefreshCache"),
+    *("attach", "detach", "Session", "make_config", "RefreshConfig", "PRESETS", "load_preset"),
+    *("supported", "UnsupportedModelError", "PROVEN_ARCHITECTURES", "RefreshCache"),
 )
 PUBLIC: dict[str, Any] = {
     **{f"refreshkv.{name}": getattr(refreshkv, name) for name in TOP},
@@ -36,10 +36,15 @@ PUBLIC: dict[str, Any] = {
     "refreshkv.methods.find": methods.find,
     "refreshkv.demo.load": demo.load,
     "refreshkv.demo.prompts.make_prompt": prompts.make_prompt,
+    "refreshkv.models.MODELS": models.MODELS,
+    "refreshkv.models.path": models.path,
+    "refreshkv.models.fetch": models.fetch,
+    "refreshkv.models.is_fetched": models.is_fetched,
 }
 VALUES = {  # what has no docstring
     "refreshkv.PRESETS": "The named settings: a mapping of preset to settings of `RefreshConfig`.",
     "refreshkv.PROVEN_ARCHITECTURES": "Architectures whose results the tests prove, on tiny random configurations.",
+    "refreshkv.models.MODELS": "The models by name, and what is known of them before they are fetched:",
     "refreshkv.methods.METHODS": "The methods by name, in the order of tables (`docs/methods.md`).",
 }
 # What layers and `generate` call, not a user.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from experiments import continuation, grids, recall, tables, text_model, train
+from experiments import documents, grids, real, recall, tables, text_model, train
 from refreshkv.text import one_line
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
@@ -17,9 +17,12 @@ EXPERIMENTS: dict[str, Callable[..., None]] = {
     "fidelity": grids.fidelity,
     "fidelity-wide": grids.fidelity_wide,
     "fidelity-text": grids.fidelity_text,
+    "fidelity-real": real.fidelity,
     "tables": tables.show,
+    "documents": documents.show,
     "recall": recall.show,
-    "continuation": continuation.show,
+    "perplexity": real.perplexity,
+    "continuation": real.continuation,
     "train": train.run,
     "train-text": text_model.run,
 }

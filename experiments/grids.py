@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import continuation, recall, tables, text_model
+from experiments import recall, tables, text_model
 
 _ORDINARY = ("full", "oracle-topk", "quest", "token-select", "refreshkv:budget=0.0625")
 _LOSSY = ("refreshkv-fast", "refreshkv-paper")
 _TRIO = ("full", "refreshkv:budget=0.0625", "refreshkv-fast")
 _DRAFTS = tuple(f"refreshkv:draft={most}" for most in (2, 4, 8, 16, 32))
+_SURE = tuple(f"refreshkv:confidence={least}" for least in (0.5, 0.3, 0.1, 0.0))
 _COPIES = ("int4-keys:budget=0.0625", "int2-keys:budget=0.0625")
 _THREE = "chain-of-key,html-to-tsv,key-value"
 
@@ -93,20 +94,56 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
             *("full", *_LOSSY, "snapkv", "streaming-llm", "oracle-topk:budget=0.0625", *_COPIES),
         ),
     },
+    # Of natural text, on any model (experiments/real.py): lengths and texts are given there.
+    "text": {
+        "tasks": "perplexity",
+        "dtype": "bfloat16",
+        "methods": (
+            *("full", *_LOSSY, "oracle-topk:budget=0.0625", *_COPIES, *_fixed(2)),
+            *("quest", "snapkv", "streaming-llm"),
+        ),
+    },
+    "continued": {
+        "tasks": "continuation",
+        "dtype": "float32",
+        "methods": (
+            *("full", "refreshkv", *_SURE, "refreshkv:confidence=0.5:draft=8"),
+            *(f"refreshkv:confidence=0.5:budget={share}" for share in (0.03125, 0.125)),
+        ),
+    },
 }
 
 
-def evaluate(run: str, out: Path, processes: int, **more: Any) -> Path:
-    """Make or go on with a run of `RUNS` in `out`, with `more` options; returns its directory."""
-    options = {"device": "cpu", "model": "demo", **RUNS[run], **more, "out": out / run}
+def evaluate(run: str, out: Path, processes: int, *, name: str | None = None, **more: Any) -> Path:
+    """Make or go on with a run of `RUNS` in `out`, with `more` options; returns its directory.
+
+    Args:
+        name: of the directory; that of the run where not given.
+        more: a tuple is joined with commas, the values of a list are given one by one.
+
+    Raises:
+        ValueError: it ended with an error, which it has said itself.
+    """
+    where = out / (name or run)
+    options = {"device": "cpu", "model": "demo", **RUNS[run], **more, "out": where}
     given = []
-    for name, value in options.items():
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        given += [f"--{name.replace('_', '-')}", text]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launch, "-m", "refreshkv.cli", "eval", *given]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return out / run
+    for option, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            text = ",".join(each) if isinstance(each, tuple) else str(each)
+            given += [f"--{option.replace('_', '-')}", text]
+    command, environment = [sys.executable], dict(os.environ)
+    if processes > 1:  # otherwise it has all threads
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        environment["OMP_NUM_THREADS"] = "1"
+    try:
+        subprocess.run(
+            [*command, "-m", "refreshkv.cli", "eval", *given], check=True, env=environment
+        )
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"the run {where} ended with exit code {error.returncode}; its reason stands above"
+        ) from None
+    return where
 
 
 def report(*, limit: int = 16, out: Path = Path("out"), processes: int = 2) -> None:
@@ -158,6 +195,8 @@ def fidelity_text(
     text_model.run(out=out / "text", minutes=minutes)
     model, data = str(out / "text" / "model"), str(out / "text" / "held-out")
     option = f"perplexity.data={data}"
-    evaluate("text-2048", out, processes, model=model, limit=limit, task_option=option)
-    stops = tuple(f"refreshkv:confidence={least}" for least in (0.5, 0.3, 0.1, 0.0))
-    continuation.show(model, data, limit=limit, methods=("refreshkv", *stops))
+    perplexity = evaluate("text-2048", out, processes, model=model, limit=limit, task_option=option)
+    continued = ["continuation.scored=128", f"continuation.data={data}"]
+    given = {"model": model, "limit": limit, "batch": 8, "length": 1800, "task_option": continued}
+    given["methods"] = ("full", "refreshkv", *_SURE)
+    tables.show((perplexity, evaluate("continued", out, processes, **given)))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from refreshkv import models as known_models
 
 torch.set_num_threads(1)
 
@@ -119,10 +122,20 @@ def llama(models: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     return models("llama")
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; fetched into the user's cache folder by the first test that asks for it."""
+    try:
+        return known_models.fetch("smollm2-135m")
+    except (known_models.NoIndexError, ModuleNotFoundError) as error:
+        pytest.skip(f"no real model: {error}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m real` is asked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; this machine has none")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")

@@ -14,9 +14,10 @@ import refreshkv
 SOURCE = Path(refreshkv.__file__).parent
 # From the ground up. The parts of one floor do not import each other.
 FLOORS = [
-    {"config", "text"},
-    {"policy", "stats", "tasks", "weights"},
+    {"config", "safe_folder", "text"},
+    {"policy", "presets", "stats", "tasks", "weights"},
     {"kernels", "demo"},
+    {"models"},
     {"cache"},
     {"mixed"},
     {"step"},
@@ -68,7 +69,7 @@ def may_import(user: str, used: str) -> bool:
     if part == other == "hosts":  # hosts do not import each other
         return used.startswith(".".join(user.split(".")[:2]))
     if part == "kernels" and other != part:  # plain tensors: no state, no counts
-        return other in {"config", "text", "policy"}
+        return other in {"config", "safe_folder", "text", "policy"}
     return part == other or FLOOR_OF[part] > FLOOR_OF[other]
 
 

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from refreshkv.hosts.transformers import attach as attach
     from refreshkv.hosts.transformers import detach as detach
     from refreshkv.hosts.transformers import supported as supported
+    from refreshkv.presets import load_preset as load_preset
 
 _HOME = {
     "PRESETS": "refreshkv.config",
     "RefreshConfig": "refreshkv.config",
+    "load_preset": "refreshkv.presets",
     "make_config": "refreshkv.config",
     "PROVEN_ARCHITECTURES": "refreshkv.hosts.transformers",
     "RefreshCache": "refreshkv.hosts.transformers",

@@ -279,11 +279,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
+def make_config(preset: str | Mapping[str, Any] | None = None, **overrides: Any) -> RefreshConfig:
     """A preset with some settings replaced; what the replaced ones leave without effect is dropped from the preset.
 
-    Without a preset it is "default", which is lossless, `mode="mixed"` starts from "fast", and settings of the schedule
-    (`Schedule`), or `mode="refresh"`, ask for the published mode and start from "paper-llama".
+    A preset is a name of `PRESETS`, or settings of your own, as `load_preset` reads them. Without one it is "default",
+    which is lossless; `mode="mixed"` starts from "fast", and settings of the schedule (`Schedule`), or
+    `mode="refresh"`, ask for the published mode and start from "paper-llama".
 
     Raises:
         ValueError: an unknown preset or setting, named with its nearest neighbour, a value out of range, or a preset or
@@ -295,9 +296,14 @@ def make_config(preset: str | None = None, **overrides: Any) -> RefreshConfig:
         scheduled = any(name in overrides for name in names_of(Schedule))
         mode = overrides.get("mode", "refresh" if scheduled else "exact")
         preset = {"refresh": "paper-llama", "mixed": "fast"}.get(mode, "default")
-    if not isinstance(preset, str) or preset not in PRESETS:
+    if isinstance(preset, Mapping):
+        check_names("setting", preset, names_of(RefreshConfig))
+        base = preset
+    elif isinstance(preset, str) and preset in PRESETS:
+        base = PRESETS[preset]
+    else:
         raise ValueError(unknown("preset", preset, PRESETS))
-    settings = {**PRESETS[preset], **overrides}
+    settings = {**base, **overrides}
     ignored = RefreshConfig.unread({**vars(RefreshConfig()), **settings})
     check_read(overrides, ignored)
     if named and settings.get("mode") == "full":

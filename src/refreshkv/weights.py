@@ -6,6 +6,8 @@ transformers fills what is missing with random numbers and goes on.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -67,7 +69,7 @@ def check_config(config: Any) -> None:
 
 
 def load(loader: Any, place: str | Path, **options: Any) -> PreTrainedModel:
-    """`loader.from_pretrained(place, **options)`, where all weights are there and fit.
+    """`loader.from_pretrained(place, **options)`, where all weights are there and fit; GGUF with `gguf_file`.
 
     Raises:
         ValueError: weights that are missing, that the model has no place for, or of another shape; the first of them
@@ -75,7 +77,16 @@ def load(loader: Any, place: str | Path, **options: Any) -> PreTrainedModel:
     """
     # What does not fit is refused below, with its name: transformers would only say that there is something.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _report() as report:
+    with _report() as report, contextlib.ExitStack() as stack:
+        if options.get("gguf_file"):
+            stack.enter_context(
+                contextlib.redirect_stderr(io.StringIO())
+            )  # a bar that nothing turns off
+            with contextlib.suppress(ImportError):  # a release that knows no other way
+                from transformers import GgufConfig
+
+                # Kept in its blocks, a model would take attention and kernels, which are code, from the Hub.
+                options["quantization_config"] = GgufConfig(dequantize=True)
         try:
             model, found = loader.from_pretrained(place, **options)
         except Exception as error:
@@ -112,10 +123,45 @@ def load(loader: Any, place: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise `ValueError` where the tokenizer has a token that the model has no embedding for."""
+def need_gguf() -> None:
+    """Raise `ModuleNotFoundError`, with the remedy, where transformers lacks what it reads GGUF with."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"reading GGUF needs {module}: pip install '.[gguf]' in a checkout of refreshkv",
+                name=module,
+            )
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file and its tokenizer into a folder: safetensors in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    named = {"gguf_file": file.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    model = load(AutoModelForCausalLM, file.parent, dtype=torch.bfloat16, **named)
+    check_tokens(tokenizer, model)
+    # transformers refuses to save what still calls itself GGUF.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, gguf: bool = False
+) -> None:
+    """Raise `ValueError` where the tokenizer has a token that the model has no embedding for.
+
+    That of a `gguf` file may be GPT-2's end: transformers adds it to every vocabulary of bytes, Llama 3's for one.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    tokens = tokenizer.get_vocab()
+    if gguf and tokens.get("<|endoftext|>") == rows:
+        del tokens["<|endoftext|>"]
+    token, largest = max(tokens.items(), key=lambda item: item[1], default=("", 0))
     if largest >= rows:
         raise ValueError(
             f"its tokens go up to number {largest}, {token!r}, but the model has {rows} embeddings: it belongs to"

@@ -115,6 +115,7 @@ case("empty model name")(lambda tiny, tmp: generate("", "--prompt", "a"))
 case("model folder that is missing")(lambda tiny, tmp: generate(tmp / "no", "--prompt", "a"))
 case("model folder without a config")(lambda tiny, tmp: generate(tmp, "--prompt", "a"))
 case("model given as a file")(lambda tiny, tmp: generate(tiny / "config.json", "--prompt", "a"))
+case("unknown model to fetch")(lambda tiny, tmp: ["models", "fetch", "smollm"])
 case("Hub id that cannot be reached")(lambda tiny, tmp: generate("nobody/nothing", "--prompt", "a"))
 case("unknown task")(lambda tiny, tmp: ["demo", "--tasks", "key-value,html-to-csv"])
 case("unknown task to print")(lambda tiny, tmp: ["demo", "--print-prompt", "key-vale"])
@@ -128,6 +129,43 @@ case("demo longer than the context")(
 case("unknown shape to time")(lambda tiny, tmp: ["bench", "decode", "--shape", "lama-3.2-1b"])
 case("unknown variant to skip")(lambda tiny, tmp: ["bench", "decode", "--skip", "defalt"])
 case("command that does not exist")(lambda tiny, tmp: ["generat"])
+
+
+def preset(tiny: Path, tmp: Path, settings: str, *args: object) -> Args:
+    (tmp / "own.json").write_text(f'{{"settings": {settings}}}')
+    return generate(tiny, "--prompt", "a", "--preset", tmp / "own.json", *args)
+
+
+case("preset file that is missing")(
+    lambda tiny, tmp: generate(tiny, "--prompt", "a", "--preset", tmp / "no.json")
+)
+case("preset file that is no preset")(lambda tiny, tmp: preset(tiny, tmp, '{"budgets": 3}'))
+case("preset file of another mode")(
+    lambda tiny, tmp: preset(tiny, tmp, '{"mode": "refresh", "budget": 3}', "--draft", 3)
+)
+
+
+def compare(tiny: Path, *args: object) -> Args:
+    return ["compare", "--model", tiny, "--prompt", "hello", *args]
+
+
+case("unknown mode to compare")(lambda tiny, tmp: compare(tiny, "--methods", "exakt"))
+case("nothing to compare")(lambda tiny, tmp: compare(tiny, "--methods", ","))
+case("a bar that is no share")(lambda tiny, tmp: compare(tiny, "--bar", "nan"))
+case("preset to write that could not be read")(
+    lambda tiny, tmp: compare(tiny, "--write-preset", tmp / "own")
+)
+case("preset to write into no folder")(
+    lambda tiny, tmp: compare(tiny, "--write-preset", tmp / "no" / "own.json")
+)
+
+
+@case("one of several prompts that is too long")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "a.txt").write_text("hello")
+    (tmp / "long.txt").write_text("x" * 200)
+    files = ["--prompt-file", tmp / "a.txt", "--prompt-file", tmp / "long.txt"]
+    return ["compare", "--model", tiny, *files, "--new-tokens", 4]
 
 
 def evaluate(
@@ -248,6 +286,29 @@ def _(tiny: Path, tmp: Path) -> Args:
     return generate(tmp, "--prompt", "a")
 
 
+@case("model folder with several GGUF files")
+def _(tiny: Path, tmp: Path) -> Args:
+    for name in ("b.gguf", "a.gguf"):
+        (tmp / name).write_bytes(b"GGUF")
+    return generate(tmp, "--prompt", "a")
+
+
+@case("GGUF file that is none")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "a.gguf").write_bytes(b"GGUF")
+    return generate(tmp / "a.gguf", "--prompt", "a")
+
+
+@case("model that is not fetched")
+def _(tiny: Path, tmp: Path) -> Args:
+    return generate("gemma3-270m", "--prompt", "a")
+
+
+@case("model whose terms are not accepted")
+def _(tiny: Path, tmp: Path) -> Args:
+    return ["models", "fetch", "gemma3-270m"]
+
+
 @case("model folder with broken weights")
 def _(tiny: Path, tmp: Path) -> Args:
     shutil.copytree(tiny, tmp, dirs_exist_ok=True)
@@ -320,8 +381,15 @@ def test_every_documented_row_has_a_case() -> None:
 
 @pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("name", documented())
-def test_bad_input(name: str, tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_bad_input(
+    name: str,
+    tiny: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     message, code = documented()[name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is fetched
     result = run(*CASES[name](tiny, tmp_path), stdin=b"")
     assert result.exit_code == code, (result.stderr, result.exception)
     assert result.stdout == ""

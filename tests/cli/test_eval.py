@@ -19,7 +19,7 @@ import pytest
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "REFRESHKV_DEBUG": "", "OMP_NUM_THREADS": "1"}
 COLUMNS = (
     "task,mode,method,metric,score,ci_low,ci_high,examples,output_tokens,answer_tokens,kv_read_share,full_share,"
-    "effective_stride,kv_read_most,same_as_full,passes_per_token"
+    "effective_stride,kv_read_most,same_as_full,passes_per_token,ratio,ratio_low,ratio_high,agreement,kl"
 )
 
 
@@ -80,6 +80,25 @@ def test_a_run(
     # Nothing is left to do, and the table is that of the directory.
     again = run(*args(out, "--json", mode="both"))
     assert last_json(again) == found
+
+
+def test_perplexity_beside_full_attention(
+    args: Any, run: Callable[..., Any], last_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(f"key{i % 7} is {i}." for i in range(300)))
+    option = {"tasks": "perplexity", "task_option": f"perplexity.data={tmp_path / 'a.txt'}"}
+    methods = "full,snapkv:budget=0.5,snapkv:budget=4096"
+    result = run(*args(tmp_path / "run", "--json", methods=methods, **option))
+    full, half, whole = last_json(result)["results"]
+    assert (full["ratio"], full["agreement"], full["kl"]) == (1, 1, 0)
+    assert whole["ratio"] == pytest.approx(1, abs=1e-4) and whole["agreement"] > 0.99
+    assert half["kl"] > 10 * whole["kl"] >= 0
+    assert half["ratio_low"] == half["ratio"] == half["ratio_high"]  # one document
+    assert half["ratio"] == pytest.approx(half["score"] / full["score"]) != 1
+    assert f"{half['ratio']:.4f}" in result.stdout and "Agree:" in result.stdout
+    alone = run(*args(tmp_path / "alone", "--json", methods="snapkv", **option))
+    assert last_json(alone)["results"][0]["agreement"] is None
+    assert "add full to --methods" in " ".join(alone.stdout.split())
 
 
 def test_the_budget_of_each_method(args: Any, run: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,33 +1,46 @@
-"""`generate --explain`: the byte model of the benchmarks, for a model and a prompt."""
+"""`generate --explain`: bytes of the best case, as a bound; no promise of a speed."""
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
 
-from refreshkv.bench import roofline
-from refreshkv.bench.roofline import Reads
+from refreshkv.bench.roofline import Load, Reads
 from refreshkv.bench.shapes import config_of, outline
-from refreshkv.cli.explain import estimates, lines
+from refreshkv.cli.explain import least, lines
+from refreshkv.config import make_config
 
 
-def test_the_settings_are_those_of_the_presets() -> None:
-    found = estimates(2048)
+def test_the_best_case_of_the_presets() -> None:
+    found = least(2048)
     assert found["full"] == Reads(1, 2048)
-    drafts, tokens = roofline.DRAFT, 1 + roofline.DRAFT * roofline.ACCEPTANCE
-    assert found["exact"] == Reads((drafts + 1) / tokens, (drafts * 128 + 2048) / tokens)
-    assert found["fast"] == Reads(1, 256 + roofline.FAST_FULL_SHARE * (1024 + 256))
+    drafts = make_config("default").draft
+    # Every draft stands: as many passes as tokens, and one of them over everything.
+    assert found["exact"] == Reads(1, (drafts * 128 + 2048) / (drafts + 1))
+    assert found["fast"] == Reads(1, 256)
 
 
-def test_a_long_prompt_asks_for_the_lossless_mode_and_a_short_one_for_none() -> None:
-    model = outline(config_of("llama-3.2-1b"), torch.bfloat16)
-    long = lines(model, 1 << 17)
-    assert len(long) == 5 and "fastest: exact" in long[-1]
-    weights = 1_235_814_400 * 2
-    full = weights + (1 << 17) * 32768
-    reads = estimates(1 << 17)["exact"]
-    exact = reads.passes * weights + reads.entries * 32768
-    assert f"{full / exact:.2f}x full attention" in long[2]
-    # The line that it names is where both modes move the same bytes.
-    even = int(long[-1].split("from ")[1].split(" tokens")[0].replace(",", ""))
-    ratio = lines(model, even)[2].split(": ")[1]
-    assert ratio.startswith("1.00x")
+@pytest.mark.parametrize("acceptance", [0.0, 0.35, 0.93, 1.0])
+@pytest.mark.parametrize("draft", [1, 8, 16])
+def test_no_run_reads_less(draft: int, acceptance: float) -> None:
+    """Drafts that fall cost passes and reads; shorter drafts read the cache more often."""
+    bound = least(4096)
+    load = Load(context=4096, budget=256, draft=draft, acceptance=acceptance)
+    assert load.modes()["exact"].passes >= bound["exact"].passes
+    assert load.modes()["exact"].entries >= bound["exact"].entries
+    assert Load(context=4096).modes()["fast"].entries > bound["fast"].entries
+
+
+def test_it_bounds_and_names_what_measures() -> None:
+    said = lines(outline(config_of("llama-3.2-1b"), torch.bfloat16), 1 << 17)
+    weights, entry = 1_235_814_400 * 2, 32768
+    full = weights + (1 << 17) * entry
+    for line, mode in zip(said[2:4], ("exact", "fast"), strict=True):
+        reads = least(1 << 17)[mode]
+        ratio = full / (reads.passes * weights + reads.entries * entry)
+        assert line.split()[0] == mode
+        assert f": at most {ratio:.2f}x full attention" in line
+    assert "upper bound" in said[-1] and "'refreshkv compare' measures" in said[-1]
+    assert not re.search("fastest|ahead|estimate", "\n".join(said))

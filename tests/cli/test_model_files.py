@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from experiments import __main__ as experiments
 from refreshkv import demo, weights
+from refreshkv.cli.loading import load
+from tests.cli.gguf_files import write_gguf
 
 Weights = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -258,14 +260,55 @@ def test_the_bundled_model_is_held_to_the_same(
     refused(run("generate", "--model", "demo", *GENERATE), "reinstall refreshkv$")
 
 
-def test_the_experiments_say_it_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_experiments_say_it_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rewrite(folder, lambda w: w.pop(UP))
+    out = str(folder / "out")
+    given = ["--model", str(folder), "--data", str(folder), "--processes", "1", "--out", out]
     with pytest.raises(SystemExit) as stopped:
-        experiments.main(["continuation", "--model", str(folder), "--data", "x"])
+        experiments.main(["continuation", *given])
     assert stopped.value.code == 2
-    assert re.fullmatch(
-        rf"error: cannot load the weights of model '.*' \(.*{UP}\); .*\n", capsys.readouterr().err
-    )
+    said, where = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"refreshkv: error: cannot load the weights of .* \(.*{UP}\); .*", said)
+    assert where.startswith("error: the run ")
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<eos>"])
+def test_a_gguf_file_is_a_model(
+    end: str, tmp_path: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    """Alone or in its folder, in the dtype asked for. transformers adds GPT-2's end to the tokens of one without it."""
+    file = tmp_path / "tiny.gguf"
+    written = write_gguf(file, end)
+    loaded = load(str(file))
+    tokens = loaded.tokenizer("abc", return_tensors="pt")["input_ids"]
+    assert tokens.shape == (1, 2)
+    got, wanted = loaded.model(tokens).logits, written(tokens).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    for place in (file, tmp_path):
+        assert load(str(place), dtype="bfloat16").model.dtype == torch.bfloat16
+        result = run("generate", "--model", place, *GENERATE)
+        assert last_json(result)["new_tokens"] <= 2
+        assert "%|" not in result.stderr  # no bar of the library that reads it
+        found = last_json(run("info", "--model", place, "--json"))["model"]
+        assert found["supported"] and found["max_positions"] == 128
+
+
+def test_gguf_files_that_are_none(
+    folder: Path, tmp_path: Path, run: Callable[..., Any], last_json: Callable[..., Any]
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    refused(run("generate", "--model", file, *GENERATE), r"the config of model '.*tiny\.gguf' \(")
+    write_gguf(file)
+    cut(file)
+    refused(run("generate", "--model", file, *GENERATE), r"the \w+ of model '.*tiny\.gguf' \(")
+    shutil.copy(file, folder / "other.gguf")  # safetensors go first
+    assert run("generate", "--model", folder, *GENERATE).exit_code == 0
+    (folder / "model.safetensors").unlink()
+    shutil.copy(file, folder / "two.gguf")
+    said = r"has several GGUF files \(other\.gguf, two\.gguf\); give the one that is meant"
+    refused(run("generate", "--model", folder, *GENERATE), said)
+    assert run("info", "--model", folder).exit_code == 0  # a config is enough
 
 
 def test_a_lack_of_memory_is_not_the_fault_of_the_files() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from refreshkv.bench.variants import NAMES
-from refreshkv.cli import bench_view, eval_view, side_by_side_view
+from refreshkv.cli import bench_view, eval_view, models, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.evals.summary import Summary
 
@@ -99,3 +100,31 @@ def test_eval(capsys: pytest.CaptureFixture[str]) -> None:
     row = "no-full-attention:stride=10 100.0 [99.9, 100.0] 1234 100.0% 100.0%"
     printed = lines(capsys)
     assert row in printed and "summarization, forced" in printed
+    assert "Ratio" not in " ".join(printed)
+
+
+def test_eval_beside_full_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    """Perplexities come last, and without full attention the reader is told what is missing."""
+    summary = Summary(
+        *("perplexity", "forced", "refreshkv-mixed", "perplexity", 123.456, 1.0, 234.56),
+        *(200, 1234.0, None, 1.0, 1.0, 1.0, 1.0, None, None, 1.00184, 0.99975, 1.3456),
+        *(0.9999, 0.00123),
+    )
+    eval_view.show([summary], Path("out"))
+    printed = lines(capsys)
+    at = printed.index("score ratio 95 % agree KL KV read")
+    row = "refreshkv-mixed 123.46 1.0018 [0.9998, 1.3456] 100.0% 0.0012 100.0%"
+    assert printed.index(row) > printed.index("perplexity", at + 1) > at
+    assert "add full to --methods" not in " ".join(printed)
+    assert "KL(full || method)" in " ".join(printed)
+    assert "tokens KV read full" not in " ".join(printed)
+    eval_view.show([replace(summary, ratio=None, agreement=None, kl=None)], Path("out"))
+    printed = lines(capsys)
+    assert "refreshkv-mixed 123.46 [1.00, 234.56] 1234 100.0% 100.0%" in printed
+    assert "they are against full attention; add full to --methods." in " ".join(printed)
+
+
+def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refreshkv.models.is_fetched", lambda name: False)
+    models.show(models.listed())
+    assert "gemma3-270m Gemma3 268M 32K Gemma Terms of Use no (238 MB)" in lines(capsys)

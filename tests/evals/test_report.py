@@ -139,6 +139,21 @@ def test_the_same_records_give_the_same_bytes(page: str, records: list[dict]) ->
     assert report.render(records, summarize(records), CONFIG) == page
 
 
+def test_perplexities_stand_beside_full_attention(page: str, records: list[dict]) -> None:
+    fed = [dict(r, kl=0.0125, said=[1, 2]) for r in records if r["task"] == "perplexity"]
+    strange = [dict(r, method="<b>") if r["method"] == "snapkv" else r for r in fed]
+    shown = report.render(strange, summarize(strange), {})
+    start = shown.index("<h2>Beside full attention</h2>")
+    rows = shown[start : shown.index("</tbody>", start)].split("<tr>")[2:]
+    cells = [re.findall("<td>(.*?)</td>", row) for row in rows]
+    assert [row[1] for row in cells] == ["full", "&lt;b&gt;", "refreshkv", "no-refresh"]
+    assert cells[0][3:6] == ["1.0000", "[1.0000, 1.0000]", "100.0%"]
+    assert all(row[6] == "0.0125" and float(row[3]) >= 1 for row in cells)
+    alone = [r for r in records if r["method"] != "full"]
+    assert "Beside full attention" in page
+    assert "Beside full attention" not in report.render(alone, summarize(alone), {})
+
+
 def test_the_command_re_makes_the_run(page: str) -> None:
     line = report.command(CONFIG)
     assert line.startswith("refreshkv eval --model demo --tasks chain-of-key --methods full,")

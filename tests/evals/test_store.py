@@ -87,6 +87,8 @@ SPOILT = {
     "mode unknown": ({"mode": "fed"}, "mode is 'fed', which is none"),
     "another key": ({"example": "z"}, r"key is 'toy\|.*a', but its parts make 'toy\|.*z'"),
     "tokens null": ({"output_tokens": None}, "output_tokens is None, which is no number"),
+    "a token a text": ({"said": [1, "a"]}, r"said is \[1, 'a'\], which is no list of tokens"),
+    "KL a text": ({"kl": "0"}, "kl is '0', which is no number"),
     "share a text": ({"kv_read_share": "1"}, "kv_read_share is '1', which is no number"),
     "part a text": ({"parts": [1, "x"]}, r"parts\.1 is 'x', which is no number"),
     "layers a list": ({"layers": []}, r"layers is \[\], which is no object"),

@@ -88,6 +88,43 @@ def test_differences_are_paired_and_signed() -> None:
     assert not sm.differences(nats)[0].beats  # higher is worse
 
 
+def fed(method: str, example: int, score: float, **more) -> dict:
+    return record("perplexity", method, example, score, **{"said": [1, 2, 3, 4], "kl": 0.0, **more})
+
+
+def test_a_perplexity_beside_full_attention() -> None:
+    """Over the documents that both have; agreement and KL are pooled over tokens."""
+    records = [fed("full", i, score) for i, score in enumerate((0.0, 1.0, 4.0))]
+    records += [
+        fed("x", 0, 0.1, said=[1, 2, 3, 5], kl=0.2, output_tokens=4),
+        fed("x", 2, 4.3, said=[9, 2], kl=0.8, output_tokens=2),
+        fed("y", 3, 9.0, said=[1], kl=None),
+    ]
+    rows = {row.method: row for row in sm.summarize(records)}
+    x = rows["x"]
+    assert x.ratio == pytest.approx(math.exp(0.2))
+    assert (x.ratio_low, x.ratio_high) == pytest.approx((math.exp(0.1), math.exp(0.3)))
+    assert x.agreement == pytest.approx(4 / 6)
+    assert x.kl == pytest.approx((4 * 0.2 + 2 * 0.8) / 6)
+    full = rows["full"]
+    assert (full.ratio, full.ratio_low, full.ratio_high, full.agreement, full.kl) == (1, 1, 1, 1, 0)
+    assert (rows["y"].ratio, rows["y"].agreement, rows["y"].kl) == (None, None, None)
+    old = [{k: v for k, v in r.items() if k not in ("said", "kl")} for r in records]
+    assert {row.method: row.ratio for row in sm.summarize(old)}["x"] == x.ratio
+    assert all(row.agreement is row.kl is None for row in sm.summarize(old))
+    assert sm.summarize([record(method=m) for m in ("full", "x")])[1].ratio is None
+
+
+def test_the_ratio_is_that_of_pairs() -> None:
+    """Documents differ by far more than methods do."""
+    scores = [0.0, 5.0, 1.0, 4.0, 2.0, 3.0]
+    records = [fed("full", i, s) for i, s in enumerate(scores)]
+    records += [fed("x", i, s + 0.01 + 0.001 * (i % 2)) for i, s in enumerate(scores)]
+    x = sm.summarize(records)[1]
+    assert x.ci_high / x.ci_low > 3
+    assert 1.01 < x.ratio_low < x.ratio < x.ratio_high < 1.0112
+
+
 def test_the_average_over_tasks_counts_each_once() -> None:
     records = [record("a", example=i, score=1.0) for i in range(9)] + [record("b", score=0.0)]
     records += [record("a", "half")]

@@ -68,8 +68,8 @@ def test_every_option_is_described(name: str, capsys: pytest.CaptureFixture[str]
         (["recall", "--tasks", "key-valu"], "unknown task 'key-valu'; did you mean 'key-value'"),
         (["tables", "--runs", "nowhere"], "cannot read nowhere/results.jsonl"),
         (["train", "--out", "x", "--recipe", "smok"], "did you mean 'smoke'"),
-        (["continuation", "--model", "demo", "--data", "x", "--methods", "snap"], "unknown method"),
-        (["continuation", "--model", "nowhere/x", "--data", "x"], "nowhere/x"),
+        (["recall", "--methods", "snap"], "unknown method 'snap'"),
+        (["perplexity", "--methods", "full"], "required: --model"),
         (["report", "--limit", "few"], "invalid int value"),
     ],
 )

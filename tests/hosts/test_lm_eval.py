@@ -129,6 +129,26 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
         RefreshLM("/no/such/model", **arguments)
 
 
+def test_models_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder for the model and for tasks that load the tokenizer; else the command that fetches it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="run 'refreshkv models fetch smollm2-135m'"):
+        RefreshLM("smollm2-135m", **COMMON)
+    line = ["lm_eval", "run", "--model_args", "pretrained=smollm2-135m", "--tasks", "arc_easy"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "error: --model_args: model 'smollm2-135m' is not fetched" in capsys.readouterr().err
+    monkeypatch.setattr("refreshkv.models.path", lambda name: MODEL_PATH)
+    asked: list[Any] = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda self, arguments: asked.append(arguments))
+    main()
+    assert asked[0].metadata == {"tokenizer": str(MODEL_PATH)}
+
+
 def test_a_model_without_all_its_weights_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

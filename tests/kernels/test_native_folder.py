@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from refreshkv.kernels.native import build, safe_folder
+from refreshkv import safe_folder
+from refreshkv.kernels.native import build
 from tests.helpers import needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.skipif(os.name != "posix", reason="owners and modes")]

@@ -223,7 +223,7 @@ def sizes_of(model: str, dtype: str) -> Any:
     kind = getattr(torch, dtype)
     if model in SHAPES:
         return sizes_of(outline(config_of(model), kind))
-    source = locate(model, weights=False)
+    source = locate(model, need_weights=False)
     config, support = load_config(source)
     if not support.ok:
         raise common.BadInput(f"model {model!r} is not supported: {support.reason}")

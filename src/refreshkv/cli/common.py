@@ -153,7 +153,7 @@ progress_option = click.option(
     default=None,
     help="Progress bar on stderr.  [default: only on a terminal]",
 )
-MODEL_HELP = "'demo' (the bundled model), a local folder, or a Hugging Face Hub id."
+MODEL_HELP = "A name of `refreshkv models` ('demo' is bundled), a folder, a GGUF file, or a Hugging Face Hub id."
 
 
 def progress_bar(total: int, unit: str, show: bool | None) -> Any:

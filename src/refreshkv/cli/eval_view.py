@@ -19,18 +19,31 @@ if TYPE_CHECKING:
 
 NOTES = (
     "Scores are in per cent, perplexity is not; in brackets the 95 % bootstrap interval. Tokens: decoded, in the mean."
-    " KV read: the share of keys and values that the decode steps read, against full attention. Full: the share of"
-    " steps with full attention."
+    " Full: the share of steps with full attention."
 )
+KV_READ = (
+    "KV read: the share of keys and values that the decode steps read, against full attention."
+)
+ALONE = "No ratio, agreement and KL of the perplexity: they are against full attention; add full to --methods."
 
 
 def show(summaries: Sequence[Summary], out: Path) -> None:
     """Under each task and mode a row a method, then where the report is; fits 80 columns."""
-    from refreshkv.evals.summary import figures, is_perplexity
+    from refreshkv.evals.summary import (
+        BESIDE_FULL,
+        BESIDE_FULL_NOTE,
+        beside_full,
+        figures,
+        is_perplexity,
+    )
     from refreshkv.stats import KV_READ_NOTE
 
+    fed = [row for row in summaries if is_perplexity(row.task)]
+    beside = [row for row in fed if row.ratio is not None]
     rows = []
     for row in summaries:
+        if row in beside:
+            continue
         title = row.task
         if row.mode != "free" and not is_perplexity(row.task):
             title += f", {row.mode}"
@@ -38,10 +51,19 @@ def show(summaries: Sequence[Summary], out: Path) -> None:
         shares = ("-" if s is None else f"{s:.1%}" for s in (row.kv_read_share, row.full_share))
         cells = (score, f"[{low}, {high}]", f"{row.output_tokens:.0f}", *shares)
         rows.append((title, (row.method, *cells)))
-    table = sections(("score", "95 %", "tokens", "KV read", "full"), rows)
     console = common.console()
-    console.print(table)
-    console.print(f"{NOTES} {KV_READ_NOTE}")
+    if rows:
+        console.print(sections(("score", "95 %", "tokens", "KV read", "full"), rows))
+    if beside:
+        shown = [(row.task, (row.method, *beside_full(row))) for row in beside]
+        console.print(sections(BESIDE_FULL, shown))
+    said = {
+        NOTES: rows,
+        BESIDE_FULL_NOTE: beside,
+        ALONE: len(beside) < len(fed),
+        f"{KV_READ} {KV_READ_NOTE}": True,
+    }
+    console.print(" ".join(note for note, wanted in said.items() if wanted))
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
 

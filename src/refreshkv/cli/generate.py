@@ -57,7 +57,9 @@ STATS = (
     help="Of the sampling.",
 )
 @click.option(
-    "--explain", is_flag=True, help="Say which mode is the fastest here, by bytes, on stderr."
+    "--explain",
+    is_flag=True,
+    help="Say on stderr what bytes a token moves at least; `refreshkv compare` measures speed.",
 )
 @loading.trust_option
 @common.progress_option

@@ -93,7 +93,8 @@ def cpu() -> dict[str, Any]:
 
 def native() -> dict[str, str | None]:
     """The C++ compiler of the CPU kernels and its version, `None` for none; the folder of the compiled library."""
-    from refreshkv.kernels.native import build, safe_folder
+    from refreshkv import safe_folder
+    from refreshkv.kernels.native import build
 
     try:
         compiler = shlex.join(build.compiler()) or None
@@ -121,7 +122,7 @@ def about_model(model: str, trust_remote_code: bool) -> dict[str, Any]:
     """Whether RefreshKV supports the model, from its config alone."""
     from refreshkv.cli.locate import locate
 
-    config, support = loading.load_config(locate(model, weights=False), trust_remote_code)
+    config, support = loading.load_config(locate(model, need_weights=False), trust_remote_code)
     return {
         "name": model,
         "architecture": ", ".join(map(str, config.architectures or [])) or config.model_type,

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer for a command: safetensors only, no remote code unless asked for."""
+"""Load a model and its tokenizer for a command: safetensors or GGUF, no remote code unless asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refreshkv import weights
+from refreshkv import models, weights
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.locate import Source, locate
 from refreshkv.text import one_line
@@ -58,9 +58,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> tuple[Any, S
     quiet()
     with reading(source, "config"):
         config = AutoConfig.from_pretrained(
-            source.location,
-            trust_remote_code=trust_remote_code,
-            local_files_only=source.offline,
+            source.location, trust_remote_code=trust_remote_code, **source.options
         )
         weights.check_config(config)
         return config, refreshkv.supported(config)
@@ -87,7 +85,7 @@ def load(
         raise BadInput(f"model {name!r} is not supported: {support.reason}")
     if name == "demo" and dtype == "auto":
         dtype = "float32"  # as `refreshkv.demo.load` does: its file is in half precision only to be small
-    common = {"trust_remote_code": trust_remote_code, "local_files_only": source.offline}
+    common = {"trust_remote_code": trust_remote_code, **source.options}
     with reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **common)
     with reading(source, "weights"):
@@ -95,7 +93,7 @@ def load(
             AutoModelForCausalLM, source.location, dtype=dtype, use_safetensors=True, **common
         )
     with reading(source, "tokenizer"):
-        weights.check_tokens(tokenizer, model)
+        weights.check_tokens(tokenizer, model, gguf=source.gguf is not None)
     model.generation_config.use_cache = True  # checkpoints fresh from training often say False
     return Loaded(source, model.to(target).eval(), tokenizer)
 
@@ -137,8 +135,8 @@ class OneLine(logging.Formatter):
 def reading(source: Source, part: str) -> AbstractContextManager[None]:
     """Errors of the loaders come from the files that the user named: one line, with a remedy."""
     remedy = weights.REMEDY
-    if source.label == "demo":
-        remedy = "reinstall refreshkv"
+    if source.label in models.MODELS:
+        remedy = models.remedy(source.label)
     elif not source.local and not source.hub_answers:
         remedy = (
             "the Hub did not answer and the local cache lacks it: check the name and the network"

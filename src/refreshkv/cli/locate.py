@@ -1,13 +1,15 @@
-"""Where `--model` points: the bundled model, a local folder or the Hub. Says in one line why it cannot be used."""
+"""Where `--model` points: a name, a folder, a GGUF file or the Hub. Says in one line why it cannot be used."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
+from refreshkv import models, weights
 from refreshkv.cli.common import BadInput, path_of
 from refreshkv.text import reason
 
@@ -29,31 +31,42 @@ class Source:
     location: str  # a folder or a Hub id
     local: bool  # a folder
     hub_answers: bool = False  # else only what is in the Hub's local cache can be had
+    gguf: str | None = None  # the file of the folder that holds config, tokenizer and weights
 
     @property
     def offline(self) -> bool:
         """Do not ask the Hub: it did not answer, or there is no need to."""
         return not self.hub_answers
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` is to be given beside `location`."""
+        more = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"local_files_only": self.offline, **more}
 
-def locate(model: str, *, weights: bool = True) -> Source:
+
+def locate(model: str, *, need_weights: bool = True) -> Source:
     """Find the model; nothing is loaded yet.
 
     Args:
-        model: "demo", a folder or a Hub id. A folder of the name "demo" is reached as "./demo".
-        weights: whether weights are needed (a folder with only a config is enough to tell its architecture).
+        model: a name of `refreshkv.models`, a folder, a GGUF file or a Hub id. The name goes before a folder, which is
+            reached as "./demo".
+        need_weights: whether weights are needed (a folder with only a config is enough to tell its architecture).
 
     Raises:
-        BadInput: no such folder, no config in it, weights only in a pickled format, or a Hub id that does not answer.
+        BadInput: no such folder, no config in it, weights only in a pickled format, several GGUF files and nothing
+            else, GGUF where nothing reads it, a model that is not fetched, or a Hub id that does not answer.
     """
-    if model == "demo":
-        from refreshkv import demo
-
-        if not (demo.MODEL_PATH / "config.json").is_file():
+    if model in models.MODELS:
+        try:
+            folder = models.path(model)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if not (folder / "config.json").is_file():
             raise click.ClickException(
-                f"the bundled model is missing from '{demo.MODEL_PATH}'; reinstall refreshkv"
+                f"model {model!r} is missing from '{folder}'; {models.remedy(model)}"
             )
-        return Source(model, str(demo.MODEL_PATH), local=True)
+        return Source(model, str(folder), local=True)
     if not model.strip():
         raise BadInput("--model is empty; give 'demo', a folder, or a Hub id such as 'org/name'")
     try:
@@ -63,10 +76,14 @@ def locate(model: str, *, weights: bool = True) -> Source:
             f"model {model!r} {error}; give 'demo', a folder, or a Hub id such as 'org/name'"
         ) from None
     if path.is_dir():
-        check_folder(path, weights)
-        return Source(model, str(path), local=True)
+        return Source(model, str(path), local=True, gguf=check_folder(path, need_weights))
+    if path.suffix == ".gguf" and path.is_file():
+        check_gguf()
+        return Source(model, str(path.parent), local=True, gguf=path.name)
     if path.exists():
-        raise BadInput(f"model {model!r} is a file; give the folder that holds its config.json")
+        raise BadInput(
+            f"model {model!r} is a file; give the folder that holds its config.json, or a *.gguf file"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise BadInput(
             f"model folder {model!r} does not exist; give a folder, a Hub id such as 'org/name', or 'demo'"
@@ -74,15 +91,39 @@ def locate(model: str, *, weights: bool = True) -> Source:
     return Source(model, model, local=False, hub_answers=ask_hub(model))
 
 
-def check_folder(path: Path, weights: bool) -> None:
-    """Raise `BadInput` unless `path` holds a config and, where they are needed, safetensors weights."""
-    remedy = "give a folder written by save_pretrained"
-    if not (path / "config.json").is_file():
+def check_gguf() -> None:
+    """Raise `BadInput` where nothing reads GGUF."""
+    try:
+        weights.need_gguf()
+    except ModuleNotFoundError as error:
+        raise BadInput(str(error)) from error
+
+
+def check_folder(path: Path, need_weights: bool) -> str | None:
+    """Raise `BadInput` unless `path` holds a config and, where they are needed, weights: safetensors or one GGUF file.
+
+    A GGUF file holds a config too. Its name is the result where the model is to be read from it.
+    """
+    remedy = "give a folder written by save_pretrained, or a GGUF file"
+    has_config = (path / "config.json").is_file()
+    if has_config:
+        for (
+            name
+        ) in OBJECTS:  # of some that are broken transformers says little, and others it ignores
+            check_object(path / name)
+        if not need_weights or any(path.glob("*.safetensors")):
+            return None
+    packed = sorted(file.name for file in path.glob("*.gguf"))
+    if len(packed) > 1:
+        raise BadInput(
+            f"model folder '{path}' has several GGUF files ({', '.join(packed)}); give the one that is meant, for"
+            f" example --model '{path / packed[0]}'"
+        )
+    if packed:
+        check_gguf()
+        return packed[0]
+    if not has_config:
         raise BadInput(f"model folder '{path}' has no config.json; {remedy}")
-    for name in OBJECTS:  # of some that are broken transformers says little, and others it ignores
-        check_object(path / name)
-    if not weights or any(path.glob("*.safetensors")):
-        return
     pickled = sorted(
         p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in path.glob(f"*.{suffix}")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -42,7 +43,7 @@ def options(command: Command) -> Command:
     """`--method`, `--preset` and one option a setting. None has a default here: the preset, or the method, holds it."""
     for name in reversed(names_of(RefreshConfig)):
         command = option(name)(command)
-    presets = f"Named settings to start from: {', '.join(PRESETS)}."
+    presets = f"Settings to start from: {', '.join(PRESETS)}, or FILE.json by `refreshkv compare`."
     command = click.option("--preset", help=presets)(command)
     compared = "A method that RefreshKV is compared with; `refreshkv eval --list` names them."
     return click.option("--method", help=compared)(command)
@@ -62,13 +63,27 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
     if overrides.get("mode") == "full" and "budget" in overrides:  # here nothing is compared
         raise BadInput("--budget has no effect in --mode full; leave it out")
     with common.bad_input():
+        settings = preset_of(preset)
         if method is None:
-            make_config(preset, **overrides)
+            make_config(settings, **overrides)
         else:
             from refreshkv.methods import find
 
-            find(method).config(preset, **overrides)
-    return {"method": method, "preset": preset, **overrides}
+            find(method).config(settings, **overrides)
+    return {"method": method, "preset": settings, **overrides}
+
+
+def preset_of(given: str | None) -> str | dict[str, Any] | None:
+    """What `--preset` means: a name, or the settings in a file, which ends in .json.
+
+    Raises:
+        ValueError: as `load_preset`.
+    """
+    if given is None or not given.endswith(".json"):
+        return given
+    from refreshkv.presets import load_preset
+
+    return load_preset(os.path.expanduser(given))
 
 
 def _none(name: str) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     # `(tokens, mask)` `[B, T]` -> a cache that holds their first columns, or `None` for a new one.
     Start = Callable[[Tensor, Tensor], RefreshCache | None]
+    Watch = Callable[[int, Tensor], None]
 
 _SMALL = 50_000_000  # parameters
 # Plain greedy, whatever the checkpoint recommends.
@@ -70,10 +71,12 @@ class Fed(Decoded):
     """What the model would have said at each place of an answer that was fed to it.
 
     Attributes:
+        said: the token that was the most probable one in the place of each token of the answer.
         right: of each token of the answer, whether it was the most probable one.
         logprobs: of each token of the answer, its log-probability in nats.
     """
 
+    said: list[int]
     right: list[bool]
     logprobs: list[float]
 
@@ -135,15 +138,20 @@ def feed(
     tokenizer: PreTrainedTokenizerBase,
     session: Session,
     prompts: Sequence[str],
-    answers: Sequence[str],
+    answers: Sequence[str | list[int]],
     *,
     chat: bool = False,
     names: Sequence[str] | None = None,
     prefills: Prefills | None = None,
+    watch: Watch | None = None,
 ) -> list[Fed]:
     """Prefill each prompt, then decode its answer token by token under the method, whatever the model would have said.
 
-    Arguments as for `generate`.
+    An answer is a text, or tokens: what a model wrote need not be encoded as it was written. Other arguments as for
+    `generate`, and
+
+    Args:
+        watch: is told the number of each step and the log-probabilities of all tokens in it, `[B, V]`.
 
     Raises:
         ValueError: a prompt that does not fit the model with its answer, an empty answer, no chat template, or the
@@ -151,7 +159,7 @@ def feed(
     """
     if session.config.mode == "exact":
         raise ValueError("the lossless mode cannot be fed an answer; let it generate freely")
-    golds = [answer_tokens(tokenizer, answer) for answer in answers]
+    golds = [a if isinstance(a, list) else answer_tokens(tokenizer, a) for a in answers]
     if [] in golds:
         name = f"prompt {golds.index([])}" if names is None else names[golds.index([])]
         raise ValueError(f"{name}: the answer has no tokens; there is nothing to feed")
@@ -163,7 +171,7 @@ def feed(
     with _Clock(model) as clock:
         cache = None if prefills is None else prefills.cache_for(session, tokens, mask)
         logprobs, best = _feed_loop(
-            model, session, tokens, mask, padded.to(model.device), cache, clock.prompts_done
+            model, session, tokens, mask, padded.to(model.device), cache, clock.prompts_done, watch
         )
     made = Continued(golds, clock.prefill_s, clock.decode_s)
     fed = []
@@ -173,7 +181,11 @@ def feed(
         own = _own(session, made, rows, i, len(gold))
         fed.append(
             Fed(
-                right=right, logprobs=logprobs[i][: len(gold)], text=text_of(tokenizer, said), **own
+                said=said,
+                right=right,
+                logprobs=logprobs[i][: len(gold)],
+                text=text_of(tokenizer, said),
+                **own,
             )
         )
     return fed
@@ -289,6 +301,7 @@ def _feed_loop(
     gold: Tensor,
     cache: RefreshCache | None,
     prompts_done: Callable[[], None],
+    watch: Watch | None,
 ) -> tuple[list[list[float]], list[list[int]]]:
     """Log-probabilities of `gold` `[B, n]` after the prompts, and the most probable tokens in its place.
 
@@ -319,7 +332,10 @@ def _feed_loop(
     for step in range(steps):
         if step:
             now = logits(gold[:, step - 1 : step], width + step - 1)
-        logprobs.append(now.log_softmax(-1).gather(1, gold[:, step : step + 1]))
+        every = now.log_softmax(-1)
+        if watch is not None:
+            watch(step, every)
+        logprobs.append(every.gather(1, gold[:, step : step + 1]))
         best.append(now.argmax(-1, keepdim=True))
     return torch.cat(logprobs, 1).tolist(), torch.cat(best, 1).tolist()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from refreshkv.config import Budgeted
+from refreshkv.evals.results import BASELINE
 from refreshkv.methods import find
 from refreshkv.tasks.task import Count, Example, Task
 from refreshkv.text import setting_of
@@ -167,10 +168,11 @@ def batches(
 ) -> list[list[tuple[Cell, list[Example]]]]:
     """What is left to do, at most `size` examples of one cell at a time.
 
-    The cells of the same examples come together, so that they can share the prompts' pass: a list for each.
+    The cells of the same examples come together, so that they can share the prompts' pass: a list for each. Full
+    attention, which others are compared with, comes first.
     """
     found: dict[tuple[str, Mode, int], list[tuple[Cell, list[Example]]]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: cell.method.text != BASELINE):
         for at in range(0, len(cell.examples), size):
             left = [e for e in cell.examples[at : at + size] if cell.key(e) not in done]
             if left:

@@ -18,6 +18,7 @@ from refreshkv.evals import decoding, encoding
 from refreshkv.evals.decoding import Fed, Output
 from refreshkv.evals.grid import Cell, Grid
 from refreshkv.evals.store import Record, RunError
+from refreshkv.evals.yardstick import Yardstick
 from refreshkv.tasks.task import Example, Score, Task
 
 if TYPE_CHECKING:
@@ -40,15 +41,22 @@ def records_of(
     cell: Cell,
     examples: Sequence[Example],
     prefills: Prefills | None = None,
+    yardstick: Yardstick | None = None,
 ) -> Iterator[Record]:
     """Decode a batch of a cell under `session` and score it.
+
+    Args:
+        prefills: where the methods share the prompts' pass.
+        yardstick: holds what full attention said, or is to keep it; needed for the KL of a perplexity.
 
     Raises:
         RunError: a score that is not finite.
     """
     model = session.model
-    outputs = _decode(session, tokenizer, grid.chat, cell, examples, prefills)
-    for example, output in zip(examples, outputs, strict=True):
+    watch = None if yardstick is None else yardstick.watch(cell, examples)
+    more = {"prefills": prefills} if watch is None else {"prefills": prefills, "watch": watch}
+    outputs = _decode(session, tokenizer, grid.chat, cell, examples, more)
+    for row, (example, output) in enumerate(zip(examples, outputs, strict=True)):
         score, metric = _score(tokenizer, cell, example, output)
         if not math.isfinite(score.value):
             raise RunError(
@@ -79,8 +87,11 @@ def records_of(
             "answer_tokens": None if gold is None else len(encoding.answer_tokens(tokenizer, gold)),
             "ended": isinstance(output, Fed) or output.ended,
             **{name: output.stats[name] for name in STATS},
+            "said": output.said if isinstance(output, Fed) else None,
+            "kl": None if watch is None else watch.kl(row, output.output_tokens),
             "output": output.text,
             "prompt_sha256": hash_of(example),
+            "source": example.facts.get("source"),
             "seconds": output.seconds,
         }
 
@@ -121,11 +132,11 @@ def _decode(
     chat: bool,
     cell: Cell,
     examples: Sequence[Example],
-    prefills: Prefills | None,
+    more: dict[str, Any],
 ) -> Sequence[Output | Fed]:
     prompts = [example.prompt for example in examples]
     names = [cell.title(example) for example in examples]
-    common: dict[str, Any] = {"chat": chat, "names": names, "prefills": prefills}
+    common: dict[str, Any] = {"chat": chat, "names": names, **more}
     if cell.mode == "free":
         caps = [example.max_new_tokens for example in examples]
         return decoding.generate(session.model, tokenizer, session, prompts, caps, **common)

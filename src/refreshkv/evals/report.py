@@ -17,10 +17,13 @@ from typing import Any
 
 from refreshkv.evals import plots
 from refreshkv.evals.summary import (
+    BESIDE_FULL,
+    BESIDE_FULL_NOTE,
     Difference,
     Record,
     Summary,
     average,
+    beside_full,
     differences,
     figures,
     is_perplexity,
@@ -95,6 +98,9 @@ def render(
         command=command(config),
         warnings=[warning(found) for found in differences(records) if found.beats],
         tables=list(tables(records, summaries)),
+        beside=[(s.task, s.method, *beside_full(s)) for s in summaries if s.ratio is not None],
+        beside_columns=("task", "method", *BESIDE_FULL),
+        beside_note=BESIDE_FULL_NOTE,
         plots=list(all_plots(records, summaries)),
         strides=list(strides(records)),
         summaries=[(s, _cell(s, best=False)) for s in summaries],

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "results.jsonl"
+BASELINE = "full"  # the method that others are compared with: full attention
 Record = dict[str, Any]
 
 _NAMES = ("task", "method", "mode", "example")  # in the order of a key
 _TEXTS = (*_NAMES, "key", "prompt_sha256")
 _NUMBERS = ("prompt_tokens", "output_tokens")
-_NUMBERS_OR_NULL = ("answer_tokens", "full_share", "kv_read_share", "passes_per_token")
+_NUMBERS_OR_NULL = ("answer_tokens", "full_share", "kv_read_share", "passes_per_token", "kl")
 
 
 def line_of(record: Record) -> str:
@@ -71,6 +72,11 @@ def check(record: object) -> None:
     counted |= {
         f"parts.{i}": part for i, part in enumerate(parts if isinstance(parts, list) else [parts])
     }
+    said = record.get("said")
+    if said is not None and not (
+        isinstance(said, list) and all(type(token) is int for token in said)
+    ):
+        raise ValueError(f"said is {said!r}, which is no list of tokens")
     for name, value in counted.items():
         if (
             isinstance(value, bool)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import refreshkv
 from refreshkv.evals import encoding
-from refreshkv.evals.grid import MODES, Cell, Grid, batches, make_cells
+from refreshkv.evals.grid import MODES, Cell, Grid, batches, make_cells, parse_method
 from refreshkv.evals.launch import Team
 from refreshkv.evals.prefill import Prefills
 from refreshkv.evals.records import dtype_of, hash_of, records_of, settings_of, versions
 from refreshkv.evals.report import write_report
+from refreshkv.evals.results import BASELINE
 from refreshkv.evals.store import Record, RunDirectory, cannot_write
 from refreshkv.evals.summary import Summary, summarize, write_csv
+from refreshkv.evals.yardstick import Yardstick
 from refreshkv.stats import RowStats
 from refreshkv.text import one_line
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from refreshkv import Session
     from refreshkv.evals.grid import MethodSpec
+    from refreshkv.tasks.task import Example
 
 # Given the number of examples, something like a tqdm bar: update(n), set_description(text), close().
 Progress = Callable[[int], Any]
@@ -94,7 +98,7 @@ class Run:
             if team.is_main:
                 self.directory.open(config)
             team.wait()
-            done = self.directory.done()
+            self.done = done = self.directory.done()
             _check_same_prompts(out, self.cells, done)
         except BaseException:
             self.directory.close()
@@ -121,17 +125,38 @@ class Run:
                 stack.callback(bar.close)
             rank = self.team.rank if self.team.size > 1 else None
             lines = stack.enter_context(self.directory.lines(rank))
-            prefills = Prefills(self.model)
+            prefills, yardstick = Prefills(self.model), Yardstick()
             for cell, examples in self.todo:
                 if bar is not None:
                     bar.set_description(one_line(f"{cell.task.name}, {cell.method.text}"))
-                with _attach(self.model, self.grid, cell.method) as session:
-                    records = records_of(
-                        session, self.tokenizer, self.grid, cell, examples, prefills
-                    )
-                    lines.append(list(records))
+                full = replace(cell, method=parse_method(BASELINE))
+                compared = self._beside_full(full, examples)
+                if compared and cell.method.text != BASELINE and yardstick.lacks(cell, examples):
+                    self._records(full, examples, prefills, yardstick)  # these are written already
+                lines.append(
+                    self._records(cell, examples, prefills, yardstick if compared else None)
+                )
                 if bar is not None:
                     bar.update(len(examples))
+
+    def _records(
+        self,
+        cell: Cell,
+        examples: Sequence[Example],
+        prefills: Prefills,
+        yardstick: Yardstick | None,
+    ) -> list[Record]:
+        with _attach(self.model, self.grid, cell.method) as session:
+            return list(
+                records_of(session, self.tokenizer, self.grid, cell, examples, prefills, yardstick)
+            )
+
+    def _beside_full(self, full: Cell, examples: Sequence[Example]) -> bool:
+        """Whether distributions are compared with those of full attention: it is asked for, or was."""
+        if full.task.kind != "perplexity":
+            return False
+        asked = any(method.text == BASELINE for method in self.grid.methods)
+        return asked or all(full.key(example) in self.done for example in examples)
 
     def finish(self) -> list[Summary]:
         """Merge what the processes wrote; summary and report are the main one's.

@@ -20,11 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from refreshkv.evals.results import RESULTS, read_lines
+from refreshkv.evals.results import BASELINE, RESULTS, read_lines
 
 Record = Mapping[str, Any]  # one line of results
-Texts = Mapping[tuple[str, str], str | None]  # (task, example) -> output
+Places = Mapping[tuple[str, str, str], Record]  # (task, mode, example) -> record of full attention
 
+BESIDE_FULL = ("score", "ratio", "95 %", "agree", "KL", "KV read")
+BESIDE_FULL_NOTE = (
+    "Ratio: of the perplexity to that of full attention on the same documents, and its interval. Agree: the share of"
+    " fed tokens in whose place the most probable one is that of full attention. KL: KL(full || method) of the"
+    " distributions of the next token, mean, in nats."
+)
 CONFIDENCE = 0.95
 RESAMPLES = 4999
 FEWEST = (
@@ -46,6 +52,10 @@ class Summary:
         kv_read_most: the largest share of a single example.
         same_as_full: share of the examples whose generated text is that of the method "full", where there is one.
         passes_per_token: forward passes of the model for each token of the lossless mode, pooled over tokens.
+        ratio: perplexity over that of the method "full", on the documents that both have.
+        ratio_low, ratio_high: ends of the 95 % interval of the ratio; the bootstrap draws documents, and so pairs.
+        agreement: share of the fed tokens in whose place the most probable token is that of full attention.
+        kl: mean over fed tokens of KL(full || method) of the distributions of the next token, in nats.
     """
 
     task: str
@@ -64,6 +74,11 @@ class Summary:
     kv_read_most: float | None
     same_as_full: float | None
     passes_per_token: float | None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +128,8 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
     The order of the examples and of the groups does not matter to any number.
     """
     records = list(records)
-    texts = full_texts(records)
-    return [_summary(*key, list(of.values()), texts) for key, of in _groups(records).items()]
+    full = of_full(records)
+    return [_summary(*key, list(of.values()), full) for key, of in _groups(records).items()]
 
 
 def average(records: Iterable[Record], name: str) -> list[Summary]:
@@ -123,12 +138,12 @@ def average(records: Iterable[Record], name: str) -> list[Summary]:
     The bootstrap draws within each task. A method that lacks a task which another has in this mode gets no row.
     """
     records = list(records)
-    texts, groups = full_texts(records), _groups(records, name)
+    full, groups = of_full(records), _groups(records, name)
     tasks: dict[str, set[str]] = defaultdict(set)
     for (_, mode, _), strata in groups.items():
         tasks[mode] |= strata.keys()
     return [
-        _summary(*key, list(strata.values()), texts)
+        _summary(*key, list(strata.values()), full)
         for key, strata in groups.items()
         if len(strata) == len(tasks[key[1]])
     ]
@@ -145,7 +160,7 @@ def _groups(
     return groups
 
 
-def differences(records: Iterable[Record], baseline: str = "full") -> list[Difference]:
+def differences(records: Iterable[Record], baseline: str = BASELINE) -> list[Difference]:
     """Each method against `baseline` in the same task and mode, over the examples that both have."""
     groups: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for record in records:
@@ -247,6 +262,18 @@ def figures(row: Summary) -> tuple[str, str, str]:
     return score, low, high
 
 
+def beside_full(row: Summary) -> tuple[str, ...]:
+    """The cells under `BESIDE_FULL` of a perplexity that has a ratio."""
+    return (
+        f"{row.score:.2f}",
+        f"{row.ratio:.4f}",
+        f"[{row.ratio_low:.4f}, {row.ratio_high:.4f}]",
+        "-" if row.agreement is None else f"{row.agreement:.1%}",
+        "-" if row.kl is None else f"{row.kl:.4f}",
+        "-" if row.kv_read_share is None else f"{row.kv_read_share:.1%}",
+    )
+
+
 def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float | None]:
     """KV read share, share of full steps and effective stride, as `Summary` says."""
     read = available = full = steps = 0.0
@@ -265,23 +292,55 @@ def pooled(records: Iterable[Record]) -> tuple[float | None, float | None, float
     )
 
 
-def full_texts(records: Iterable[Record]) -> Texts:
-    """What full attention generated."""
-    return {
-        (record["task"], record["example"]): record.get("output")
-        for record in records
-        if record["method"] == "full" and record["mode"] == "free"
-    }
+def of_full(records: Iterable[Record]) -> Places:
+    """What full attention made of each example."""
+    return {_place(record): record for record in records if record["method"] == BASELINE}
 
 
-def _share_of_same(records: Sequence[Record], texts: Texts) -> float | None:
+def _place(record: Record) -> tuple[str, str, str]:
+    return record["task"], record["mode"], record["example"]
+
+
+def _share_of_same(records: Sequence[Record], full: Places) -> float | None:
     """Over the examples that full attention has been run on."""
     same = [
-        record.get("output") == texts[place]
+        record.get("output") == full[place].get("output")
         for record in records
-        if record["mode"] == "free" and (place := (record["task"], record["example"])) in texts
+        if record["mode"] == "free" and (place := _place(record)) in full
     ]
     return float(np.mean(same)) if same else None
+
+
+def _agreement(records: Sequence[Record], full: Places) -> float | None:
+    """Pooled over tokens."""
+    same = [
+        one == other
+        for record in records
+        for one, other in zip(
+            record.get("said") or (), full.get(_place(record), {}).get("said") or (), strict=False
+        )
+    ]
+    return float(np.mean(same)) if same else None
+
+
+def _divergence(records: Sequence[Record]) -> float | None:
+    """Pooled over tokens, as far as it was measured."""
+    found = [(r["output_tokens"], r["kl"]) for r in records if r.get("kl") is not None]
+    tokens = sum(count for count, _ in found)
+    return sum(count * kl for count, kl in found) / tokens if tokens else None
+
+
+def _ratio(strata: Sequence[Sequence[Record]], full: Places) -> dict[str, float]:
+    """Of perplexities, with its interval, where full attention has been fed the same."""
+    apart = [
+        np.array([r["score"] - full[_place(r)]["score"] for r in group if _place(r) in full])
+        for group in strata
+    ]
+    if not all(len(sample) for sample in apart):
+        return {}
+    mean = float(np.mean([sample.mean() for sample in apart]))
+    ends = (mean, *interval(apart))
+    return dict(zip(("ratio", "ratio_low", "ratio_high"), map(math.exp, ends), strict=True))
 
 
 def _passes(records: Sequence[Record]) -> float | None:
@@ -296,7 +355,7 @@ def _passes(records: Sequence[Record]) -> float | None:
 
 
 def _summary(
-    task: str, mode: str, method: str, strata: Sequence[Sequence[Record]], texts: Texts
+    task: str, mode: str, method: str, strata: Sequence[Sequence[Record]], full: Places
 ) -> Summary:
     """One row over several tasks, or one."""
     # A seeded bootstrap depends on the order of its data, and batches and processes end in any order.
@@ -318,6 +377,9 @@ def _summary(
         float(np.mean(answers)) if answers else None,
         *pooled(records),
         max((s for r in records if (s := r.get("kv_read_share")) is not None), default=None),
-        _share_of_same(records, texts),
+        _share_of_same(records, full),
         _passes(records),
+        agreement=_agreement(records, full),
+        kl=_divergence(records),
+        **(_ratio(strata, full) if is_perplexity(task) else {}),
     )

@@ -31,9 +31,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 import refreshkv
-from refreshkv import weights
+from refreshkv import models, weights
 from refreshkv.config import Budgeted, names_of, unknown
-from refreshkv.demo import MODEL_PATH
 from refreshkv.methods import METHODS, find
 from refreshkv.stats import Stats
 from refreshkv.text import one_line, setting_of
@@ -107,7 +106,7 @@ class RefreshLM(HFLM):
     """lm-eval's `hf` model, generating under a method.
 
     Args:
-        pretrained: as for `hf`; "demo" is the bundled model, in float32 unless `dtype` says otherwise.
+        pretrained: as for `hf`, or a name of `refreshkv.models`; "demo" is in float32 unless `dtype` says otherwise.
         arguments: settings of the method, `method`, `preset`; all others go to `hf`.
 
     Attributes:
@@ -127,9 +126,10 @@ class RefreshLM(HFLM):
         self.method = self.settings.get("method", DEFAULT_METHOD)
         self.stats = Stats()
         if pretrained == "demo":
-            pretrained = str(MODEL_PATH)
             # As everywhere in this package: half precision only makes its file small.
             theirs.setdefault("dtype", "float32")
+        if isinstance(pretrained, str) and pretrained in models.MODELS:
+            pretrained = str(models.path(pretrained))
         theirs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **theirs)
         with weights.reading(f"the tokenizer of model {pretrained!r}"):
@@ -202,12 +202,13 @@ def main() -> None:
         if arguments.model == MODEL_TYPE:
             try:
                 config_of(parse_settings(given)[0])
+                if given.get("pretrained") in models.MODELS:
+                    # Tasks that size their own prompts, such as RULER's, load the tokenizer by themselves.
+                    folder = str(models.path(given["pretrained"]))
+                    arguments.metadata = {"tokenizer": folder, **(arguments.metadata or {})}
             except ValueError as error:
                 print(f"error: --model_args: {one_line(str(error))}", file=sys.stderr)
                 sys.exit(2)
-        if given.get("pretrained") == "demo":
-            # Tasks that size their own prompts, such as RULER's, load the tokenizer by themselves.
-            arguments.metadata = {"tokenizer": str(MODEL_PATH), **(arguments.metadata or {})}
     try:
         command.execute(arguments)
     except weights.ModelFilesError as error:

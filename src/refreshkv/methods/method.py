@@ -42,7 +42,7 @@ class Method:
         """The settings that a caller may give."""
         return [n for n in names_of(self.settings) if n != "mode" and n not in self.fixed]
 
-    def config(self, preset: str | None = None, **overrides: Any) -> Budgeted:
+    def config(self, preset: str | Mapping[str, Any] | None = None, **overrides: Any) -> Budgeted:
         """The settings of a run: the method's own with `overrides` on top.
 
         Raises:

@@ -13,13 +13,16 @@ from typing import Any
 from refreshkv.config import unknown
 from refreshkv.tasks import breadth, ruler
 from refreshkv.tasks.chain_of_key import ChainOfKey
+from refreshkv.tasks.continuation import Continuation
 from refreshkv.tasks.html_to_tsv import HtmlToTsv
 from refreshkv.tasks.key_value import KeyValue
 from refreshkv.tasks.perplexity import Perplexity
 from refreshkv.tasks.summarization import Summarization
 from refreshkv.tasks.task import Task
 
-_SINGLE: tuple[type[Task], ...] = (ChainOfKey, HtmlToTsv, KeyValue, Perplexity, Summarization)
+_SINGLE: tuple[type[Task], ...] = (
+    *(ChainOfKey, HtmlToTsv, KeyValue, Perplexity, Continuation, Summarization),
+)
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {**{task.name: task for task in _SINGLE}, **ruler.TASKS, **breadth.TASKS}
 )

@@ -49,7 +49,9 @@ class Perplexity(Task):
         " 100 of one of the hub.\n"
         "Prompt: the first `length` tokens of a document, nothing else.\n"
         "Metric: mean negative log-likelihood of the `scored` tokens that follow, fed one by one under the method;"
-        " a summary shows exp of the mean over documents.\n"
+        " a summary shows exp of the mean over documents. With the method full beside it also the ratio to its"
+        " perplexity, the share of tokens in whose place both find the same token most probable, and KL(full || method)"
+        " of the distributions of the next token.\n"
         "Source: RefreshKV (Xu, Goyal, Choi, ACL 2025), Table 1: 16K tokens of context, the last 256 scored."
     )
     length: int = 2048

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -39,7 +39,7 @@ def attach(
     config: RefreshConfig | None = None,
     *,
     method: str | None = None,
-    preset: str | None = None,
+    preset: str | Mapping[str, Any] | None = None,
     stats: Stats | None = None,
     **overrides: Any,
 ) -> Session:
@@ -54,7 +54,7 @@ def attach(
         config: complete settings; or give `preset` and single settings (fields of `RefreshConfig`).
         method: a name in `refreshkv.methods.METHODS`, for a comparison; `None` is RefreshKV. It gives the algorithm and
             its settings; single settings still count.
-        preset: see `refreshkv.PRESETS`; `None` is "default".
+        preset: a name of `refreshkv.PRESETS`, or the settings of `refreshkv.load_preset`; `None` is "default".
         stats: where decode steps are counted, for example a `RowStats`; `None` is a new `Stats`.
 
     Raises:

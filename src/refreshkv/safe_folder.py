@@ -1,7 +1,7 @@
-"""Where compiled code may lie: a folder that nobody but its user can write to.
+"""Where compiled code and fetched models may lie: a folder that nobody but its user can write to.
 
 Whoever can write a library that this process loads runs code in its name, so a folder is looked at before each use. A
-file says itself whether it is whole: its name ends with the SHA-256 of its content.
+library says itself whether it is whole: its name ends with the SHA-256 of its content.
 """
 
 from __future__ import annotations
@@ -17,31 +17,47 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+REMEDY = "make it a folder of yours with mode 700, or name another place in XDG_CACHE_HOME"
 _UNFINISHED = "tmp"  # how everything begins that is still being written
 
 
-def kept() -> Path | None:
-    """The user's folder, made where it is missing. `None` where there can be none; a warning tells an unsafe one."""
+class UnsafeFolder(OSError):
+    """The folder is not the user's alone: which, and why."""
+
+
+def user_folder(inside: str = "") -> Path:
+    """The user's folder, or one inside, made where it is missing.
+
+    Raises:
+        UnsafeFolder: others could have written to it.
+        OSError: there can be none.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not home.is_absolute():  # the XDG specification says to ignore it then
         with contextlib.suppress(RuntimeError):  # a user without a home directory
             home = Path.home() / ".cache"
     if not home.is_absolute():
-        return None
-    folder = home / "refreshkv"
-    try:
+        raise OSError("there is no home directory")
+    own = home / "refreshkv"
+    for folder in (own, own / inside):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fault = _fault(folder.lstat(), stat.S_ISDIR)
+        if fault := _fault(folder.lstat(), stat.S_ISDIR):
+            raise UnsafeFolder(f"{str(folder)!r}, which {fault}")
+    return own / inside
+
+
+def kept() -> Path | None:
+    """Where compiled kernels are kept. `None` where they cannot be; a warning tells an unsafe folder."""
+    try:
+        return user_folder()
+    except UnsafeFolder as error:
+        warnings.warn(
+            f"each process compiles its own CPU kernels, because none are kept in {error}: {REMEDY}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     except OSError:
-        return None
-    if not fault:
-        return folder
-    warnings.warn(
-        f"compiled CPU kernels are not kept in {str(folder)!r}, which {fault}, so each process compiles its own: make"
-        " it a folder of yours with mode 700, or name another place in XDG_CACHE_HOME",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+        pass
     return None
 
 
@@ -92,9 +108,9 @@ def store(file: Path, folder: Path, stem: str) -> Path:
     """Move a file into the folder, as `stem`, its sum and its suffix, so that a kill leaves nothing or all of it."""
     target = folder / f"{stem}{_sum(file)}{file.suffix}"
     file.chmod(0o700)  # compilers leave it to the umask
-    _sync(file)
+    sync(file)
     os.replace(file, target)
-    _sync(folder)
+    sync(folder)
     return target
 
 
@@ -113,7 +129,8 @@ def _sum(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
