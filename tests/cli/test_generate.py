@@ -195,8 +195,11 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "trigger": ("lse-drop", "lse-drop"),
     "drop": ("1.5 --trigger=lse-drop", 1.5),
     "score_only": ("", True),
+    "drafter": ("mixed", "mixed"),
     "draft": ("3", 3),
     "confidence": ("0.5", 0.5),
+    "key_bits": ("4 --mode=mixed", 4),
+    "value_bits": ("3 --mode=mixed", 3),
     "mode": ("refresh", "refresh"),
 }
 
@@ -235,7 +238,9 @@ def test_a_method_of_the_comparison(
     ("given", "said"),
     [
         (("--mode", "full", "--score-only"), "score_only has no effect in mode 'full'"),
-        (("--preset", "fast", "--threshold", "0.5"), "threshold has no effect with trigger 'lse-d"),
+        (("--preset", "fast", "--threshold", "0.5"), "threshold has no effect in mode 'mixed'"),
+        (("--preset", "fast", "--draft", "3"), "draft has no effect in mode 'mixed'"),
+        (("--key-bits", "4"), "key_bits has no effect with drafter 'partial'"),
         (("--drop", "1"), "drop has no effect with trigger 'query'"),
         (("--mode", "refresh", "--draft", "3"), "draft has no effect in mode 'refresh'"),
         (("--method", "full", "--stride", "3"), "stride has no effect in mode 'full'"),

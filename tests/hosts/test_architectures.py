@@ -20,13 +20,14 @@ from . import architectures
 from .prompts import left_padded, tokens
 
 NEW = 24
-LENGTH = 40
+LENGTH = 70
 PROMPTS = {"plain": [LENGTH, LENGTH], "padded": [LENGTH - 11, LENGTH]}
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 # Nothing is left out in any of them.
 MODES = {
     "full": RefreshConfig(mode="full"),
     "refresh": RefreshConfig(budget=1000, stride=3, threshold=0.9),
+    "mixed": RefreshConfig(mode="mixed", budget=1000),
     "exact": RefreshConfig(mode="exact", budget=24, window=4, recent=2, draft=6, confidence=0.0),
 }
 # Each stands for a kind that went wrong once; all others are slow tests.

@@ -216,7 +216,7 @@ def test_crop_takes_both_signs_and_the_next_step_is_full(
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-@pytest.mark.parametrize("settings", [{"stride": 4, "threshold": None}, {"preset": "fast"}, {}])
+@pytest.mark.parametrize("settings", [{"stride": 4, "threshold": None}, {"preset": "lse-drop"}, {}])
 @pytest.mark.parametrize("architecture", ["llama", "gpt-oss"])
 def test_a_partial_cache_of_positions_is_one_of_copies(
     architecture: str, settings: dict[str, Any], implementation: str | None

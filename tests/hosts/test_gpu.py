@@ -64,7 +64,8 @@ def test_the_methods(name: str) -> None:
 
 STATIC = {
     "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
-    "fast": refreshkv.make_config("fast"),
+    "lse-drop": refreshkv.make_config("lse-drop"),
+    "mixed": refreshkv.make_config("fast"),
     "lossless": refreshkv.make_config("default"),
 }
 
@@ -74,7 +75,7 @@ STATIC = {
 def test_the_static_form_in_cuda_graphs(architecture: str, name: str) -> None:
     """transformers compiles the forward pass with `reduce-overhead`; the tokens are those of the growing cache."""
     model = build(architecture).cuda()
-    inputs = {key: tensor.cuda() for key, tensor in left_padded([50, 37, 21]).items()}
+    inputs = {key: tensor.cuda() for key, tensor in left_padded([90, 70, 21]).items()}
     config = replace(STATIC[name], budget=8)
     if name == "lossless" and architecture != "llama":
         pytest.skip("windows: it runs as full attention")

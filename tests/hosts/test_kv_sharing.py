@@ -61,8 +61,9 @@ def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
     [
         RefreshConfig(budget=1000, stride=4, threshold=None),
         RefreshConfig(budget=5, stride=1, threshold=1.0),
+        RefreshConfig(mode="mixed", budget=1000),
     ],
-    ids=["large budget", "S=1"],
+    ids=["large budget", "S=1", "mixed"],
 )
 @pytest.mark.parametrize(
     "form", [{}, {"cache_implementation": "static"}], ids=["growing", "static"]
@@ -70,14 +71,28 @@ def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
 def test_full_attention_tokens(
     sharing: PreTrainedModel, config: RefreshConfig, form: dict[str, Any]
 ) -> None:
-    inputs = left_padded([50, 30])
+    inputs = left_padded([90, 70])
     assert torch.equal(refreshed(sharing, inputs, config, **form), greedy(sharing, inputs, **form))
 
 
-def test_the_owners_are_served(sharing: PreTrainedModel) -> None:
-    inputs = left_padded([50, 30])
+@pytest.mark.parametrize(
+    "config",
+    [RefreshConfig(budget=5, stride=None), RefreshConfig(mode="mixed", budget=5)],
+    ids=["partial", "mixed"],
+)
+def test_the_owners_are_served(sharing: PreTrainedModel, config: RefreshConfig) -> None:
+    inputs = left_padded([90, 70])
     vanilla = logits(sharing, inputs, 4)
-    with refreshkv.attach(sharing, budget=5, stride=None) as session:
+    with refreshkv.attach(sharing, config) as session:
         ours = logits(sharing, inputs, 4)
     assert set(session.stats.layers) == {1, 3}
     assert (ours[1:] - vanilla[1:]).abs().max() > 1e-3
+
+
+def test_mixed_the_batch_and_the_static_form_are_the_rows_alone(sharing: PreTrainedModel) -> None:
+    inputs, config = left_padded([90, 70]), RefreshConfig(mode="mixed", budget=5)
+    batch = refreshed(sharing, inputs, config)
+    assert torch.equal(refreshed(sharing, inputs, config, cache_implementation="static"), batch)
+    for row, length in enumerate((90, 70)):
+        alone = refreshed(sharing, inputs["input_ids"][row : row + 1, -length:], config)
+        assert torch.equal(batch[row], alone[0])

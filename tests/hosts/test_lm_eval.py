@@ -119,7 +119,7 @@ def test_settings_are_parsed(name: str, given: Any, parsed: Any) -> None:
         ({"method": "snapkv", "stride": 5}, "'stride'"),
         ({"method": "snapkv", "page_size": 5}, "'page_size'"),
         ({"method": "quest", "page_size": 0}, "page_size must be"),
-        ({"preset": "fast", "threshold": "0.5"}, "threshold has no effect"),
+        ({"preset": "lse-drop", "threshold": "0.5"}, "threshold has no effect"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_loaded(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -145,9 +147,10 @@ def test_several_turns_on_one_cache(models: Any, name: str) -> None:
     first, more = tokens(1, 100), tokens(1, 45, seed=9)
     with refreshkv.attach(model, MIXED) as session:
         cache, options = session.new_cache(), {"max_new_tokens": 12, "do_sample": False, **DICT}
-        out = model.generate(first, past_key_values=cache, **options)
+        options["past_key_values"] = cache
+        out = model.generate(first, attention_mask=torch.ones_like(first), **options)
         ids = torch.cat([out.sequences, more], 1)
-        again = model.generate(ids, past_key_values=cache, **options)
+        again = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         plain = Plainly(model, session)
         plain.prompt(first[0])
         plain.decode(ids[0, 100:111])
@@ -234,6 +237,33 @@ def test_what_is_read_is_counted_row_by_row(llama: PreTrainedModel) -> None:
         assert alone.kv_bytes_full == 3 * 2 * sum(ends) * entry
         assert alone.kv_bytes_read == 3 * 2 * (sum(ends) * entry + blocks * block)
     assert stats.kv_read_share is not None and stats.kv_read_share > 1
+
+
+DRAFTS = RefreshConfig(mode="exact", drafter="mixed", budget=6, draft=5, confidence=0.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_drafts_by_codes_are_lossless(model: PreTrainedModel, form: str) -> None:
+    """Rows keep different numbers of them; models with windows draft in the growing form alone."""
+    inputs = left_padded(RAGGED)
+    windows = getattr(model.config, "sliding_window", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if not windows else "ignore")
+        found, counts = counted(model, inputs, DRAFTS, **FORMS[form])
+    assert torch.equal(found, greedy(model, inputs))
+    if served(model) and not (windows and form == "static"):
+        assert counts["acceptance"] > 0
+        assert form == "growing" or counts == counted(model, inputs, DRAFTS)[1]
+
+
+def test_drafts_of_a_second_turn(llama: PreTrainedModel) -> None:
+    first, more, turns = tokens(2, 100), tokens(2, 45, seed=9), []
+    for attached in (True, False):
+        with refreshkv.attach(llama, DRAFTS) if attached else nullcontext() as session:
+            options = {"past_key_values": session.new_cache()} if attached else {}
+            out = torch.cat([first, greedy(llama, first, 12, **options), more], 1)
+            turns.append(greedy(llama, out, 12, **options))
+    assert torch.equal(*turns)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -18,6 +18,7 @@ from .test_static import STATIC, compiled
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"preset": "fast"},
+    "lse-drop": {"preset": "lse-drop"},
     "paper-llama": {"preset": "paper-llama"},
     "drafts of one": {"draft": 1},
     **{name: {"method": name} for name in METHODS},
@@ -41,13 +42,13 @@ def broken(request: pytest.FixtureRequest, llama: PreTrainedModel) -> PreTrained
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_goes_on(broken: PreTrainedModel, mode: str, dtype: torch.dtype) -> None:
-    prompts = left_padded([60, 41])
+    prompts = left_padded([80, 66])
     with refreshkv.attach(broken.to(dtype), **MODES[mode], budget=12):
         assert greedy(broken, prompts, new=12).shape == (2, 12)
 
 
-@pytest.mark.parametrize("mode", ["default", "fast", "paper-llama"])
+@pytest.mark.parametrize("mode", ["default", "fast", "lse-drop", "paper-llama"])
 def test_generation_goes_on_from_buffers_of_fixed_size(broken: PreTrainedModel, mode: str) -> None:
     with refreshkv.attach(broken, **MODES[mode], budget=12):
         for form in (STATIC, compiled()):
-            assert greedy(broken, left_padded([60, 41]), new=6, **form).shape == (2, 6)
+            assert greedy(broken, left_padded([80, 66]), new=6, **form).shape == (2, 6)

@@ -19,11 +19,12 @@ from .prompts import greedy, left_padded, logits
 MODES = {
     "full": RefreshConfig(mode="full"),
     "refresh": RefreshConfig(budget=1000, stride=3, threshold=0.9),
-    "fast": refreshkv.make_config("fast", budget=1000),
+    "lse-drop": refreshkv.make_config("lse-drop", budget=1000),
+    "mixed": RefreshConfig(mode="mixed", budget=1000),
     "exact": RefreshConfig(mode="exact", budget=8, draft=5, confidence=0.0, recent=2, successor=2),
 }
 FORMS: dict[str, dict[str, Any]] = {"growing": {}, "static": {"cache_implementation": "static"}}
-PROMPT = left_padded([40, 23])
+PROMPT = left_padded([80, 63])  # with a whole block
 
 
 def tokens_under(model: PreTrainedModel, config: RefreshConfig | None, **options: Any) -> Tensor:

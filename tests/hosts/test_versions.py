@@ -100,7 +100,7 @@ def test_a_call_that_makes_no_cache_that_we_know(llama: PreTrainedModel) -> None
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_every_mode_reads_its_own_cache(llama: PreTrainedModel, settings: dict[str, Any]) -> None:
     with refreshkv.attach(llama, **settings) as session:
-        greedy(llama, tokens(1, 30))
+        greedy(llama, tokens(1, 100))
     share = session.stats.kv_read_share
     assert (
         session.stats.layers
