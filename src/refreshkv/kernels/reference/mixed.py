@@ -78,7 +78,7 @@ def encode(
     seen = stored[row, :, column]
     bits, value_bits = codes.bits, codes.value_bits(values.shape[-1])
     coded = round_keys(keys[row, :, column], bits, seen)
-    codes.keys[at] = pack_keys(coded.codes, bits)
+    codes.keys[at] = pack_keys(coded.codes * seen[..., None], bits)
     codes.key_grids[at] = torch.stack([coded.low[..., 0, :], coded.step[..., 0, :]], -2)
     coded = round_values(values[row, :, column].masked_fill(~seen[..., None], 0.0), value_bits)
     codes.values[at] = pack_values(coded.codes, value_bits)
@@ -122,7 +122,7 @@ def attend_mixed(
     )
     rounded_keys, rounded_values, there = entries_at(copy, everywhere)
     assert rounded_values is not None
-    covered = there & (everywhere < finished[:, None, None] * BLOCK)
+    covered = there & (everywhere // BLOCK < finished[:, None, None])
     if visible is not None:
         covered = covered & visible
 

@@ -1,0 +1,179 @@
+// Where codes lie: `Codes` of kernels/codes.py; and the product of numbers with them, as they lie.
+
+#pragma once
+
+#include "entries.h"
+#include "pack.h"
+
+extern "C" {
+
+// From one row (or page), KV head and block to the next, in elements.
+struct CodeStrides {
+  int64_t row, head, block;
+};
+
+// What mixed.py fills in, field by field.
+struct Codes {
+  uint16_t *keys, *key_grids, *values, *value_grids;  // [R, Hkv, N, ...] or pages; their own strides
+  const int32_t* blocks;                              // [B, M] contiguous
+  int64_t kept, each, pages;                          // R or pages, blocks of one, M or -1
+  int64_t bits, value_bits;
+  CodeStrides key, key_grid, value, value_grid;
+};
+}
+
+namespace {
+
+constexpr int64_t kCoded = 64;   // tokens of a block of codes
+constexpr int64_t kPlane = 32;   // numbers of 16 bits of a plane
+constexpr int64_t kMostBits = 7;  // of a code: bfloat16 has no more behind the leading one
+
+// The codes of one block, and the grids: low of all dims or tokens, then step of all.
+struct Coded {
+  uint16_t *keys, *key_grid, *values, *value_grid;
+};
+
+// The codes of one row and KV head.
+class Copy {
+ public:
+  Copy(const Codes& codes, const Entries& entries, int64_t row, int64_t head)
+      : codes_(codes), row_(codes.pages >= 0 ? -1 : entries.kept_row(row, codes.kept)), head_(head),
+        blocks_(codes.pages >= 0 ? codes.blocks + row * codes.pages : nullptr) {}
+
+  // How many blocks there can be.
+  int64_t room() const { return blocks_ ? codes_.each * codes_.pages : row_ >= 0 ? codes_.each : 0; }
+
+  // Whether there is room for a block of these.
+  bool find(int64_t block, Coded& found) const {
+    int64_t row = row_;
+    if (blocks_) {
+      row = blocks_[block / codes_.each];
+      block %= codes_.each;
+    }
+    if (row < 0 || row >= codes_.kept) return false;
+    const auto at = [&](const CodeStrides& by) { return row * by.row + head_ * by.head + block * by.block; };
+    found = {codes_.keys + at(codes_.key), codes_.key_grids + at(codes_.key_grid), codes_.values + at(codes_.value),
+             codes_.value_grids + at(codes_.value_grid)};
+    return true;
+  }
+
+ private:
+  const Codes& codes_;
+  int64_t row_, head_;
+  const int32_t* blocks_;
+};
+
+// What a code is multiplied as: shifted to where a mantissa has room for it, behind a leading one where it is bfloat16.
+// Row r of a tile, two numbers, is shifted to place(r); so that whole groups of rows have their bits where they are.
+template <typename A>
+constexpr uint16_t kLeading = std::is_same_v<A, bfloat16> ? 0x4300 : 0;  // 128
+constexpr int group_of(int bits) { return kMostBits + 1 - bits; }
+constexpr int place(int row, int bits) { return row % group_of(bits); }
+
+// By which factor on the other operand a number counts once, and what of a number stands for the middle of a grid; by
+// the index along the summed dimension, modulo 32.
+struct Places {
+  float factor[32], middle[32];
+
+  Places(int64_t bits, float leading) {
+    for (int i = 0; i < 32; ++i) {
+      const float unit = static_cast<float>(1 << place(i / 2, static_cast<int>(bits)));
+      factor[i] = 1 / unit;
+      middle[i] = leading + unit * center(bits);
+    }
+  }
+  static float center(int64_t bits) { return 0.5f * static_cast<float>((1 << bits) - 1); }
+};
+
+// c [m, 16 * across] = or += start[m] + a [m, summed] * what codes are multiplied as. Rows of a and c are lda and ldc
+// apart; `summed` is a multiple of 32, `across` counts tiles and is even.
+template <typename A>
+struct CodeProduct {
+  const A* a;
+  int64_t lda;
+  const uint16_t* planes;
+  int64_t across, summed;
+  const float* start;
+  float* c;
+  int64_t ldc, m;
+  bool add;
+  Ahead& ahead;
+};
+
+// Two rows of numbers times one register of each of their codes.
+inline Floats multiply_codes(Floats c, const bfloat16* a, Row codes) { return multiply_add(c, a, (Words)codes); }
+inline Floats multiply_codes(Floats c, const float* a, Row codes) {
+  const auto number = [](Words w) { return (Words)__builtin_convertvector((Ints)w, Floats); };
+  c = multiply_add(c, a, number((Words)codes & 0xffff));
+  return multiply_add(c, a + 1, number((Words)codes >> 16));
+}
+
+// `rows` rows of c and `columns` registers of them from column `j` on. `given` bits where the code is not compiled for
+// so many.
+template <int rows, int columns, int fixed, typename A>
+inline void code_tile(const CodeProduct<A>& x, int given, int64_t i, int64_t j) {
+  const int bits = fixed ? fixed : given;
+  Floats c[rows][columns];
+  for (int r = 0; r < rows; ++r)
+    for (int q = 0; q < columns; ++q) c[r][q] = all(x.start[i + r]);
+  for (int64_t p = 0; p < x.summed; p += 32) {
+    const uint16_t* planes[columns];
+    for (int q = 0; q < columns; ++q) {
+      const int64_t column = j + q * kLanes, tile = p / 32 * x.across + column / kColumns;
+      planes[q] = x.planes + tile * bits * kPlane + column % kColumns * 2;
+    }
+    x.ahead.fetch(rows > 1 ? 4 : 2);
+    const int group = group_of(bits);
+#pragma GCC unroll 16
+    for (int first = 0; first < 16; first += group) {
+      Row shifted[columns][fixed ? fixed : kMostBits];
+      for (int q = 0; q < columns; ++q)
+        for (int bit = 0; bit < bits; ++bit) {
+          const Row plane = load<Row>(planes[q] + bit * kPlane);
+          shifted[q][bit] = first >= bit ? plane >> (first - bit) : plane << (bit - first);
+        }
+#pragma GCC unroll 16
+      for (int at = 0; at < group; ++at) {
+        if (first + at >= 16) break;
+        const A* a = x.a + i * x.lda + p + 2 * (first + at);
+        Row codes[columns];
+        for (int q = 0; q < columns; ++q) {
+          codes[q] = Row{} + kLeading<A>;
+          for (int bit = 0; bit < bits; ++bit) codes[q] |= shifted[q][bit] & static_cast<uint16_t>(1 << (at + bit));
+        }
+        for (int r = 0; r < rows; ++r)
+          for (int q = 0; q < columns; ++q) c[r][q] = multiply_codes(c[r][q], a + r * x.lda, codes[q]);
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int q = 0; q < columns; ++q) {
+      float* to = x.c + (i + r) * x.ldc + j + q * kLanes;
+      store(to, x.add ? load<Floats>(to) + c[r][q] : c[r][q]);
+    }
+}
+
+template <int fixed, typename A>
+void code_columns(const CodeProduct<A>& x, int bits) {
+  constexpr int most = kLanes == 16 ? 4 : 2;
+  const int64_t width = x.across * kColumns;
+  int64_t i = 0;
+  const auto rows_of = [&](auto rows) {
+    int64_t j = 0;
+    for (; j + most * kLanes <= width; j += most * kLanes) code_tile<decltype(rows)::value, most, fixed>(x, bits, i, j);
+    for (; j < width; j += 2 * kLanes) code_tile<decltype(rows)::value, 2, fixed>(x, bits, i, j);
+    i += decltype(rows)::value;
+  };
+  while (i + 4 <= x.m) rows_of(std::integral_constant<int, 4>());
+  if (i + 2 <= x.m) rows_of(std::integral_constant<int, 2>());
+  if (i < x.m) rows_of(std::integral_constant<int, 1>());
+}
+
+template <typename A>
+void code_product(const CodeProduct<A>& x, int64_t bits) {
+  if (bits == 2) code_columns<2>(x, 2);
+  else if (bits == 4) code_columns<4>(x, 4);
+  else code_columns<0>(x, static_cast<int>(bits));
+}
+
+}  // namespace

@@ -1,0 +1,390 @@
+// Attention over codes and a few exact entries on CPUs: `reference.attend_mixed`.
+//
+// A row and KV head is a `Part`, worked off in chunks of a fixed number of positions: logits of the codes, and exact
+// ones where there are none; the buckets of their weights; which entries are exact; the others' values by their codes.
+// Then attention over the list of the exact ones as anywhere else, and one softmax over both. Logits stay where they
+// are made until they are weights. Neither the batch nor the number of threads changes what a chunk is, or a bit.
+
+#include <vector>
+
+#include <omp.h>
+
+#include "mixed.h"
+
+namespace {
+
+// One part, and everything that it takes.
+template <typename T, typename A = Operand<T>>
+class Work {
+ public:
+  Work(const Mixed& mixed, int64_t index, const Sheet& sheet, const Bench<A>& bench, const CodeBench<A>& codes)
+      : mixed_(mixed), job_(mixed.job), index_(index), part_(mixed.job, index),
+        copy_(mixed.codes, mixed.job.entries, part_.row, part_.head), span_(mixed, part_, copy_), sheet_(sheet),
+        bench_(bench), own_(codes), dim_(padded(job_.dim)), value_dim_(padded(job_.value_dim)), m_(job_.members()) {}
+
+  int64_t chunks() const { return span_.chunks; }
+
+  // Logits of a chunk, -inf where nothing is to be seen.
+  void measure(int64_t chunk) {
+    const Places places(mixed_.codes.bits, leading());
+    const float center = Places::center(mixed_.codes.bits);
+    copy_queries<T>(job_, part_, bench_.queries);
+    for (int64_t x = 0; x < m_ * dim_; x += kLanes)
+      store(own_.queries + x, widened(bench_.queries + x) * static_cast<float>(job_.scale));
+    const int64_t low = span_.low(chunk), high = span_.high(chunk), all = span_.start + span_.blocks * kCoded;
+    int32_t* list = list_of(chunk);
+    int64_t uncovered = 0;
+    if (chunk == 0) skip(low, span_.start, list, uncovered);
+    int64_t at = span_.start + chunk * kChunk;
+    for (; at < high && at < all; at += kCoded) {
+      Coded coded;
+      if (copy_.find(block_at(at), coded)) measure_block(coded, at, places, center);
+      else skip(at, at + kCoded, list, uncovered);
+    }
+    if (at < high) skip(at, high, list, uncovered);
+    sheet_.uncovered[chunk] = uncovered;
+    measure_exactly(list, uncovered);
+    sum_up(chunk, low, high);
+  }
+
+  // The buckets of a chunk's weights, counted.
+  void count(int64_t chunk) {
+    lse_of_all();
+    int16_t* marks = sheet_.marks_of(span_);
+    int32_t* counts = sheet_.counts + chunk * 4 * (kBuckets + 1);
+    std::fill(counts, counts + 4 * (kBuckets + 1), 0);
+    const int64_t high = span_.high(chunk);
+    for (int64_t x = span_.low(chunk); x < high; x += kLanes) {
+      Floats weight = all(-kInfinity);
+      for (int64_t i = 0; i < m_; ++i)
+        weight = larger(load<Floats>(sheet_.logits_of(i, span_) + x) - own_.against[i], weight);
+      Floats depth = weight * -8.0f;
+      depth = depth > 0.0f ? depth : Floats{};
+      depth = depth < kBuckets - 1.0f ? depth : all(kBuckets - 1.0f);
+      const Ints bucket = weight > -kInfinity ? __builtin_convertvector(depth, Ints) : Ints{} + kNone;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        marks[x + lane] = static_cast<int16_t>(bucket[lane]);
+        ++counts[lane % 4 * (kBuckets + 1) + bucket[lane]];
+      }
+    }
+    const int32_t* list = list_of(chunk);
+    for (int64_t k = 0; k < sheet_.uncovered[chunk]; ++k) {
+      --counts[(list[k] - span_.low(chunk)) % kLanes % 4 * (kBuckets + 1) + marks[list[k]]];
+      marks[list[k]] = kUncovered;
+    }
+  }
+
+  // The list of what is exact, which has no weight in the background.
+  void choose() {
+    int64_t buckets = 0, sum = 0, uncovered = 0;
+    for (; buckets < kBuckets; ++buckets) {
+      for (int64_t c = 0; c < chunks() * 4; ++c) sum += sheet_.counts[c * (kBuckets + 1) + buckets];
+      if (sum > mixed_.budget[part_.row]) break;
+    }
+    for (int64_t c = 0; c < chunks(); ++c) uncovered += sheet_.uncovered[c];
+    const int16_t* marks = sheet_.marks_of(span_);
+    int64_t exact = 0;
+    for (int64_t x = std::max<int64_t>(span_.lower, 0); x < span_.end; ++x) {
+      sheet_.list[exact] = static_cast<int32_t>(x);
+      exact += marks[x] < buckets;
+    }
+    for (int64_t i = 0; i < m_; ++i)
+      for (int64_t k = 0; k < exact; ++k) sheet_.logits_of(i, span_)[sheet_.list[k]] = -kInfinity;
+    *sheet_.listed = exact;
+    mixed_.exact[index_] = exact - uncovered;
+  }
+
+  // The values of a chunk by their codes.
+  void mix(int64_t chunk) {
+    top_of_all();
+    float *masses = sheet_.masses + chunk * m_, *mixed = sheet_.mixed + chunk * m_ * value_dim_;
+    std::fill(masses, masses + m_, 0.0f);
+    std::fill(mixed, mixed + m_ * value_dim_, 0.0f);
+    const Places places(mixed_.codes.value_bits, leading());
+    const float center = Places::center(mixed_.codes.value_bits);
+    const int64_t end = std::min(span_.high(chunk), span_.start + span_.blocks * kCoded);
+    for (int64_t at = span_.start + chunk * kChunk; at < end; at += kCoded) {
+      Coded coded;
+      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, center, masses, mixed);
+    }
+  }
+
+  // Attention over the list, and everything as one.
+  void finish(const Weights<A>& weights, const Softmax& result, const Softmax& more) {
+    const Part listed(part_, sheet_.list, *sheet_.listed);
+    copy_queries<T>(job_, part_, bench_.queries);
+    attend_chunk<T>(job_, listed, bench_, 0, weights, result);
+    for (int64_t chunk = 1; chunk < listed.chunks(); ++chunk) {
+      attend_chunk<T>(job_, listed, bench_, chunk, weights, more);
+      merge(job_, result, more);
+    }
+    if (chunks() > 0) {
+      top_of_all();
+      std::copy_n(own_.against, m_, more.top);
+      std::copy_n(sheet_.masses, m_, more.total);
+      std::copy_n(sheet_.mixed, m_ * value_dim_, more.mixed);
+      for (int64_t c = 1; c < chunks(); ++c) {
+        for (int64_t i = 0; i < m_; ++i) more.total[i] += sheet_.masses[c * m_ + i];
+        const float* of_chunk = sheet_.mixed + c * m_ * value_dim_;
+        for (int64_t d = 0; d < m_ * value_dim_; ++d) more.mixed[d] += of_chunk[d];
+      }
+      for (int64_t d = 0; std::is_same_v<T, bfloat16> && d < m_ * value_dim_; d += 2 * kLanes) put_out_of_order(more.mixed + d);
+      merge(job_, result, more);
+    }
+    finish_part<T>(job_, part_, result);
+  }
+
+ private:
+  static constexpr float leading() { return kLeading<A> ? 128.0f : 0.0f; }
+  int64_t block_at(int64_t position) const { return span_.skipped + (position - span_.start) / kCoded; }
+  // Where a chunk remembers what it has no codes of: behind what the chunks before it can have.
+  int32_t* list_of(int64_t chunk) const { return sheet_.list + std::max<int64_t>(0, span_.low(chunk)); }
+
+  bool seen(int64_t position) const {
+    return position >= part_.first && position < part_.end && (!part_.visible || part_.visible[position]) &&
+           part_.held.whole(position, 1);
+  }
+  bool all_seen(int64_t block) const {
+    return block >= part_.first && block + kCoded <= part_.end && part_.held.whole(block, kCoded) &&
+           (!part_.visible || !std::memchr(part_.visible + block, 0, kCoded));
+  }
+
+  // Positions without codes: -inf, up to a whole register, and remembered where they are seen.
+  void skip(int64_t from, int64_t to, int32_t* list, int64_t& uncovered) {
+    const int64_t whole = to + (kLanes - (to - span_.start) % kLanes) % kLanes;
+    for (int64_t i = 0; i < m_; ++i) {
+      float* row = sheet_.logits_of(i, span_);
+      std::fill(row + from, row + whole, -kInfinity);
+    }
+    for (int64_t x = from; x < to; ++x)
+      if (seen(x)) list[uncovered++] = static_cast<int32_t>(x);
+  }
+
+  void measure_block(const Coded& coded, int64_t at, const Places& places, float center) {
+    Coded next;
+    const char* ahead_of[1];
+    Ahead ahead;
+    const int64_t bytes = dim_ * kCoded / 8 * mixed_.codes.bits;
+    if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
+      ahead_of[0] = reinterpret_cast<const char*>(next.keys);
+      ahead.begin(ahead_of, 1, bytes);
+      for (int64_t d = 0; d < 4 * job_.dim; d += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.key_grid) + d);
+    }
+    read_grid(coded.key_grid, job_.dim, places, center, own_.unit, own_.middle);
+    for (int64_t i = 0; i < m_; ++i) {
+      Floats start{};
+      for (int64_t d = 0; d < dim_; d += kLanes) {
+        const Floats query = load<Floats>(own_.queries + i * dim_ + d);
+        A* a = own_.a + i * own_.stride + d;
+        narrow(a, query * load<Floats>(own_.unit + d));
+        start += query * load<Floats>(own_.middle + d) - widened(a) * load<Floats>(places.middle + d % 32);
+      }
+      own_.start[i] = sum(start);
+    }
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.keys, kCoded / kColumns, dim_, own_.start,
+                                sheet_.logits_of(0, span_) + at, sheet_.stride, m_, false, ahead},
+                 mixed_.codes.bits);
+    const float cap = static_cast<float>(job_.softcap);
+    const bool whole = all_seen(at);
+    if (whole && cap == 0) return;
+    alignas(64) int32_t shown[kCoded];
+    for (int64_t x = 0; x < kCoded; ++x) shown[x] = whole || seen(at + x) ? -1 : 0;
+    for (int64_t i = 0; i < m_; ++i) {
+      float* row = sheet_.logits_of(i, span_) + at;
+      for (int64_t x = 0; x < kCoded; x += kLanes) {
+        const Floats logits = load<Floats>(row + x);
+        store(row + x, load<Ints>(shown + x) ? (cap == 0 ? logits : capped(logits, 1, cap)) : all(-kInfinity));
+      }
+    }
+  }
+
+  // Exact logits of the `n` positions of a list.
+  void measure_exactly(const int32_t* list, int64_t n) {
+    const Part listed(part_, list, n);
+    Ahead ahead;
+    for (int64_t entry = 0; entry < n; entry += kBlock) {
+      Found found;
+      const int64_t some = listed.find(entry, found);
+      pack_keys<T>(found.keys, padded(some), job_.dim, bench_.packed, ahead);
+      const int64_t rows = rows_for(m_);
+      const Tiles tiles(rows);
+      product(Product<A>{bench_.queries, dim_, bench_.packed, kBlock / kColumns, bench_.logits, kRow, rows,
+                         padded(some), dim_, false, ahead});
+      hide(job_, listed, entry, some, found, bench_.logits);
+      const float scale = static_cast<float>(job_.softcap != 0 ? 1 : job_.scale);
+      for (int64_t i = 0; i < m_; ++i)
+        for (int64_t x = 0; x < some; ++x)
+          sheet_.logits_of(i, span_)[list[entry + x]] = bench_.logits[i * kRow + x] * scale;
+    }
+  }
+
+  // The largest of a chunk's logits and the sum of their weights, in powers of two.
+  void sum_up(int64_t chunk, int64_t low, int64_t high) {
+    for (int64_t i = 0; i < m_; ++i) {
+      const float* row = sheet_.logits_of(i, span_);
+      Floats most = all(-kInfinity), mass{};
+      for (int64_t x = low; x < high; x += kLanes) most = larger(most, load<Floats>(row + x));
+      const float top = std::max(kLowest, largest(most) * kLog2e);
+      for (int64_t x = low; x < high; x += kLanes) mass += power_of_two(load<Floats>(row + x) * kLog2e - top);
+      sheet_.tops[chunk * m_ + i] = top;
+      sheet_.totals[chunk * m_ + i] = sum(mass);
+    }
+  }
+
+  void top_of_all() {
+    std::fill(own_.against, own_.against + m_, kLowest);
+    for (int64_t c = 0; c < chunks(); ++c)
+      for (int64_t i = 0; i < m_; ++i) own_.against[i] = std::max(own_.against[i], sheet_.tops[c * m_ + i]);
+  }
+
+  // What a logit is a weight to, with the sink: in `against`; infinity where no head of the group has weights to give.
+  void lse_of_all() {
+    top_of_all();
+    bool broken = false;
+    for (int64_t i = 0; i < m_; ++i) {
+      float total = 0;
+      for (int64_t c = 0; c < chunks(); ++c)
+        total += sheet_.totals[c * m_ + i] * std::exp2(sheet_.tops[c * m_ + i] - own_.against[i]);
+      float lse = (own_.against[i] + std::log2(total)) / kLog2e;
+      if (job_.sinks) {
+        const float sink = job_.sinks[part_.head * job_.group + i], most = std::max(lse, sink);
+        if (!(most == -kInfinity)) lse = std::isinf(most) ? most : most + std::log(std::exp(lse - most) + std::exp(sink - most));
+        if (sink != sink) lse = sink;
+      }
+      broken |= lse != lse;
+      own_.against[i] = lse;
+    }
+    for (int64_t i = 0; i < m_; ++i)
+      if (broken || own_.against[i] == -kInfinity) own_.against[i] = kInfinity;
+  }
+
+  void mix_block(const Coded& coded, int64_t at, const Places& places, float center, float* masses, float* mixed) {
+    Coded next;
+    const char* ahead_of[1];
+    Ahead ahead;
+    const int64_t bytes = value_dim_ * kCoded / 8 * mixed_.codes.value_bits;
+    if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
+      ahead_of[0] = reinterpret_cast<const char*>(next.values);
+      ahead.begin(ahead_of, 1, bytes);
+      for (int64_t t = 0; t < 4 * kCoded; t += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.value_grid) + t);
+    }
+    read_grid(coded.value_grid, kCoded, places, center, own_.unit, own_.middle);
+    for (int64_t i = 0; i < m_; ++i) {
+      const float* row = sheet_.logits_of(i, span_) + at;
+      Floats mass{}, start{};
+      for (int64_t t = 0; t < kCoded; t += kLanes) {
+        const Floats weight = power_of_two(load<Floats>(row + t) * kLog2e - own_.against[i]);
+        // What has no weight has no say, whatever its grid holds.
+        A* a = own_.a + i * own_.stride + t;
+        const Floats scaled = weight * load<Floats>(own_.unit + t), middle = weight * load<Floats>(own_.middle + t);
+        narrow(a, weight == 0.0f ? Floats{} : scaled);
+        start += (weight == 0.0f ? Floats{} : middle) - widened(a) * load<Floats>(places.middle + t % 32);
+        mass += weight;
+      }
+      masses[i] += sum(mass);
+      own_.start[i] = sum(start);
+    }
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, value_dim_ / kColumns, kCoded, own_.start, mixed,
+                                value_dim_, m_, true, ahead},
+                 mixed_.codes.value_bits);
+  }
+
+  const Mixed& mixed_;
+  const Job& job_;
+  int64_t index_;
+  Part part_;
+  Copy copy_;
+  Span span_;
+  const Sheet& sheet_;
+  const Bench<A>& bench_;
+  const CodeBench<A>& own_;
+  int64_t dim_, value_dim_, m_;
+};
+
+// What a call takes: for each thread, and a sheet for each part that is worked on.
+template <typename A>
+struct Desk {
+  std::vector<Bench<A>> benches;
+  std::vector<CodeBench<A>> codes;
+  std::vector<Weights<A>> weights;
+  std::vector<Softmax> results;  // two for each thread
+  std::vector<Sheet> sheets;
+};
+
+// All parts side by side.
+template <typename T, typename A = Operand<T>>
+void attend_parts(const Mixed& mixed, const Desk<A>& desk) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(mixed.job.threads))
+  for (int64_t index = 0; index < mixed.job.parts(); ++index) {
+    const int t = omp_get_thread_num();
+    Work<T> work(mixed, index, desk.sheets[t], desk.benches[t], desk.codes[t]);
+    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.measure(chunk);
+    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.count(chunk);
+    work.choose();
+    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.mix(chunk);
+    work.finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
+  }
+}
+
+// Fewer parts than threads: their chunks side by side.
+template <typename T, typename A = Operand<T>>
+void attend_chunks(const Mixed& mixed, const Desk<A>& desk) {
+  const int64_t parts = mixed.job.parts(), chunks = Sheet::chunks(mixed.job.entries.count);
+#pragma omp parallel num_threads(static_cast<int>(mixed.job.threads))
+  {
+    const int t = omp_get_thread_num();
+    const auto work_of = [&](int64_t part) {
+      return Work<T>(mixed, part, desk.sheets[part], desk.benches[t], desk.codes[t]);
+    };
+    const auto each_chunk = [&](auto step) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < parts * chunks; ++item) {
+        Work<T> work = work_of(item / chunks);
+        if (item % chunks < work.chunks()) (work.*step)(item % chunks);
+      }
+    };
+    each_chunk(&Work<T>::measure);
+    each_chunk(&Work<T>::count);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < parts; ++part) work_of(part).choose();
+    each_chunk(&Work<T>::mix);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < parts; ++part)
+      work_of(part).finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
+  }
+}
+
+// False where there is not enough memory.
+template <typename T, typename A = Operand<T>>
+bool attend(const Mixed& mixed) {
+  const Job& job = mixed.job;
+  const int64_t m = job.members(), n = job.entries.count, dim = padded(job.dim), value_dim = padded(job.value_dim);
+  const bool split = job.parts() < job.threads && Sheet::chunks(n) > 1;
+  const int64_t sheets = split ? job.parts() : job.threads;
+  const size_t bytes = job.threads * (Bench<A>::bytes(m, dim, value_dim) + CodeBench<A>::bytes(m, dim) +
+                                      Weights<A>::bytes(m, kBlock) + 2 * Softmax::bytes(m, value_dim)) +
+                       sheets * Sheet::bytes(m, n, value_dim);
+  if (!room.reserve(bytes)) return false;
+  Desk<A> desk;
+  for (int64_t i = 0; i < job.threads; ++i) {
+    desk.benches.push_back(Bench<A>::take(m, dim, value_dim));
+    desk.codes.push_back(CodeBench<A>::take(room, m, dim));
+    desk.weights.push_back(Weights<A>::take(m, kBlock));
+    for (int k = 0; k < 2; ++k) desk.results.push_back(Softmax::take(m, value_dim));
+  }
+  for (int64_t i = 0; i < sheets; ++i) desk.sheets.push_back(Sheet::take(room, m, n, value_dim));
+  (split ? attend_chunks<T> : attend_parts<T>)(mixed, desk);
+  room.release_beyond(kMostKept);
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 where there is not enough memory.
+int refreshkv_attend_mixed(const Mixed* mixed) {
+  if (mixed->job.kind == 0) return !attend<bfloat16>(*mixed);
+  return mixed->job.kind == 1 ? !attend<float16>(*mixed) : !attend<float>(*mixed);
+}
+}
