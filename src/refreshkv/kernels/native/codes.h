@@ -63,35 +63,88 @@ class Copy {
   const int32_t* blocks_;
 };
 
-// What a code is multiplied as: shifted to where a mantissa has room for it, behind a leading one where it is bfloat16.
-// Row r of a tile, two numbers, is shifted to place(r); so that whole groups of rows have their bits where they are.
+// What a code is multiplied as: where it lies in 16 bits, behind a leading one where that is bfloat16, whose mantissa
+// has room for 7 bits. Row r of a tile, two numbers, lies `place` bits up, so that only every 8 - bits rows are shifted.
 template <typename A>
 constexpr uint16_t kLeading = std::is_same_v<A, bfloat16> ? 0x4300 : 0;  // 128
-constexpr int group_of(int bits) { return kMostBits + 1 - bits; }
-constexpr int place(int row, int bits) { return row % group_of(bits); }
+constexpr int rows_a_shift(int bits) { return kMostBits + 1 - bits; }
+constexpr int place(int row, int bits) { return row % rows_a_shift(bits); }
 
-// By which factor on the other operand a number counts once, and what of a number stands for the middle of a grid; by
-// the index along the summed dimension, modulo 32.
+// By what a number has to be multiplied to count once, and what it is in the middle of a grid; by the index along the
+// summed dimension, modulo 32. The middle is an integer, or bfloat16 could not hold it.
+template <typename A>
 struct Places {
-  float factor[32], middle[32];
+  float factor[32];
+  A middle[32];
 
-  Places(int64_t bits, float leading) {
+  explicit Places(int64_t bits) {
     for (int i = 0; i < 32; ++i) {
       const float unit = static_cast<float>(1 << place(i / 2, static_cast<int>(bits)));
       factor[i] = 1 / unit;
-      middle[i] = leading + unit * center(bits);
+      const float middle_of = (kLeading<A> ? 128 : 0) + unit * center(bits);
+      if constexpr (std::is_same_v<A, float>) {
+        middle[i] = middle_of;
+      } else {
+        uint32_t word;
+        std::memcpy(&word, &middle_of, sizeof word);
+        middle[i] = {static_cast<uint16_t>(word >> 16)};
+      }
     }
   }
-  static float center(int64_t bits) { return 0.5f * static_cast<float>((1 << bits) - 1); }
+  static float center(int64_t bits) { return static_cast<float>(1 << (bits - 1)); }
 };
 
+// Products of the numbers at `a` with those at `b`, twice as many as lanes, summed lane by lane.
+inline Floats dot(Floats c, const float* a, const float* b) {
+  c += load<Floats>(a) * load<Floats>(b);
+  return c + load<Floats>(a + kLanes) * load<Floats>(b + kLanes);
+}
+inline Floats dot(Floats c, const bfloat16* a, const bfloat16* b) {
+  const Words x = load<Words>(a), y = load<Words>(b);
+#ifdef __AVX512BF16__
+  return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y);
+#else
+  c += (Floats)(x << 16) * (Floats)(y << 16);
+  return c + (Floats)(x & 0xffff0000u) * (Floats)(y & 0xffff0000u);
+#endif
+}
+
+// The codes of a tile, put together from their planes: registers of 16 bits in which a mask leaves those of a row,
+// first those of the rows of one shift. So many planes' worth of memory:
+constexpr int fields(int bits) { return std::min(bits, rows_a_shift(bits)); }
+constexpr int field_of(int row, int bits) { return row / rows_a_shift(bits) * fields(bits) + place(row, bits) % bits; }
+constexpr int fields_of_tile(int bits) { return (15 / rows_a_shift(bits) + 1) * fields(bits); }
+constexpr int64_t kMostFields = fields_of_tile(5);
+
+template <int fixed>
+__attribute__((noinline)) void put_together(const uint16_t* planes, int given, int64_t tiles, uint16_t* to) {
+  const int bits = fixed ? fixed : given;
+  constexpr int64_t step = 2 * kLanes;
+  for (int64_t tile = 0; tile < tiles; ++tile, planes += bits * kPlane)
+    for (int first = 0; first < 16; first += rows_a_shift(bits))
+      for (int field = 0; field < fields(bits); ++field, to += kPlane)
+        for (int64_t lane = 0; lane < kPlane; lane += step) {
+          Row whole{};
+          for (int bit = 0; bit < bits; ++bit) {
+            const Row plane = load<Row>(planes + bit * kPlane + lane);
+            uint16_t places = 0;
+            for (int at = (field + bit) % bits; at < 16; at += bits) places |= static_cast<uint16_t>(1 << at);
+            const Row shifted = first >= bit ? plane >> static_cast<uint16_t>(first - bit)
+                                             : plane << static_cast<uint16_t>(bit - first);
+            whole |= shifted & places;
+          }
+          store(to + lane, whole);
+        }
+}
+
 // c [m, 16 * across] = or += start[m] + a [m, summed] * what codes are multiplied as. Rows of a and c are lda and ldc
-// apart; `summed` is a multiple of 32, `across` counts tiles and is even.
+// apart; `summed` is a multiple of 32, `across` counts tiles and is even; `room` for all fields.
 template <typename A>
 struct CodeProduct {
   const A* a;
   int64_t lda;
   const uint16_t* planes;
+  uint16_t* room;
   int64_t across, summed;
   const float* start;
   float* c;
@@ -117,33 +170,21 @@ inline void code_tile(const CodeProduct<A>& x, int given, int64_t i, int64_t j) 
   for (int r = 0; r < rows; ++r)
     for (int q = 0; q < columns; ++q) c[r][q] = all(x.start[i + r]);
   for (int64_t p = 0; p < x.summed; p += 32) {
-    const uint16_t* planes[columns];
+    const uint16_t* from[columns];
     for (int q = 0; q < columns; ++q) {
       const int64_t column = j + q * kLanes, tile = p / 32 * x.across + column / kColumns;
-      planes[q] = x.planes + tile * bits * kPlane + column % kColumns * 2;
+      from[q] = x.room + tile * fields_of_tile(bits) * kPlane + column % kColumns * 2;
     }
     x.ahead.fetch(rows > 1 ? 4 : 2);
-    const int group = group_of(bits);
 #pragma GCC unroll 16
-    for (int first = 0; first < 16; first += group) {
-      Row shifted[columns][fixed ? fixed : kMostBits];
+    for (int row = 0; row < 16; ++row) {
+      const auto mask = static_cast<uint16_t>(((1 << bits) - 1) << place(row, bits));
+      const A* a = x.a + i * x.lda + p + 2 * row;
+      Row codes[columns];
       for (int q = 0; q < columns; ++q)
-        for (int bit = 0; bit < bits; ++bit) {
-          const Row plane = load<Row>(planes[q] + bit * kPlane);
-          shifted[q][bit] = first >= bit ? plane >> (first - bit) : plane << (bit - first);
-        }
-#pragma GCC unroll 16
-      for (int at = 0; at < group; ++at) {
-        if (first + at >= 16) break;
-        const A* a = x.a + i * x.lda + p + 2 * (first + at);
-        Row codes[columns];
-        for (int q = 0; q < columns; ++q) {
-          codes[q] = Row{} + kLeading<A>;
-          for (int bit = 0; bit < bits; ++bit) codes[q] |= shifted[q][bit] & static_cast<uint16_t>(1 << (at + bit));
-        }
-        for (int r = 0; r < rows; ++r)
-          for (int q = 0; q < columns; ++q) c[r][q] = multiply_codes(c[r][q], a + r * x.lda, codes[q]);
-      }
+        codes[q] = (load<Row>(from[q] + field_of(row, bits) * kPlane) & mask) | kLeading<A>;
+      for (int r = 0; r < rows; ++r)
+        for (int q = 0; q < columns; ++q) c[r][q] = multiply_codes(c[r][q], a + r * x.lda, codes[q]);
     }
   }
   for (int r = 0; r < rows; ++r)
@@ -157,6 +198,7 @@ template <int fixed, typename A>
 void code_columns(const CodeProduct<A>& x, int bits) {
   constexpr int most = kLanes == 16 ? 4 : 2;
   const int64_t width = x.across * kColumns;
+  put_together<fixed>(x.planes, bits, x.summed / 32 * x.across, x.room);
   int64_t i = 0;
   const auto rows_of = [&](auto rows) {
     int64_t j = 0;

@@ -24,72 +24,69 @@ class Work {
 
   int64_t chunks() const { return span_.chunks; }
 
-  // Logits of a chunk, -inf where nothing is to be seen.
+  // Logits of a chunk, -inf where nothing is to be seen or read.
   void measure(int64_t chunk) {
-    const Places places(mixed_.codes.bits, leading());
-    const float center = Places::center(mixed_.codes.bits);
+    const Places<A> places(mixed_.codes.bits);
     copy_queries<T>(job_, part_, bench_.queries);
     for (int64_t x = 0; x < m_ * dim_; x += kLanes)
       store(own_.queries + x, widened(bench_.queries + x) * static_cast<float>(job_.scale));
-    const int64_t low = span_.low(chunk), high = span_.high(chunk), all = span_.start + span_.blocks * kCoded;
-    int32_t* list = list_of(chunk);
+    const int64_t low = span_.low(chunk), high = span_.high(chunk), coded = span_.start + span_.blocks * kCoded;
+    int32_t* list = sheet_.list + Sheet::list_of(chunk, span_);
     int64_t uncovered = 0;
     if (chunk == 0) skip(low, span_.start, list, uncovered);
     int64_t at = span_.start + chunk * kChunk;
-    for (; at < high && at < all; at += kCoded) {
-      Coded coded;
-      if (copy_.find(block_at(at), coded)) measure_block(coded, at, places, center);
+    for (; at < high && at < coded; at += kCoded) {
+      Coded block;
+      if (copy_.find(block_at(at), block)) measure_block(block, at, places);
       else skip(at, at + kCoded, list, uncovered);
     }
     if (at < high) skip(at, high, list, uncovered);
     sheet_.uncovered[chunk] = uncovered;
-    measure_exactly(list, uncovered);
-    sum_up(chunk, low, high);
+    for (int64_t i = 0; i < m_; ++i) {
+      float &top = sheet_.tops[chunk * m_ + i] = kLowest, &total = sheet_.totals[chunk * m_ + i] = 0;
+      add_up(sheet_.logits_of(i, span_) + low, high - low, kLog2e, top, total);
+    }
+    measure_exactly(list, uncovered, chunk);
   }
 
-  // The buckets of a chunk's weights, counted.
-  void count(int64_t chunk) {
+  // The buckets of a chunk's weights, counted into those of another; a budget that the deeper ones exceed leaves them
+  // out from then on.
+  void count(int64_t chunk, int64_t into) {
     lse_of_all();
-    int16_t* marks = sheet_.marks_of(span_);
-    int32_t* counts = sheet_.counts + chunk * 4 * (kBuckets + 1);
-    std::fill(counts, counts + 4 * (kBuckets + 1), 0);
-    const int64_t high = span_.high(chunk);
-    for (int64_t x = span_.low(chunk); x < high; x += kLanes) {
-      Floats weight = all(-kInfinity);
-      for (int64_t i = 0; i < m_; ++i)
-        weight = larger(load<Floats>(sheet_.logits_of(i, span_) + x) - own_.against[i], weight);
-      Floats depth = weight * -8.0f;
-      depth = depth > 0.0f ? depth : Floats{};
-      depth = depth < kBuckets - 1.0f ? depth : all(kBuckets - 1.0f);
-      const Ints bucket = weight > -kInfinity ? __builtin_convertvector(depth, Ints) : Ints{} + kNone;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        marks[x + lane] = static_cast<int16_t>(bucket[lane]);
-        ++counts[lane % 4 * (kBuckets + 1) + bucket[lane]];
+    int32_t* counts = sheet_.counts + into * 4 * kBuckets;
+    if (chunk == into) std::fill(counts, counts + 4 * kBuckets, 0);
+    const int64_t begin = Sheet::list_of(chunk, span_) + sheet_.uncovered[chunk], high = span_.high(chunk);
+    int64_t found = begin, counted = begin;
+    int within = chunk == into ? kBuckets : fitting(into, 1);
+    for (int64_t x = span_.low(chunk); x < high;) {
+      const int64_t end = std::min(high, x + kChunk / 8);
+      const float deepest = within == kBuckets ? -kInfinity : static_cast<float>(within) / -8.0f;
+      for (; x < end; x += kLanes) {
+        Floats weight = all(-kInfinity);
+        for (int64_t i = 0; i < m_; ++i)
+          weight = larger(load<Floats>(sheet_.logits_of(i, span_) + x) - own_.against[i], weight);
+        found += keep(weight, deepest, x, sheet_.list + found, sheet_.marks + found);
       }
+      for (; counted < found; ++counted) ++counts[counted % 4 * kBuckets + sheet_.marks[counted]];
+      within = fitting(into, 1);
     }
-    const int32_t* list = list_of(chunk);
-    for (int64_t k = 0; k < sheet_.uncovered[chunk]; ++k) {
-      --counts[(list[k] - span_.low(chunk)) % kLanes % 4 * (kBuckets + 1) + marks[list[k]]];
-      marks[list[k]] = kUncovered;
-    }
+    sheet_.candidates[chunk] = found - begin;
   }
 
-  // The list of what is exact, which has no weight in the background.
-  void choose() {
-    int64_t buckets = 0, sum = 0, uncovered = 0;
-    for (; buckets < kBuckets; ++buckets) {
-      for (int64_t c = 0; c < chunks() * 4; ++c) sum += sheet_.counts[c * (kBuckets + 1) + buckets];
-      if (sum > mixed_.budget[part_.row]) break;
+  // The list of what is exact, which has no weight in the background; the first so many chunks hold the counts.
+  void choose(int64_t counted) {
+    const int within = fitting(0, counted);
+    int64_t exact = 0, uncovered = 0;
+    for (int64_t c = 0; c < chunks(); ++c) {
+      int64_t from = Sheet::list_of(c, span_);
+      for (int64_t k = 0; k < sheet_.uncovered[c]; ++k) sheet_.list[exact++] = sheet_.list[from++];
+      for (int64_t k = 0; k < sheet_.candidates[c]; ++k, ++from)
+        if (sheet_.marks[from] < within) {
+          const int32_t position = sheet_.list[exact++] = sheet_.list[from];
+          for (int64_t i = 0; i < m_; ++i) sheet_.logits_of(i, span_)[position] = -kInfinity;
+        }
+      uncovered += sheet_.uncovered[c];
     }
-    for (int64_t c = 0; c < chunks(); ++c) uncovered += sheet_.uncovered[c];
-    const int16_t* marks = sheet_.marks_of(span_);
-    int64_t exact = 0;
-    for (int64_t x = std::max<int64_t>(span_.lower, 0); x < span_.end; ++x) {
-      sheet_.list[exact] = static_cast<int32_t>(x);
-      exact += marks[x] < buckets;
-    }
-    for (int64_t i = 0; i < m_; ++i)
-      for (int64_t k = 0; k < exact; ++k) sheet_.logits_of(i, span_)[sheet_.list[k]] = -kInfinity;
     *sheet_.listed = exact;
     mixed_.exact[index_] = exact - uncovered;
   }
@@ -100,12 +97,11 @@ class Work {
     float *masses = sheet_.masses + chunk * m_, *mixed = sheet_.mixed + chunk * m_ * value_dim_;
     std::fill(masses, masses + m_, 0.0f);
     std::fill(mixed, mixed + m_ * value_dim_, 0.0f);
-    const Places places(mixed_.codes.value_bits, leading());
-    const float center = Places::center(mixed_.codes.value_bits);
+    const Places<A> places(mixed_.codes.value_bits);
     const int64_t end = std::min(span_.high(chunk), span_.start + span_.blocks * kCoded);
     for (int64_t at = span_.start + chunk * kChunk; at < end; at += kCoded) {
       Coded coded;
-      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, center, masses, mixed);
+      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, masses, mixed);
     }
   }
 
@@ -135,11 +131,7 @@ class Work {
   }
 
  private:
-  static constexpr float leading() { return kLeading<A> ? 128.0f : 0.0f; }
   int64_t block_at(int64_t position) const { return span_.skipped + (position - span_.start) / kCoded; }
-  // Where a chunk remembers what it has no codes of: behind what the chunks before it can have.
-  int32_t* list_of(int64_t chunk) const { return sheet_.list + std::max<int64_t>(0, span_.low(chunk)); }
-
   bool seen(int64_t position) const {
     return position >= part_.first && position < part_.end && (!part_.visible || part_.visible[position]) &&
            part_.held.whole(position, 1);
@@ -160,7 +152,7 @@ class Work {
       if (seen(x)) list[uncovered++] = static_cast<int32_t>(x);
   }
 
-  void measure_block(const Coded& coded, int64_t at, const Places& places, float center) {
+  void measure_block(const Coded& coded, int64_t at, const Places<A>& places) {
     Coded next;
     const char* ahead_of[1];
     Ahead ahead;
@@ -170,18 +162,20 @@ class Work {
       ahead.begin(ahead_of, 1, bytes);
       for (int64_t d = 0; d < 4 * job_.dim; d += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.key_grid) + d);
     }
-    read_grid(coded.key_grid, job_.dim, places, center, own_.unit, own_.middle);
+    read_grid(coded.key_grid, job_.dim, places, Places<A>::center(mixed_.codes.bits), own_.unit, own_.middle);
     for (int64_t i = 0; i < m_; ++i) {
-      Floats start{};
+      Floats start{}, middle{};
+      A* a = own_.a + i * own_.stride;
       for (int64_t d = 0; d < dim_; d += kLanes) {
         const Floats query = load<Floats>(own_.queries + i * dim_ + d);
-        A* a = own_.a + i * own_.stride + d;
-        narrow(a, query * load<Floats>(own_.unit + d));
-        start += query * load<Floats>(own_.middle + d) - widened(a) * load<Floats>(places.middle + d % 32);
+        narrow(a + d, query * load<Floats>(own_.unit + d));
+        start += query * load<Floats>(own_.middle + d);
       }
+      for (int64_t d = 0; d < dim_; d += 2 * kLanes) middle = dot(middle, a + d, places.middle + d % 32);
+      start -= middle;
       own_.start[i] = sum(start);
     }
-    code_product(CodeProduct<A>{own_.a, own_.stride, coded.keys, kCoded / kColumns, dim_, own_.start,
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.keys, own_.fields, kCoded / kColumns, dim_, own_.start,
                                 sheet_.logits_of(0, span_) + at, sheet_.stride, m_, false, ahead},
                  mixed_.codes.bits);
     const float cap = static_cast<float>(job_.softcap);
@@ -198,37 +192,69 @@ class Work {
     }
   }
 
-  // Exact logits of the `n` positions of a list.
-  void measure_exactly(const int32_t* list, int64_t n) {
+  // What the `n` positions of a list add to the logits of a chunk, exactly.
+  void measure_exactly(const int32_t* list, int64_t n, int64_t chunk) {
     const Part listed(part_, list, n);
+    const int64_t rows = rows_for(m_);
+    const float scale = kLog2e * static_cast<float>(job_.softcap != 0 ? 1 : job_.scale);
     Ahead ahead;
     for (int64_t entry = 0; entry < n; entry += kBlock) {
       Found found;
       const int64_t some = listed.find(entry, found);
       pack_keys<T>(found.keys, padded(some), job_.dim, bench_.packed, ahead);
-      const int64_t rows = rows_for(m_);
       const Tiles tiles(rows);
       product(Product<A>{bench_.queries, dim_, bench_.packed, kBlock / kColumns, bench_.logits, kRow, rows,
                          padded(some), dim_, false, ahead});
       hide(job_, listed, entry, some, found, bench_.logits);
-      const float scale = static_cast<float>(job_.softcap != 0 ? 1 : job_.scale);
       for (int64_t i = 0; i < m_; ++i)
-        for (int64_t x = 0; x < some; ++x)
-          sheet_.logits_of(i, span_)[list[entry + x]] = bench_.logits[i * kRow + x] * scale;
+        add_up(bench_.logits + i * kRow, padded(some), scale, sheet_.tops[chunk * m_ + i],
+               sheet_.totals[chunk * m_ + i]);
     }
   }
 
-  // The largest of a chunk's logits and the sum of their weights, in powers of two.
-  void sum_up(int64_t chunk, int64_t low, int64_t high) {
-    for (int64_t i = 0; i < m_; ++i) {
-      const float* row = sheet_.logits_of(i, span_);
-      Floats most = all(-kInfinity), mass{};
-      for (int64_t x = low; x < high; x += kLanes) most = larger(most, load<Floats>(row + x));
-      const float top = std::max(kLowest, largest(most) * kLog2e);
-      for (int64_t x = low; x < high; x += kLanes) mass += power_of_two(load<Floats>(row + x) * kLog2e - top);
-      sheet_.tops[chunk * m_ + i] = top;
-      sheet_.totals[chunk * m_ + i] = sum(mass);
+  // Logits add to the largest, in powers of two, and the sum of their weights.
+  static void add_up(const float* logits, int64_t n, float scale, float& top, float& total) {
+    Floats most = all(-kInfinity), mass{};
+    for (int64_t x = 0; x < n; x += kLanes) most = larger(most, load<Floats>(logits + x));
+    const float new_top = std::max(top, largest(most) * scale);
+    for (int64_t x = 0; x < n; x += kLanes) mass += power_of_two(load<Floats>(logits + x) * scale - new_top);
+    total = total * std::exp2(top - new_top) + sum(mass);
+    top = new_top;
+  }
+
+  // The buckets that hold no more than the budget together, from the largest weights on.
+  int fitting(int64_t first, int64_t chunks) const {
+    const int64_t budget = mixed_.budget[part_.row];
+    int64_t sum = 0;
+    for (int bucket = 0; bucket < kBuckets; ++bucket) {
+      for (int64_t c = first * 4; c < (first + chunks) * 4; ++c) sum += sheet_.counts[c * kBuckets + bucket];
+      if (sum > budget) return bucket;
     }
+    return kBuckets;
+  }
+
+  // Weights that are larger than the deepest: their positions and buckets; how many.
+  static int64_t keep(Floats weight, float deepest, int64_t first, int32_t* positions, int32_t* marks) {
+    Floats depth = weight * -8.0f;
+    depth = depth > 0.0f ? depth : Floats{};
+    depth = depth < kBuckets - 1.0f ? depth : all(kBuckets - 1.0f);
+    const Ints bucket = __builtin_convertvector(depth, Ints), kept = weight > deepest;
+#ifdef __AVX512F__
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)kept);
+    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(mask, at));
+    _mm512_storeu_si512(marks, _mm512_maskz_compress_epi32(mask, (__m512i)bucket));
+    return __builtin_popcount(mask);
+#else
+    int64_t n = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      positions[n] = static_cast<int32_t>(first + lane);
+      marks[n] = bucket[lane];
+      n -= kept[lane];
+    }
+    return n;
+#endif
   }
 
   void top_of_all() {
@@ -258,7 +284,7 @@ class Work {
       if (broken || own_.against[i] == -kInfinity) own_.against[i] = kInfinity;
   }
 
-  void mix_block(const Coded& coded, int64_t at, const Places& places, float center, float* masses, float* mixed) {
+  void mix_block(const Coded& coded, int64_t at, const Places<A>& places, float* masses, float* mixed) {
     Coded next;
     const char* ahead_of[1];
     Ahead ahead;
@@ -268,23 +294,25 @@ class Work {
       ahead.begin(ahead_of, 1, bytes);
       for (int64_t t = 0; t < 4 * kCoded; t += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.value_grid) + t);
     }
-    read_grid(coded.value_grid, kCoded, places, center, own_.unit, own_.middle);
+    read_grid(coded.value_grid, kCoded, places, Places<A>::center(mixed_.codes.value_bits), own_.unit, own_.middle);
     for (int64_t i = 0; i < m_; ++i) {
       const float* row = sheet_.logits_of(i, span_) + at;
-      Floats mass{}, start{};
+      Floats mass{}, start{}, middle{};
+      A* a = own_.a + i * own_.stride;
       for (int64_t t = 0; t < kCoded; t += kLanes) {
         const Floats weight = power_of_two(load<Floats>(row + t) * kLog2e - own_.against[i]);
         // What has no weight has no say, whatever its grid holds.
-        A* a = own_.a + i * own_.stride + t;
-        const Floats scaled = weight * load<Floats>(own_.unit + t), middle = weight * load<Floats>(own_.middle + t);
-        narrow(a, weight == 0.0f ? Floats{} : scaled);
-        start += (weight == 0.0f ? Floats{} : middle) - widened(a) * load<Floats>(places.middle + t % 32);
+        const Floats scaled = weight * load<Floats>(own_.unit + t), added = weight * load<Floats>(own_.middle + t);
+        narrow(a + t, weight == 0.0f ? Floats{} : scaled);
+        start += weight == 0.0f ? Floats{} : added;
         mass += weight;
       }
+      for (int64_t t = 0; t < kCoded; t += 2 * kLanes) middle = dot(middle, a + t, places.middle + t % 32);
+      start -= middle;
       masses[i] += sum(mass);
       own_.start[i] = sum(start);
     }
-    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, value_dim_ / kColumns, kCoded, own_.start, mixed,
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start, mixed,
                                 value_dim_, m_, true, ahead},
                  mixed_.codes.value_bits);
   }
@@ -319,8 +347,8 @@ void attend_parts(const Mixed& mixed, const Desk<A>& desk) {
     const int t = omp_get_thread_num();
     Work<T> work(mixed, index, desk.sheets[t], desk.benches[t], desk.codes[t]);
     for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.measure(chunk);
-    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.count(chunk);
-    work.choose();
+    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.count(chunk, 0);
+    work.choose(1);
     for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.mix(chunk);
     work.finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
   }
@@ -340,14 +368,17 @@ void attend_chunks(const Mixed& mixed, const Desk<A>& desk) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < parts * chunks; ++item) {
         Work<T> work = work_of(item / chunks);
-        if (item % chunks < work.chunks()) (work.*step)(item % chunks);
+        if (item % chunks < work.chunks()) step(work, item % chunks);
       }
     };
-    each_chunk(&Work<T>::measure);
-    each_chunk(&Work<T>::count);
+    each_chunk([](Work<T>& work, int64_t chunk) { work.measure(chunk); });
+    each_chunk([](Work<T>& work, int64_t chunk) { work.count(chunk, chunk); });
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t part = 0; part < parts; ++part) work_of(part).choose();
-    each_chunk(&Work<T>::mix);
+    for (int64_t part = 0; part < parts; ++part) {
+      Work<T> work = work_of(part);
+      work.choose(work.chunks());
+    }
+    each_chunk([](Work<T>& work, int64_t chunk) { work.mix(chunk); });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t part = 0; part < parts; ++part)
       work_of(part).finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
@@ -359,16 +390,17 @@ template <typename T, typename A = Operand<T>>
 bool attend(const Mixed& mixed) {
   const Job& job = mixed.job;
   const int64_t m = job.members(), n = job.entries.count, dim = padded(job.dim), value_dim = padded(job.value_dim);
+  const int64_t wide = std::max(dim, value_dim);
   const bool split = job.parts() < job.threads && Sheet::chunks(n) > 1;
   const int64_t sheets = split ? job.parts() : job.threads;
-  const size_t bytes = job.threads * (Bench<A>::bytes(m, dim, value_dim) + CodeBench<A>::bytes(m, dim) +
+  const size_t bytes = job.threads * (Bench<A>::bytes(m, dim, value_dim) + CodeBench<A>::bytes(m, dim, wide) +
                                       Weights<A>::bytes(m, kBlock) + 2 * Softmax::bytes(m, value_dim)) +
                        sheets * Sheet::bytes(m, n, value_dim);
   if (!room.reserve(bytes)) return false;
   Desk<A> desk;
   for (int64_t i = 0; i < job.threads; ++i) {
     desk.benches.push_back(Bench<A>::take(m, dim, value_dim));
-    desk.codes.push_back(CodeBench<A>::take(room, m, dim));
+    desk.codes.push_back(CodeBench<A>::take(room, m, dim, wide));
     desk.weights.push_back(Weights<A>::take(m, kBlock));
     for (int k = 0; k < 2; ++k) desk.results.push_back(Softmax::take(m, value_dim));
   }

@@ -18,8 +18,7 @@ struct Mixed {
 
 namespace {
 
-constexpr int64_t kBuckets = 256;  // of log-weights, and one for what is no candidate
-constexpr int16_t kNone = kBuckets, kUncovered = -1;
+constexpr int kBuckets = 256;  // of log-weights
 
 // Positions of a part: from `start` on `blocks` blocks of codes, all of them from `lower` to `end`. Chunks are counted
 // from `start` on, so that what lies before the first token of a row changes nothing.
@@ -42,11 +41,10 @@ struct Span {
 
 // A part by its positions, of which a few are before the first and behind the last; and what its chunks leave.
 struct Sheet {
-  float* logits;       // [m, stride]
-  int16_t* marks;      // bucket of a position
-  int32_t* list;       // [n] positions to read exactly
-  int32_t* counts;     // [chunks, 4, kBuckets + 1]
-  int64_t *uncovered, *listed;  // [chunks]; one
+  float* logits;        // [m, stride], -inf where there are no codes
+  int32_t *list, *marks;  // positions, those of a chunk from list_of on; the buckets of candidates
+  int32_t* counts;      // [chunks, 4, kBuckets], of a thread's own chunks in the first of them
+  int64_t *uncovered, *candidates, *listed;  // [chunks]: the first so many of a list, and how many follow; one
   float *tops, *totals, *masses;  // [chunks, m], in powers of two: logits of all entries; what the background weighs
   float* mixed;                   // [chunks, m, value_dim], the background
   int64_t stride;
@@ -54,23 +52,28 @@ struct Sheet {
   static constexpr int64_t kMargin = 2 * kCoded;
   static int64_t chunks(int64_t n) { return chunks_of(n + kCoded); }
   static int64_t row(int64_t n) { return padded(n) + 2 * kMargin + 16; }
+  static int64_t places(int64_t n) { return n + (chunks(n) + 1) * kLanes; }  // of all lists
   static size_t bytes(int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
-    return Room::bytes_of<float>(m * row(n)) + Room::bytes_of<int16_t>(row(n)) + Room::bytes_of<int32_t>(n + kLanes) +
-           Room::bytes_of<int32_t>(all * 4 * (kBuckets + 1)) + Room::bytes_of<int64_t>(all) + Room::bytes_of<int64_t>(1) +
+    return Room::bytes_of<float>(m * row(n)) + 2 * Room::bytes_of<int32_t>(places(n)) +
+           Room::bytes_of<int32_t>(all * 4 * kBuckets) + 2 * Room::bytes_of<int64_t>(all) + Room::bytes_of<int64_t>(1) +
            3 * Room::bytes_of<float>(all * m) + Room::bytes_of<float>(all * m * dim);
   }
   static Sheet take(Room& room, int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
-    return {room.take<float>(m * row(n)), room.take<int16_t>(row(n)), room.take<int32_t>(n + kLanes),
-            room.take<int32_t>(all * 4 * (kBuckets + 1)), room.take<int64_t>(all), room.take<int64_t>(1),
-            room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
+    return {room.take<float>(m * row(n)), room.take<int32_t>(places(n)), room.take<int32_t>(places(n)),
+            room.take<int32_t>(all * 4 * kBuckets), room.take<int64_t>(all), room.take<int64_t>(all),
+            room.take<int64_t>(1), room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
             room.take<float>(all * m * dim), row(n)};
   }
-  // Position 0 where blocks begin at whole registers.
-  static int64_t shift(const Span& span) { return kMargin + (kLanes - (span.start % kLanes + kLanes) % kLanes) % kLanes; }
-  float* logits_of(int64_t i, const Span& span) const { return logits + i * stride + shift(span); }
-  int16_t* marks_of(const Span& span) const { return marks + shift(span); }
+  // Position 0, where blocks begin at whole registers.
+  float* logits_of(int64_t i, const Span& span) const {
+    return logits + i * stride + kMargin + (kLanes - (span.start % kLanes + kLanes) % kLanes) % kLanes;
+  }
+  // Where the list of a chunk begins: a register of places between two of them.
+  static int64_t list_of(int64_t chunk, const Span& span) {
+    return std::max<int64_t>(0, span.low(chunk)) + chunk * kLanes;
+  }
 };
 
 // What a thread works on, beside the bench of the exact entries.
@@ -80,21 +83,27 @@ struct CodeBench {
   float* queries;  // [m, dim], scaled
   float *unit, *middle;    // of each dim or token
   float *start, *against;  // [m]: of a product; what logits are weights to
+  uint16_t* fields;        // of a block
   int64_t stride;
 
+  static int64_t fields_of(int64_t dim) { return dim * kCoded / 512 * kMostFields * kPlane; }
+
   static int64_t row(int64_t dim) { return std::max(dim, kCoded); }
-  static size_t bytes(int64_t m, int64_t dim) {
+  // `wide`: the larger of both dims.
+  static size_t bytes(int64_t m, int64_t dim, int64_t wide) {
     return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(row(dim)) +
-           2 * Room::bytes_of<float>(m);
+           2 * Room::bytes_of<float>(m) + Room::bytes_of<uint16_t>(fields_of(wide));
   }
-  static CodeBench take(Room& room, int64_t m, int64_t dim) {
+  static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
     return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(row(dim)),
-            room.take<float>(row(dim)), room.take<float>(m), room.take<float>(m), row(dim)};
+            room.take<float>(row(dim)), room.take<float>(m), room.take<float>(m),
+            room.take<uint16_t>(fields_of(wide)), row(dim)};
   }
 };
 
 // Low and step of a grid of `n`, the step times what its place wants, and the middle of the grid; zeros behind.
-inline void read_grid(const uint16_t* grid, int64_t n, const Places& places, float center, float* unit, float* middle) {
+template <typename A>
+void read_grid(const uint16_t* grid, int64_t n, const Places<A>& places, float center, float* unit, float* middle) {
   const auto* low = reinterpret_cast<const bfloat16*>(grid);
   for (int64_t d = 0; d < padded(n); d += kLanes) {
     Floats lows, steps;
