@@ -94,18 +94,22 @@ struct Places {
   static float center(int64_t bits) { return static_cast<float>(1 << (bits - 1)); }
 };
 
-// Products of the numbers at `a` with those at `b`, twice as many as lanes, summed lane by lane.
-inline Floats dot(Floats c, const float* a, const float* b) {
-  c += load<Floats>(a) * load<Floats>(b);
-  return c + load<Floats>(a + kLanes) * load<Floats>(b + kLanes);
+// Two registers of numbers become an operand, and their products with another are added lane by lane. They are not
+// read back: a load that is wider than the stores before it would have to wait for them.
+inline Floats narrow_and_dot(Floats c, Floats low, Floats high, const float* other, float* to) {
+  store(to, low);
+  store(to + kLanes, high);
+  return c + low * load<Floats>(other) + high * load<Floats>(other + kLanes);
 }
-inline Floats dot(Floats c, const bfloat16* a, const bfloat16* b) {
-  const Words x = load<Words>(a), y = load<Words>(b);
+inline Floats narrow_and_dot(Floats c, Floats low, Floats high, const bfloat16* other, bfloat16* to) {
 #ifdef __AVX512BF16__
-  return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y);
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  store(to, both);
+  return (Floats)_mm512_dpbf16_ps((__m512)c, both, load<__m512bh>(other));
 #else
-  c += (Floats)(x << 16) * (Floats)(y << 16);
-  return c + (Floats)(x & 0xffff0000u) * (Floats)(y & 0xffff0000u);
+  narrow(to, low);
+  narrow(to + kLanes, high);
+  return c + widened(to) * widened(other) + widened(to + kLanes) * widened(other + kLanes);
 #endif
 }
 
@@ -175,7 +179,7 @@ inline void code_tile(const CodeProduct<A>& x, int given, int64_t i, int64_t j) 
       const int64_t column = j + q * kLanes, tile = p / 32 * x.across + column / kColumns;
       from[q] = x.room + tile * fields_of_tile(bits) * kPlane + column % kColumns * 2;
     }
-    x.ahead.fetch(rows > 1 ? 4 : 2);
+    x.ahead.fetch(columns * bits);
 #pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) {
       const auto mask = static_cast<uint16_t>(((1 << bits) - 1) << place(row, bits));

@@ -46,91 +46,62 @@ class Work {
       float &top = sheet_.tops[chunk * m_ + i] = kLowest, &total = sheet_.totals[chunk * m_ + i] = 0;
       add_up(sheet_.logits_of(i, span_) + low, high - low, kLog2e, top, total);
     }
-    measure_exactly(list, uncovered, chunk);
+    measure_exactly(chunk);
   }
 
-  // The buckets of a chunk's weights, counted into those of another; a budget that the deeper ones exceed leaves them
-  // out from then on.
+  // The buckets of a chunk's weights, counted into those of another; deeper ones than the budget has room for are left
+  // out from when that is known.
   void count(int64_t chunk, int64_t into) {
     lse_of_all();
-    int32_t* counts = sheet_.counts + into * 4 * kBuckets;
-    if (chunk == into) std::fill(counts, counts + 4 * kBuckets, 0);
+    const Buckets buckets{sheet_.buckets.counts + into * Buckets::size};
+    if (chunk == into) std::fill(buckets.counts, buckets.counts + Buckets::size, 0);
     const int64_t begin = Sheet::list_of(chunk, span_) + sheet_.uncovered[chunk], high = span_.high(chunk);
     int64_t found = begin, counted = begin;
-    int within = chunk == into ? kBuckets : fitting(into, 1);
     for (int64_t x = span_.low(chunk); x < high;) {
-      const int64_t end = std::min(high, x + kChunk / 8);
-      const float deepest = within == kBuckets ? -kInfinity : static_cast<float>(within) / -8.0f;
-      for (; x < end; x += kLanes) {
+      const int within = buckets.fitting(1, mixed_.budget[part_.row]);
+      for (const int64_t end = std::min(high, x + kChunk / 8); x < end; x += kLanes) {
         Floats weight = all(-kInfinity);
         for (int64_t i = 0; i < m_; ++i)
           weight = larger(load<Floats>(sheet_.logits_of(i, span_) + x) - own_.against[i], weight);
-        found += keep(weight, deepest, x, sheet_.list + found, sheet_.marks + found);
+        found += candidates(weight, within, x, sheet_.list + found, sheet_.marks + found);
       }
-      for (; counted < found; ++counted) ++counts[counted % 4 * kBuckets + sheet_.marks[counted]];
-      within = fitting(into, 1);
+      for (; counted < found; ++counted) buckets.add(sheet_.marks[counted], counted);
     }
-    sheet_.candidates[chunk] = found - begin;
+    sheet_.listed[chunk] = sheet_.uncovered[chunk] + found - begin;
   }
 
-  // The list of what is exact, which has no weight in the background; the first so many chunks hold the counts.
-  void choose(int64_t counted) {
-    const int within = fitting(0, counted);
-    int64_t exact = 0, uncovered = 0;
-    for (int64_t c = 0; c < chunks(); ++c) {
-      int64_t from = Sheet::list_of(c, span_);
-      for (int64_t k = 0; k < sheet_.uncovered[c]; ++k) sheet_.list[exact++] = sheet_.list[from++];
-      for (int64_t k = 0; k < sheet_.candidates[c]; ++k, ++from)
-        if (sheet_.marks[from] < within) {
-          const int32_t position = sheet_.list[exact++] = sheet_.list[from];
-          for (int64_t i = 0; i < m_; ++i) sheet_.logits_of(i, span_)[position] = -kInfinity;
-        }
-      uncovered += sheet_.uncovered[c];
-    }
-    *sheet_.listed = exact;
-    mixed_.exact[index_] = exact - uncovered;
-  }
-
-  // The values of a chunk by their codes.
-  void mix(int64_t chunk) {
-    top_of_all();
-    float *masses = sheet_.masses + chunk * m_, *mixed = sheet_.mixed + chunk * m_ * value_dim_;
-    std::fill(masses, masses + m_, 0.0f);
-    std::fill(mixed, mixed + m_ * value_dim_, 0.0f);
-    const Places<A> places(mixed_.codes.value_bits);
-    const int64_t end = std::min(span_.high(chunk), span_.start + span_.blocks * kCoded);
-    for (int64_t at = span_.start + chunk * kChunk; at < end; at += kCoded) {
-      Coded coded;
-      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, masses, mixed);
+  // A chunk: attention over what is exact in it and over the codes of all others; `counted` chunks hold the counts.
+  void mix(int64_t chunk, int64_t counted, const Weights<A>& weights, const Softmax& result) {
+    choose(chunk, sheet_.buckets.fitting(counted, mixed_.budget[part_.row]));
+    const Softmax own = result_of(chunk);
+    mix_codes(chunk, own);
+    const Part listed = list_of(chunk, sheet_.listed[chunk]);
+    for (int64_t c = 0; c < listed.chunks(); ++c) {
+      attend_chunk<T>(job_, listed, bench_, c, weights, result);
+      merge(job_, own, result);
     }
   }
 
-  // Attention over the list, and everything as one.
-  void finish(const Weights<A>& weights, const Softmax& result, const Softmax& more) {
-    const Part listed(part_, sheet_.list, *sheet_.listed);
-    copy_queries<T>(job_, part_, bench_.queries);
-    attend_chunk<T>(job_, listed, bench_, 0, weights, result);
-    for (int64_t chunk = 1; chunk < listed.chunks(); ++chunk) {
-      attend_chunk<T>(job_, listed, bench_, chunk, weights, more);
-      merge(job_, result, more);
-    }
-    if (chunks() > 0) {
-      top_of_all();
-      std::copy_n(own_.against, m_, more.top);
-      std::copy_n(sheet_.masses, m_, more.total);
-      std::copy_n(sheet_.mixed, m_ * value_dim_, more.mixed);
-      for (int64_t c = 1; c < chunks(); ++c) {
-        for (int64_t i = 0; i < m_; ++i) more.total[i] += sheet_.masses[c * m_ + i];
-        const float* of_chunk = sheet_.mixed + c * m_ * value_dim_;
-        for (int64_t d = 0; d < m_ * value_dim_; ++d) more.mixed[d] += of_chunk[d];
-      }
-      for (int64_t d = 0; std::is_same_v<T, bfloat16> && d < m_ * value_dim_; d += 2 * kLanes) put_out_of_order(more.mixed + d);
-      merge(job_, result, more);
+  // All chunks as one.
+  void finish(const Softmax& result) {
+    mixed_.exact[index_] = 0;
+    std::fill(result.top, result.top + m_, kLowest);
+    std::fill(result.total, result.total + m_, 0.0f);
+    std::fill(result.mixed, result.mixed + m_ * value_dim_, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
+      merge(job_, result, result_of(chunk));
+      mixed_.exact[index_] += sheet_.listed[chunk] - sheet_.uncovered[chunk];
     }
     finish_part<T>(job_, part_, result);
   }
 
  private:
+  Softmax result_of(int64_t chunk) const {
+    return {sheet_.top + chunk * m_, sheet_.total + chunk * m_, sheet_.mixed + chunk * m_ * value_dim_};
+  }
+  Part list_of(int64_t chunk, int64_t n) const {
+    return {part_, sheet_.list + Sheet::list_of(chunk, span_), n};
+  }
   int64_t block_at(int64_t position) const { return span_.skipped + (position - span_.start) / kCoded; }
   bool seen(int64_t position) const {
     return position >= part_.first && position < part_.end && (!part_.visible || part_.visible[position]) &&
@@ -166,12 +137,13 @@ class Work {
     for (int64_t i = 0; i < m_; ++i) {
       Floats start{}, middle{};
       A* a = own_.a + i * own_.stride;
-      for (int64_t d = 0; d < dim_; d += kLanes) {
-        const Floats query = load<Floats>(own_.queries + i * dim_ + d);
-        narrow(a + d, query * load<Floats>(own_.unit + d));
-        start += query * load<Floats>(own_.middle + d);
+      for (int64_t d = 0; d < dim_; d += 2 * kLanes) {
+        const float *query = own_.queries + i * dim_ + d, *unit = own_.unit + d, *grid = own_.middle + d;
+        const Floats low = load<Floats>(query), high = load<Floats>(query + kLanes);
+        start += low * load<Floats>(grid) + high * load<Floats>(grid + kLanes);
+        middle = narrow_and_dot(middle, low * load<Floats>(unit), high * load<Floats>(unit + kLanes),
+                                places.middle + d % 32, a + d);
       }
-      for (int64_t d = 0; d < dim_; d += 2 * kLanes) middle = dot(middle, a + d, places.middle + d % 32);
       start -= middle;
       own_.start[i] = sum(start);
     }
@@ -192,13 +164,13 @@ class Work {
     }
   }
 
-  // What the `n` positions of a list add to the logits of a chunk, exactly.
-  void measure_exactly(const int32_t* list, int64_t n, int64_t chunk) {
-    const Part listed(part_, list, n);
+  // What the entries without codes add to the logits of a chunk.
+  void measure_exactly(int64_t chunk) {
+    const Part listed = list_of(chunk, sheet_.uncovered[chunk]);
     const int64_t rows = rows_for(m_);
     const float scale = kLog2e * static_cast<float>(job_.softcap != 0 ? 1 : job_.scale);
     Ahead ahead;
-    for (int64_t entry = 0; entry < n; entry += kBlock) {
+    for (int64_t entry = 0; entry < listed.end; entry += kBlock) {
       Found found;
       const int64_t some = listed.find(entry, found);
       pack_keys<T>(found.keys, padded(some), job_.dim, bench_.packed, ahead);
@@ -220,41 +192,6 @@ class Work {
     for (int64_t x = 0; x < n; x += kLanes) mass += power_of_two(load<Floats>(logits + x) * scale - new_top);
     total = total * std::exp2(top - new_top) + sum(mass);
     top = new_top;
-  }
-
-  // The buckets that hold no more than the budget together, from the largest weights on.
-  int fitting(int64_t first, int64_t chunks) const {
-    const int64_t budget = mixed_.budget[part_.row];
-    int64_t sum = 0;
-    for (int bucket = 0; bucket < kBuckets; ++bucket) {
-      for (int64_t c = first * 4; c < (first + chunks) * 4; ++c) sum += sheet_.counts[c * kBuckets + bucket];
-      if (sum > budget) return bucket;
-    }
-    return kBuckets;
-  }
-
-  // Weights that are larger than the deepest: their positions and buckets; how many.
-  static int64_t keep(Floats weight, float deepest, int64_t first, int32_t* positions, int32_t* marks) {
-    Floats depth = weight * -8.0f;
-    depth = depth > 0.0f ? depth : Floats{};
-    depth = depth < kBuckets - 1.0f ? depth : all(kBuckets - 1.0f);
-    const Ints bucket = __builtin_convertvector(depth, Ints), kept = weight > deepest;
-#ifdef __AVX512F__
-    const __mmask16 mask = _mm512_movepi32_mask((__m512i)kept);
-    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(mask, at));
-    _mm512_storeu_si512(marks, _mm512_maskz_compress_epi32(mask, (__m512i)bucket));
-    return __builtin_popcount(mask);
-#else
-    int64_t n = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      positions[n] = static_cast<int32_t>(first + lane);
-      marks[n] = bucket[lane];
-      n -= kept[lane];
-    }
-    return n;
-#endif
   }
 
   void top_of_all() {
@@ -284,7 +221,47 @@ class Work {
       if (broken || own_.against[i] == -kInfinity) own_.against[i] = kInfinity;
   }
 
-  void mix_block(const Coded& coded, int64_t at, const Places<A>& places, float* masses, float* mixed) {
+  // Of the candidates of a chunk those in the first `within` buckets, which have no weight in the background.
+  void choose(int64_t chunk, int within) {
+    const int64_t begin = Sheet::list_of(chunk, span_);
+    int64_t kept = begin + sheet_.uncovered[chunk];
+    for (int64_t k = kept; k < begin + sheet_.listed[chunk]; ++k)
+      if (sheet_.marks[k] < within) {
+        const int32_t position = sheet_.list[kept++] = sheet_.list[k];
+        for (int64_t i = 0; i < m_; ++i) sheet_.logits_of(i, span_)[position] = -kInfinity;
+      }
+    sheet_.listed[chunk] = kept - begin;
+  }
+
+  void mix_codes(int64_t chunk, const Softmax& own) {
+    top_of_all();
+    std::copy_n(own_.against, m_, own.top);
+    std::fill(own_.masses, own_.masses + m_ * kLanes, 0.0f);
+    std::fill(own.mixed, own.mixed + m_ * value_dim_, 0.0f);
+    const Places<A> places(mixed_.codes.value_bits);
+    const int64_t end = std::min(span_.high(chunk), span_.start + span_.blocks * kCoded);
+    // What is exact is looked at meanwhile, an entry after the other: all at once would wait for their pages.
+    const int32_t* list = sheet_.list + Sheet::list_of(chunk, span_);
+    const int64_t listed = sheet_.listed[chunk], each = listed * kCoded / kChunk + 1;
+    int64_t next = 0;
+    for (int64_t at = span_.start + chunk * kChunk; at < end; at += kCoded) {
+      Coded coded;
+      for (int64_t k = 0; k < each && next < listed; ++k) look_at(list[next++]);
+      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, own.mixed);
+    }
+    for (int64_t i = 0; i < m_; ++i) own.total[i] = sum(load<Floats>(own_.masses + i * kLanes));
+    for (int64_t d = 0; std::is_same_v<T, bfloat16> && d < m_ * value_dim_; d += 2 * kLanes)
+      put_out_of_order(own.mixed + d);
+  }
+
+  void look_at(int64_t position) const {
+    const char *key, *value;
+    part_.held.find(position, kZeros, key, value);
+    for (int64_t b = 0; b < job_.dim * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(key + b, 0, 2);
+    for (int64_t b = 0; b < job_.value_dim * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(value + b, 0, 2);
+  }
+
+  void mix_block(const Coded& coded, int64_t at, const Places<A>& places, float* mixed) {
     Coded next;
     const char* ahead_of[1];
     Ahead ahead;
@@ -297,19 +274,22 @@ class Work {
     read_grid(coded.value_grid, kCoded, places, Places<A>::center(mixed_.codes.value_bits), own_.unit, own_.middle);
     for (int64_t i = 0; i < m_; ++i) {
       const float* row = sheet_.logits_of(i, span_) + at;
-      Floats mass{}, start{}, middle{};
-      A* a = own_.a + i * own_.stride;
-      for (int64_t t = 0; t < kCoded; t += kLanes) {
-        const Floats weight = power_of_two(load<Floats>(row + t) * kLog2e - own_.against[i]);
-        // What has no weight has no say, whatever its grid holds.
-        const Floats scaled = weight * load<Floats>(own_.unit + t), added = weight * load<Floats>(own_.middle + t);
-        narrow(a + t, weight == 0.0f ? Floats{} : scaled);
-        start += weight == 0.0f ? Floats{} : added;
-        mass += weight;
+      Floats mass = load<Floats>(own_.masses + i * kLanes), start{}, middle{};
+      for (int64_t t = 0; t < kCoded; t += 2 * kLanes) {
+        Floats scaled[2];
+        for (int half = 0; half < 2; ++half) {
+          const int64_t at = t + half * kLanes;
+          const Floats weight = power_of_two(load<Floats>(row + at) * kLog2e - own_.against[i]);
+          const Floats unit = weight * load<Floats>(own_.unit + at), grid = weight * load<Floats>(own_.middle + at);
+          // What has no weight has no say, whatever its grid holds.
+          scaled[half] = weight == 0.0f ? Floats{} : unit;
+          start += weight == 0.0f ? Floats{} : grid;
+          mass += weight;
+        }
+        middle = narrow_and_dot(middle, scaled[0], scaled[1], places.middle + t % 32, own_.a + i * own_.stride + t);
       }
-      for (int64_t t = 0; t < kCoded; t += 2 * kLanes) middle = dot(middle, a + t, places.middle + t % 32);
       start -= middle;
-      masses[i] += sum(mass);
+      store(own_.masses + i * kLanes, mass);
       own_.start[i] = sum(start);
     }
     code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start, mixed,
@@ -335,7 +315,7 @@ struct Desk {
   std::vector<Bench<A>> benches;
   std::vector<CodeBench<A>> codes;
   std::vector<Weights<A>> weights;
-  std::vector<Softmax> results;  // two for each thread
+  std::vector<Softmax> results;
   std::vector<Sheet> sheets;
 };
 
@@ -348,9 +328,8 @@ void attend_parts(const Mixed& mixed, const Desk<A>& desk) {
     Work<T> work(mixed, index, desk.sheets[t], desk.benches[t], desk.codes[t]);
     for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.measure(chunk);
     for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.count(chunk, 0);
-    work.choose(1);
-    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.mix(chunk);
-    work.finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
+    for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) work.mix(chunk, 1, desk.weights[t], desk.results[t]);
+    work.finish(desk.results[t]);
   }
 }
 
@@ -373,15 +352,11 @@ void attend_chunks(const Mixed& mixed, const Desk<A>& desk) {
     };
     each_chunk([](Work<T>& work, int64_t chunk) { work.measure(chunk); });
     each_chunk([](Work<T>& work, int64_t chunk) { work.count(chunk, chunk); });
+    each_chunk([&](Work<T>& work, int64_t chunk) {
+      work.mix(chunk, work.chunks(), desk.weights[t], desk.results[t]);
+    });
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t part = 0; part < parts; ++part) {
-      Work<T> work = work_of(part);
-      work.choose(work.chunks());
-    }
-    each_chunk([](Work<T>& work, int64_t chunk) { work.mix(chunk); });
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t part = 0; part < parts; ++part)
-      work_of(part).finish(desk.weights[t], desk.results[2 * t], desk.results[2 * t + 1]);
+    for (int64_t part = 0; part < parts; ++part) work_of(part).finish(desk.results[t]);
   }
 }
 
@@ -394,7 +369,7 @@ bool attend(const Mixed& mixed) {
   const bool split = job.parts() < job.threads && Sheet::chunks(n) > 1;
   const int64_t sheets = split ? job.parts() : job.threads;
   const size_t bytes = job.threads * (Bench<A>::bytes(m, dim, value_dim) + CodeBench<A>::bytes(m, dim, wide) +
-                                      Weights<A>::bytes(m, kBlock) + 2 * Softmax::bytes(m, value_dim)) +
+                                      Weights<A>::bytes(m, kBlock) + Softmax::bytes(m, value_dim)) +
                        sheets * Sheet::bytes(m, n, value_dim);
   if (!room.reserve(bytes)) return false;
   Desk<A> desk;
@@ -402,7 +377,7 @@ bool attend(const Mixed& mixed) {
     desk.benches.push_back(Bench<A>::take(m, dim, value_dim));
     desk.codes.push_back(CodeBench<A>::take(room, m, dim, wide));
     desk.weights.push_back(Weights<A>::take(m, kBlock));
-    for (int k = 0; k < 2; ++k) desk.results.push_back(Softmax::take(m, value_dim));
+    desk.results.push_back(Softmax::take(m, value_dim));
   }
   for (int64_t i = 0; i < sheets; ++i) desk.sheets.push_back(Sheet::take(room, m, n, value_dim));
   (split ? attend_chunks<T> : attend_parts<T>)(mixed, desk);

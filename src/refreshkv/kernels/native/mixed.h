@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "buckets.h"
 #include "chunk.h"
 #include "codes.h"
 
@@ -17,8 +18,6 @@ struct Mixed {
 }
 
 namespace {
-
-constexpr int kBuckets = 256;  // of log-weights
 
 // Positions of a part: from `start` on `blocks` blocks of codes, all of them from `lower` to `end`. Chunks are counted
 // from `start` on, so that what lies before the first token of a row changes nothing.
@@ -41,12 +40,12 @@ struct Span {
 
 // A part by its positions, of which a few are before the first and behind the last; and what its chunks leave.
 struct Sheet {
-  float* logits;        // [m, stride], -inf where there are no codes
-  int32_t *list, *marks;  // positions, those of a chunk from list_of on; the buckets of candidates
-  int32_t* counts;      // [chunks, 4, kBuckets], of a thread's own chunks in the first of them
-  int64_t *uncovered, *candidates, *listed;  // [chunks]: the first so many of a list, and how many follow; one
-  float *tops, *totals, *masses;  // [chunks, m], in powers of two: logits of all entries; what the background weighs
-  float* mixed;                   // [chunks, m, value_dim], the background
+  float* logits;                   // [m, stride], -inf where there are no codes
+  int32_t *list, *marks;           // positions, those of a chunk from `list_of` on; the buckets of candidates
+  Buckets buckets;                 // [chunks]; all of a thread's own chunks in the first of them
+  int64_t *uncovered, *listed;     // [chunks]: the first so many of a list have no codes, and how many there are
+  float *tops, *totals;            // [chunks, m], in powers of two: the largest logit, and the sum of weights
+  float *top, *total, *mixed;      // [chunks, m (, value_dim)]: as in `Softmax`
   int64_t stride;
 
   static constexpr int64_t kMargin = 2 * kCoded;
@@ -56,15 +55,15 @@ struct Sheet {
   static size_t bytes(int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
     return Room::bytes_of<float>(m * row(n)) + 2 * Room::bytes_of<int32_t>(places(n)) +
-           Room::bytes_of<int32_t>(all * 4 * kBuckets) + 2 * Room::bytes_of<int64_t>(all) + Room::bytes_of<int64_t>(1) +
-           3 * Room::bytes_of<float>(all * m) + Room::bytes_of<float>(all * m * dim);
+           Room::bytes_of<int32_t>(all * Buckets::size) + 2 * Room::bytes_of<int64_t>(all) +
+           4 * Room::bytes_of<float>(all * m) + Room::bytes_of<float>(all * m * dim);
   }
   static Sheet take(Room& room, int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
     return {room.take<float>(m * row(n)), room.take<int32_t>(places(n)), room.take<int32_t>(places(n)),
-            room.take<int32_t>(all * 4 * kBuckets), room.take<int64_t>(all), room.take<int64_t>(all),
-            room.take<int64_t>(1), room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
-            room.take<float>(all * m * dim), row(n)};
+            {room.take<int32_t>(all * Buckets::size)}, room.take<int64_t>(all), room.take<int64_t>(all),
+            room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
+            room.take<float>(all * m), room.take<float>(all * m * dim), row(n)};
   }
   // Position 0, where blocks begin at whole registers.
   float* logits_of(int64_t i, const Span& span) const {
@@ -83,6 +82,7 @@ struct CodeBench {
   float* queries;  // [m, dim], scaled
   float *unit, *middle;    // of each dim or token
   float *start, *against;  // [m]: of a product; what logits are weights to
+  float* masses;           // [m, a register]
   uint16_t* fields;        // of a block
   int64_t stride;
 
@@ -92,12 +92,13 @@ struct CodeBench {
   // `wide`: the larger of both dims.
   static size_t bytes(int64_t m, int64_t dim, int64_t wide) {
     return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(row(dim)) +
-           2 * Room::bytes_of<float>(m) + Room::bytes_of<uint16_t>(fields_of(wide));
+           2 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * kLanes) +
+           Room::bytes_of<uint16_t>(fields_of(wide));
   }
   static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
     return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(row(dim)),
             room.take<float>(row(dim)), room.take<float>(m), room.take<float>(m),
-            room.take<uint16_t>(fields_of(wide)), row(dim)};
+            room.take<float>(m * kLanes), room.take<uint16_t>(fields_of(wide)), row(dim)};
   }
 };
 
