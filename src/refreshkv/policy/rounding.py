@@ -38,7 +38,7 @@ class Rounded(NamedTuple):
 
 
 def round_block(numbers: Tensor, bits: int, visible: Tensor | None = None) -> Rounded:
-    """Keys or values `[..., 64, D]` of a block; `visible` `[..., 64]` bool, the others have no say in the grid.
+    """Keys or values `[..., 64, D]` of a block; `visible` `[..., 64]` bool, the others have no say and get the code 0.
 
     The grid reaches from the least number of a channel to the greatest; that of one bit has two of the four values
     that two bits have, the inner ones. A channel with a NaN or an infinity that is visible becomes NaN.
@@ -56,8 +56,9 @@ def round_block(numbers: Tensor, bits: int, visible: Tensor | None = None) -> Ro
         low = low + step
     grid = _kept(low, step)
     low, step = low_and_step(grid)
-    codes = (exact - low[..., None, :]) / step[..., None, :]
-    return Rounded(codes.round().clamp(0, 2**bits - 1).nan_to_num(0.0).int(), grid)
+    codes = ((exact - low[..., None, :]) / step[..., None, :]).round().clamp(0, 2**bits - 1)
+    codes = codes.nan_to_num(0.0).int()
+    return Rounded(codes if visible is None else codes * visible[..., None], grid)
 
 
 def restored(rounded: Rounded) -> Tensor:

@@ -16,9 +16,9 @@ from refreshkv.kernels.native.selection import top_slots
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored, window_within
 from refreshkv.kernels.reference.attention import without_list
 
-_KINDS = torch.bfloat16, torch.float16, torch.float32  # as `refreshkv_attend` numbers them
-_WIDEST = 512  # of a head
-_MOST_QUERIES = 1024  # of a row and KV head
+KINDS = torch.bfloat16, torch.float16, torch.float32  # as `refreshkv_attend` numbers them
+WIDEST = 512  # of a head
+MOST_QUERIES = 1024  # of a row and KV head
 
 
 class Job(ctypes.Structure):
@@ -41,10 +41,10 @@ def serves(query: Tensor, entries: Entries, options: AttendOptions, **_: Any) ->
     tensors = [x for x in (query, entries.keys, entries.values) if x is not None]
     queries = query.shape[2] if query.dim() == 4 else 1
     return (
-        query.dtype in _KINDS
+        query.dtype in KINDS
         and all(x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
-        and all(x.shape[-1] <= _WIDEST for x in tensors)
-        and query.shape[1] // entries.kv_heads * queries <= _MOST_QUERIES
+        and all(x.shape[-1] <= WIDEST for x in tensors)
+        and query.shape[1] // entries.kv_heads * queries <= MOST_QUERIES
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and ready()
     )
@@ -124,7 +124,7 @@ def run(
     Without `starts` every query sees all entries. Without values the output is empty, and without `scored` the scores.
     `threads`: as many as torch uses. The rest as in `reference.verify`.
     """
-    (rows, query_heads, queries, dim), count = query.shape, entries.count
+    (rows, query_heads, queries, _), count = query.shape, entries.count
     value_dim = 0 if entries.values is None else entries.values.shape[-1]
     output = query.new_empty(rows, query_heads, queries, value_dim)
     lse = query.new_empty(rows, query_heads, queries, dtype=torch.float32)
@@ -134,7 +134,35 @@ def run(
         count and entries.keys.numel()
     ):  # an address of nothing would be one that was not given
         return output.zero_(), lse.fill_(float("-inf")), scores.zero_()
-    # Copies live as long as these names do.
+    results = output, lse, scores if scored else None
+    job = job_of(
+        query,
+        entries,
+        options,
+        results,
+        starts=starts,
+        counts=counts,
+        window=window,
+        threads=threads,
+    )
+    if compiled().refreshkv_attend(ctypes.byref(job)):
+        raise MemoryError(f"attention over {count} entries: not enough memory for its weights")
+    return output, lse, scores
+
+
+def job_of(
+    query: Tensor,
+    entries: Entries,
+    options: AttendOptions,
+    results: tuple[Tensor, Tensor, Tensor | None],
+    *,
+    starts: Tensor | None = None,
+    counts: Tensor | None = None,
+    window: int = 0,
+    threads: int | None = None,
+) -> Job:
+    """What the kernels are told, whose `made_of` keeps alive what it points at; `results` as `run` returns them."""
+    rows, query_heads, queries, dim = query.shape
     visible, lengths, sinks = options.visible, options.lengths, options.sinks
     if visible is not None:
         visible = visible.expand(rows, entries.kv_heads, -1)
@@ -142,18 +170,17 @@ def run(
     lengths = None if lengths is None else lengths.expand(rows, entries.kv_heads)
     heads, starts, counts = whole(options.heads), whole(starts), whole(counts)
     sinks = whole(sinks, torch.float32)
+    made_of = query, *results, visible, heads, lengths, starts, counts, sinks
     where = native.Entries(entries)
     job = Job(
         where,
-        *map(address, (query, output, lse, scores if scored else None)),
-        *map(address, (visible, heads, lengths, starts, counts, sinks)),
-        *(_KINDS.index(query.dtype), rows, query_heads // entries.kv_heads, queries),
-        *(dim, value_dim, *query.stride()[:3]),
+        *map(address, made_of),
+        *(KINDS.index(query.dtype), rows, query_heads // entries.kv_heads, queries),
+        *(dim, results[0].shape[-1], *query.stride()[:3]),
         *((0, 0) if visible is None else visible.stride()[:2]),
         *((0, 0) if lengths is None else lengths.stride()),
         *(window, options.reduction == "mean", threads or torch.get_num_threads()),
         *(options.scale, options.softcap or 0.0),
     )
-    if compiled().refreshkv_attend(ctypes.byref(job)):
-        raise MemoryError(f"attention over {count} entries: not enough memory for its weights")
-    return output, lse, scores
+    job.made_of = made_of, where
+    return job

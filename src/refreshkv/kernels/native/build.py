@@ -105,6 +105,8 @@ def load(path: Path) -> ctypes.CDLL:
         found.refreshkv_products.restype = ctypes.c_char_p
         for name, pointers, numbers in (
             ("attend", 1, 0),
+            ("attend_mixed", 1, 0),
+            ("encode", 1, 0),
             ("select", 1, 0),
             ("insert", 1, 0),
             ("gather", 1, 0),

@@ -47,7 +47,19 @@ class Held {
     else listed_ = entries.positions + (of_list * entries.kv_heads + head) * entries.count;
   }
 
+  // Those of the same row and KV head at the positions of another list.
+  Held(const Held& of, const int32_t* listed)
+      : entries_(of.entries_), row_(of.row_), head_(of.head_), blocks_(of.blocks_), listed_(listed), there_(of.there_) {}
+
   bool there() const { return there_; }
+
+  // Whether there are entries at all `n` positions from `first` on, which are within the width; without a list.
+  bool whole(int64_t first, int64_t n) const {
+    if (!there_ || !blocks_) return there_;
+    for (int64_t page = first / entries_.size; page * entries_.size < first + n; ++page)
+      if (blocks_[page] < 0 || blocks_[page] >= entries_.kept) return false;
+    return true;
+  }
 
   // Key and value at a position, `none` where there is none; the value `none` too where no values are given.
   void find(int64_t position, const char* none, const char*& key, const char*& value) const {

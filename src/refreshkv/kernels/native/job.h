@@ -72,6 +72,10 @@ struct Part {
     if (voting == 0 || unwanted || !held.there()) end = first;
     end = std::max(end, first);
   }
+  // `count` entries of another part at the positions of a list, all of which are seen.
+  Part(const Part& of, const int32_t* listed, int64_t count)
+      : row(of.row), head(of.head), first(0), end(count), start(0), voting(of.voting), visible(nullptr),
+        held(of.held, listed) {}
   int64_t chunks() const { return chunks_of(end - first); }
 
   // The block from `entry` on; how many it has.

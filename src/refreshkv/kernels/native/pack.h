@@ -118,6 +118,17 @@ inline void put_in_order(Floats& a, Floats& b) {
   a = first;
 }
 
+// The inverse: columns in the order of packed values.
+template <bool second>
+struct OutOfOrder {
+  static constexpr int at(int lane) { return lane / 4 * 8 + second * 4 + lane % 4; }
+};
+inline void put_out_of_order(float* columns) {
+  const Floats a = load<Floats>(columns), b = load<Floats>(columns + kLanes);
+  store(columns, rearranged<OutOfOrder<false>>(a, b));
+  store(columns + kLanes, rearranged<OutOfOrder<true>>(a, b));
+}
+
 // `dim` numbers out of the columns of a product with packed values, times `share`.
 template <typename T>
 void unpack(const float* mixed, float share, int64_t dim, T* to) {

@@ -248,7 +248,7 @@ void product(const Product<bfloat16>& x) { vector_product(x); }
 #endif
 void product(const Product<float>& x) { vector_product(x); }
 
-const char* product_kind() {
+inline const char* product_kind() {
 #if defined(__AMX_BF16__) && defined(__linux__)
   if (amx_allowed()) return "amx";
 #endif

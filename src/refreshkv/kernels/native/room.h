@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr size_t kMostKept = size_t{256} << 20;  // bytes
+
 // Memory that a thread takes again in its next call: fresh memory costs a page fault for every 4 KiB.
 class Room {
  public:

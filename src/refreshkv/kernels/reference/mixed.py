@@ -121,7 +121,7 @@ def attend_mixed(
     )
     rounded_keys, rounded_values, there = entries_at(copy, everywhere)
     assert rounded_values is not None
-    covered = there & (everywhere < finished[:, None, None] * BLOCK)
+    covered = there & (everywhere // BLOCK < finished[:, None, None])
     if visible is not None:
         covered = covered & visible
 

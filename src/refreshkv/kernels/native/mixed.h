@@ -1,0 +1,128 @@
+// What a call of `attend_mixed` is told, which tokens of a part have codes, and the memory for that.
+
+#pragma once
+
+#include "buckets.h"
+#include "chunk.h"
+#include "codes.h"
+
+extern "C" {
+
+// What mixed.py fills in, field by field.
+struct Mixed {
+  Job job;  // one query of a row, no list, no scores
+  Codes codes;
+  const int64_t *first, *finished, *budget;  // [B]
+  int64_t* exact;                            // [B, Hkv], contiguous
+};
+}
+
+namespace {
+
+// Positions of a part: from `start` on `blocks` blocks of codes, all of them from `lower` to `end`. Chunks are counted
+// from `start` on, so that what lies before the first token of a row changes nothing.
+struct Span {
+  int64_t start, skipped, blocks, lower, end, chunks;
+
+  Span(const Mixed& mixed, const Part& part, const Copy& copy) : start(part.first), skipped(0), blocks(0), end(part.end) {
+    const int64_t first = mixed.first[part.row], finished = std::clamp<int64_t>(mixed.finished[part.row], 0, copy.room());
+    if (finished > 0 && first < end && first > -kCoded * finished) {
+      skipped = first < 0 ? -first / kCoded : 0;
+      start = first + kCoded * skipped;
+      blocks = std::min(finished - skipped, (end - start + kCoded - 1) / kCoded);
+    }
+    lower = start - (std::max<int64_t>(0, start - part.first) + kLanes - 1) / kLanes * kLanes;
+    chunks = end > part.first ? std::max<int64_t>(1, chunks_of(end - start)) : 0;
+  }
+  int64_t low(int64_t chunk) const { return chunk == 0 ? lower : start + chunk * kChunk; }
+  int64_t high(int64_t chunk) const { return std::min(end, start + (chunk + 1) * kChunk); }
+};
+
+// A part by its positions, of which a few are before the first and behind the last; and what its chunks leave.
+struct Sheet {
+  float* logits;                   // [m, stride], -inf where there are no codes
+  int32_t *list, *marks;           // positions, those of a chunk from `list_of` on; the buckets of candidates
+  Buckets buckets;                 // [chunks]; all of a thread's own chunks in the first of them
+  int64_t *uncovered, *listed;     // [chunks]: the first so many of a list have no codes, and how many there are
+  float *tops, *totals;            // [chunks, m], in powers of two: the largest logit, and the sum of weights
+  float *top, *total, *mixed;      // [chunks, m (, value_dim)]: as in `Softmax`
+  int64_t stride;
+
+  static constexpr int64_t kMargin = 2 * kCoded;
+  static int64_t chunks(int64_t n) { return chunks_of(n + kCoded); }
+  static int64_t row(int64_t n) { return padded(n) + 2 * kMargin + 16; }
+  static int64_t places(int64_t n) { return n + (chunks(n) + 1) * kLanes; }  // of all lists
+  static size_t bytes(int64_t m, int64_t n, int64_t dim) {
+    const int64_t all = chunks(n);
+    return Room::bytes_of<float>(m * row(n)) + 2 * Room::bytes_of<int32_t>(places(n)) +
+           Room::bytes_of<int32_t>(all * Buckets::size) + 2 * Room::bytes_of<int64_t>(all) +
+           4 * Room::bytes_of<float>(all * m) + Room::bytes_of<float>(all * m * dim);
+  }
+  static Sheet take(Room& room, int64_t m, int64_t n, int64_t dim) {
+    const int64_t all = chunks(n);
+    return {room.take<float>(m * row(n)), room.take<int32_t>(places(n)), room.take<int32_t>(places(n)),
+            {room.take<int32_t>(all * Buckets::size)}, room.take<int64_t>(all), room.take<int64_t>(all),
+            room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
+            room.take<float>(all * m), room.take<float>(all * m * dim), row(n)};
+  }
+  // Position 0, where blocks begin at whole registers.
+  float* logits_of(int64_t i, const Span& span) const {
+    return logits + i * stride + kMargin + (kLanes - (span.start % kLanes + kLanes) % kLanes) % kLanes;
+  }
+  // Where the list of a chunk begins: a register of places between two of them.
+  static int64_t list_of(int64_t chunk, const Span& span) {
+    return std::max<int64_t>(0, span.low(chunk)) + chunk * kLanes;
+  }
+};
+
+// What a thread works on, beside the bench of the exact entries.
+template <typename A>
+struct CodeBench {
+  A* a;            // [m, the larger of dim and a block]
+  float* queries;  // [m, dim], scaled
+  float *unit, *middle;    // of each dim or token
+  float *start, *against;  // [m]: of a product; what logits are weights to
+  float* masses;           // [m, a register]
+  uint16_t* fields;        // of a block
+  int64_t stride;
+
+  static int64_t fields_of(int64_t dim) { return dim * kCoded / 512 * kMostFields * kPlane; }
+
+  static int64_t row(int64_t dim) { return std::max(dim, kCoded); }
+  // `wide`: the larger of both dims.
+  static size_t bytes(int64_t m, int64_t dim, int64_t wide) {
+    return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(row(dim)) +
+           2 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * kLanes) +
+           Room::bytes_of<uint16_t>(fields_of(wide));
+  }
+  static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
+    return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(row(dim)),
+            room.take<float>(row(dim)), room.take<float>(m), room.take<float>(m),
+            room.take<float>(m * kLanes), room.take<uint16_t>(fields_of(wide)), row(dim)};
+  }
+};
+
+// Low and step of a grid of `n`, the step times what its place wants, and the middle of the grid; zeros behind.
+template <typename A>
+void read_grid(const uint16_t* grid, int64_t n, const Places<A>& places, float center, float* unit, float* middle) {
+  const auto* low = reinterpret_cast<const bfloat16*>(grid);
+  for (int64_t d = 0; d < padded(n); d += kLanes) {
+    Floats lows, steps;
+    if (d + kLanes <= n) {
+      lows = widened(low + d);
+      steps = widened(low + n + d);
+    } else {
+      bfloat16 some[2][kLanes] = {};
+      if (d < n) {
+        std::copy_n(low + d, n - d, some[0]);
+        std::copy_n(low + n + d, n - d, some[1]);
+      }
+      lows = widened(some[0]);
+      steps = widened(some[1]);
+    }
+    store(unit + d, steps * load<Floats>(places.factor + d % 32));
+    store(middle + d, lows + steps * center);
+  }
+}
+
+}  // namespace
