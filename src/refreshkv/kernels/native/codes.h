@@ -28,7 +28,7 @@ constexpr int64_t kCoded = 64;   // tokens of a block of codes
 constexpr int64_t kPlane = 32;   // numbers of 16 bits of a plane
 constexpr int64_t kMostBits = 7;  // of a code: bfloat16 has no more behind the leading one
 
-// The codes of one block, and the grids: low of all dims or tokens, then step of all.
+// The codes of one block, and the grids of its dims.
 struct Coded {
   uint16_t *keys, *key_grid, *values, *value_grid;
 };
@@ -62,6 +62,16 @@ class Copy {
   int64_t row_, head_;
   const int32_t* blocks_;
 };
+
+// Grids as they are kept, and back: `policy.rounding.low_and_step`.
+constexpr int32_t kStepBits = 7, kStepShift = 21, kStepBase = 107 << 2, kMostSteps = (1 << kStepBits) - 1;
+constexpr float kQuarters = 4, kFurthest = 255;
+inline Floats step_of(Ints kept) { return (Floats)(((kept & kMostSteps) + kStepBase) << kStepShift); }
+inline Floats low_of(Ints kept, Floats step) {
+  const Ints quarters = kept >> kStepBits;
+  const Floats low = step * __builtin_convertvector(quarters, Floats) / kQuarters;
+  return __builtin_convertvector(quarters, Floats) < -kFurthest ? all(std::numeric_limits<float>::quiet_NaN()) : low;
+}
 
 // What a code is multiplied as: where it lies in 16 bits, behind a leading one where that is bfloat16, whose mantissa
 // has room for 7 bits. Row r of a tile, two numbers, lies `place` bits up, so that only every 8 - bits rows are shifted.

@@ -131,9 +131,10 @@ class Work {
     if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
       ahead_of[0] = reinterpret_cast<const char*>(next.keys);
       ahead.begin(ahead_of, 1, bytes);
-      for (int64_t d = 0; d < 4 * job_.dim; d += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.key_grid) + d);
+      for (int64_t d = 0; d < 2 * job_.dim; d += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.key_grid) + d);
     }
-    read_grid(coded.key_grid, job_.dim, places, Places<A>::center(mixed_.codes.bits), own_.unit, own_.middle);
+    const float center = Places<A>::center(mixed_.codes.bits);
+    read_grid(coded.key_grid, job_.dim, places.factor, center, own_.unit, own_.middle);
     for (int64_t i = 0; i < m_; ++i) {
       Floats start{}, middle{};
       A* a = own_.a + i * own_.stride;
@@ -269,32 +270,39 @@ class Work {
     if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
       ahead_of[0] = reinterpret_cast<const char*>(next.values);
       ahead.begin(ahead_of, 1, bytes);
-      for (int64_t t = 0; t < 4 * kCoded; t += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.value_grid) + t);
+      for (int64_t d = 0; d < 2 * job_.value_dim; d += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(next.value_grid) + d);
     }
-    read_grid(coded.value_grid, kCoded, places, Places<A>::center(mixed_.codes.value_bits), own_.unit, own_.middle);
+    bool any = false;
     for (int64_t i = 0; i < m_; ++i) {
       const float* row = sheet_.logits_of(i, span_) + at;
-      Floats mass = load<Floats>(own_.masses + i * kLanes), start{}, middle{};
+      Floats mass{}, middle{};
       for (int64_t t = 0; t < kCoded; t += 2 * kLanes) {
-        Floats scaled[2];
+        Floats weight[2];
         for (int half = 0; half < 2; ++half) {
-          const int64_t at = t + half * kLanes;
-          const Floats weight = power_of_two(load<Floats>(row + at) * kLog2e - own_.against[i]);
-          const Floats unit = weight * load<Floats>(own_.unit + at), grid = weight * load<Floats>(own_.middle + at);
-          // What has no weight has no say, whatever its grid holds.
-          scaled[half] = weight == 0.0f ? Floats{} : unit;
-          start += weight == 0.0f ? Floats{} : grid;
-          mass += weight;
+          weight[half] = power_of_two(load<Floats>(row + t + half * kLanes) * kLog2e - own_.against[i]);
+          mass += weight[half];
+          weight[half] *= load<Floats>(places.factor + (t + half * kLanes) % 32);
         }
-        middle = narrow_and_dot(middle, scaled[0], scaled[1], places.middle + t % 32, own_.a + i * own_.stride + t);
+        middle = narrow_and_dot(middle, weight[0], weight[1], places.middle + t % 32, own_.a + i * own_.stride + t);
       }
-      start -= middle;
-      store(own_.masses + i * kLanes, mass);
-      own_.start[i] = sum(start);
+      store(own_.masses + i * kLanes, load<Floats>(own_.masses + i * kLanes) + mass);
+      own_.start[i] = -sum(middle);
+      own_.mass[i] = sum(mass);
+      any |= own_.mass[i] != 0;
     }
-    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start, mixed,
-                                value_dim_, m_, true, ahead},
+    if (!any) return;  // what has no weight has no say, whatever its grid holds
+    const float center = Places<A>::center(mixed_.codes.value_bits);
+    read_grid(coded.value_grid, job_.value_dim, nullptr, center, own_.unit, own_.middle);
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start,
+                                own_.product, value_dim_, m_, false, ahead},
                  mixed_.codes.value_bits);
+    for (int64_t i = 0; i < m_; ++i)
+      for (int64_t d = 0; d < value_dim_; d += kLanes) {
+        float* to = mixed + i * value_dim_ + d;
+        const Floats codes = load<Floats>(own_.product + i * value_dim_ + d) * load<Floats>(own_.unit + d);
+        store(to, load<Floats>(to) + codes + load<Floats>(own_.middle + d) * own_.mass[i]);
+      }
   }
 
   const Mixed& mixed_;

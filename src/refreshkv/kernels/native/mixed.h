@@ -80,8 +80,9 @@ template <typename A>
 struct CodeBench {
   A* a;            // [m, the larger of dim and a block]
   float* queries;  // [m, dim], scaled
-  float *unit, *middle;    // of each dim or token
-  float *start, *against;  // [m]: of a product; what logits are weights to
+  float *unit, *middle;    // of each dim
+  float *start, *against, *mass;  // [m]: of a product; what logits are weights to; weights of a block
+  float* product;          // [m, the larger of both dims]
   float* masses;           // [m, a register]
   uint16_t* fields;        // of a block
   int64_t stride;
@@ -91,37 +92,27 @@ struct CodeBench {
   static int64_t row(int64_t dim) { return std::max(dim, kCoded); }
   // `wide`: the larger of both dims.
   static size_t bytes(int64_t m, int64_t dim, int64_t wide) {
-    return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(row(dim)) +
-           2 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * kLanes) +
+    return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(wide) +
+           3 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * wide) + Room::bytes_of<float>(m * kLanes) +
            Room::bytes_of<uint16_t>(fields_of(wide));
   }
   static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
-    return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(row(dim)),
-            room.take<float>(row(dim)), room.take<float>(m), room.take<float>(m),
-            room.take<float>(m * kLanes), room.take<uint16_t>(fields_of(wide)), row(dim)};
+    return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(wide),
+            room.take<float>(wide), room.take<float>(m), room.take<float>(m),
+            room.take<float>(m), room.take<float>(m * wide), room.take<float>(m * kLanes), room.take<uint16_t>(fields_of(wide)), row(dim)};
   }
 };
 
-// Low and step of a grid of `n`, the step times what its place wants, and the middle of the grid; zeros behind.
-template <typename A>
-void read_grid(const uint16_t* grid, int64_t n, const Places<A>& places, float center, float* unit, float* middle) {
-  const auto* low = reinterpret_cast<const bfloat16*>(grid);
+// Steps of the grids of `n` dims, times `factor` by the dim modulo 32 (or null: 1), and their middles; zeros behind.
+inline void read_grid(const uint16_t* grid, int64_t n, const float* factor, float center, float* unit, float* middle) {
   for (int64_t d = 0; d < padded(n); d += kLanes) {
-    Floats lows, steps;
-    if (d + kLanes <= n) {
-      lows = widened(low + d);
-      steps = widened(low + n + d);
-    } else {
-      bfloat16 some[2][kLanes] = {};
-      if (d < n) {
-        std::copy_n(low + d, n - d, some[0]);
-        std::copy_n(low + n + d, n - d, some[1]);
-      }
-      lows = widened(some[0]);
-      steps = widened(some[1]);
-    }
-    store(unit + d, steps * load<Floats>(places.factor + d % 32));
-    store(middle + d, lows + steps * center);
+    int16_t some[kLanes] = {};
+    std::memcpy(some, grid + d, std::clamp<int64_t>(n - d, 0, kLanes) * sizeof *some);
+    Ints kept;
+    for (int lane = 0; lane < kLanes; ++lane) kept[lane] = some[lane];
+    const Floats step = d < n ? step_of(kept) : Floats{}, middles = low_of(kept, step) + step * center;
+    store(unit + d, factor ? step * load<Floats>(factor + d % 32) : step);
+    store(middle + d, middles);
   }
 }
 

@@ -34,14 +34,14 @@ class Codes(ctypes.Structure):
         ),
     )
 
-    def __init__(self, codes: layout.Codes, dim: int) -> None:
+    def __init__(self, codes: layout.Codes) -> None:
         blocks = whole(codes.blocks, torch.int32)
         self.made_of = *codes.tensors, blocks
         super().__init__(
             *map(address, self.made_of),
             *(len(codes.keys), codes.keys.shape[2]),
             -1 if blocks is None else blocks.shape[1],
-            *(codes.bits, codes.value_bits(dim)),
+            *(codes.bits, codes.value_bits),
             *(step for part in codes.tensors for step in part.stride()[:3]),
         )
 
@@ -77,13 +77,12 @@ def serves(*given: Any, **named: Any) -> bool:
     if entries.values is None or entries.positions is not None:
         return False
     tensors = [entries.keys, entries.values, *queries]
-    bits = codes.bits, codes.value_bits(entries.values.shape[-1])
     return (
         entries.keys.dtype in KINDS
         and all(x.dtype == entries.keys.dtype and x.stride(-1) == 1 for x in tensors)
         and all(x.shape[-1] <= WIDEST for x in tensors)
         and all(x.shape[1] // entries.kv_heads <= MOST_QUERIES for x in queries)
-        and all(1 <= b <= _MOST_BITS for b in bits)
+        and all(1 <= b <= _MOST_BITS for b in (codes.bits, codes.value_bits))
         and all(x[0:1, 0:1, 0:1].is_contiguous() for x in codes.tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and ready()
@@ -124,7 +123,7 @@ def run(
     if not (entries.count and entries.keys.numel()):  # as in `attention.run`
         return Attended(output.zero_(), lse.fill_(float("-inf"))), exact
     job = job_of(query[:, :, None], entries, options, (output, lse, None), threads=threads)
-    where = Codes(codes, output.shape[-1])
+    where = Codes(codes)
     inputs = [whole(x, torch.int64) for x in (first, finished, budget)]
     mixed = Mixed(job, where, *map(address, (*inputs, exact)))
     if compiled().refreshkv_attend_mixed(ctypes.byref(mixed)):
@@ -148,7 +147,7 @@ def encode(
         visible = visible.expand(len(first), -1)
         visible = visible if visible.stride(-1) == 1 else visible.contiguous()
     inputs = *(whole(x, torch.int64) for x in (first, begin, end)), visible
-    where, into = native.Entries(entries), Codes(codes, entries.values.shape[-1])
+    where, into = native.Entries(entries), Codes(codes)
     job = Coding(
         where,
         into,

@@ -22,47 +22,45 @@ namespace {
 constexpr int64_t kWidest = 512;                // dims of a head
 constexpr int64_t kFar = int64_t{1} << 40;      // beyond any block or position
 
-// A float32 as bfloat16, subnormal ones as well, which the processor's own conversion takes for zero.
-uint16_t rounded(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  if (number != number) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-float as_float(uint16_t bits) {
-  const uint32_t word = uint32_t{bits} << 16;
-  float number;
-  std::memcpy(&number, &word, sizeof number);
-  return number;
-}
+// `kLanes` grids between the least and the greatest numbers of as many dims, as `policy.rounding` makes them.
+struct Grids {
+  Ints kept;
+  Floats low, step;
 
-// Low and step between the least and the greatest number.
-struct Grid {
-  uint16_t low, step;
-
-  Grid(float least, float greatest, float most) : low(rounded(least)), step(rounded((greatest - least) / most)) {}
-  float unit() const {
-    const float number = as_float(step), least = std::numeric_limits<float>::min();
-    return number < least ? least : number;
+  Grids(Floats least, Floats greatest, Ints broken, int64_t bits) {
+    const Floats wanted = (greatest - least) / static_cast<float>((1 << std::max<int64_t>(bits, 2)) - 1);
+    const Floats from = bits == 1 ? least + wanted : least;
+    const Floats reach = larger(wanted, (from < 0 ? -from : from) * (kQuarters / kFurthest));
+    Ints steps = (((Ints)reach + (1 << (kStepShift - 1))) >> kStepShift) - kStepBase;
+    steps = steps < 0 ? Ints{} : steps > kMostSteps ? Ints{} + kMostSteps : steps;
+    step = step_of(steps);
+    Floats quarters = from / step * kQuarters;
+    quarters = quarters > -kFurthest ? quarters : all(-kFurthest);
+    quarters = to_nearest(quarters < kFurthest ? quarters : all(kFurthest));
+    broken |= ~(reach < kInfinity);
+    quarters = broken ? all(-kFurthest - 1) : quarters;
+    kept = (__builtin_convertvector(quarters, Ints) << kStepBits) | steps;
+    low = low_of(kept, step);
+  }
+  // To the nearest, ties to even.
+  static Floats to_nearest(Floats x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23 leaves an integer
+  // Numbers on them; 0 for NaN.
+  Floats codes_of(Floats numbers, float most) const {
+    const Floats code = (numbers - low) / step;
+    return to_nearest(code > 0.0f ? code < most ? code : all(most) : Floats{});
   }
 };
-// A number on it: to the nearest, ties to even; 0 for NaN.
-inline Floats on_grid(Floats number, Floats low, Floats unit, float most) {
-  Floats code = (number - low) / unit;
-  code = code > 0.0f ? code : Floats{};
-  code = code < most ? code : all(most);
-  return (code + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 leaves an integer
-}
 
-// Codes [summed, across] -> planes, tile by tile.
-void pack_codes(const float* codes, int64_t summed, int64_t across, int64_t bits, uint16_t* planes) {
+// Codes -> planes, tile by tile; from one to the next along and across the summed dimension `along` and `beside`.
+void pack_codes(const float* codes, int64_t summed, int64_t across, int64_t along, int64_t beside, int64_t bits,
+                uint16_t* planes) {
   for (int64_t row = 0; row < summed; row += 32)
     for (int64_t column = 0; column < across; column += kColumns, planes += bits * kPlane) {
       std::fill(planes, planes + bits * kPlane, uint16_t{0});
       for (int64_t r = 0; r < 32; ++r) {
-        const float* from = codes + (row + r) * across + column;
+        const float* from = codes + (row + r) * along + column * beside;
         for (int64_t c = 0; c < kColumns; ++c) {
-          const auto code = static_cast<uint32_t>(from[c]);
+          const auto code = static_cast<uint32_t>(from[c * beside]);
           for (int64_t bit = 0; bit < bits; ++bit)
             planes[bit * kPlane + 2 * c + r % 2] |= static_cast<uint16_t>(((code >> bit) & 1) << (r / 2));
         }
@@ -70,9 +68,9 @@ void pack_codes(const float* codes, int64_t summed, int64_t across, int64_t bits
     }
 }
 
-// What a thread works on: numbers of a block [kCoded, dim], codes of it in the order of their tiles.
+// What a thread works on: numbers of a block [kCoded, dim], which become their codes.
 struct CodingBench {
-  alignas(64) float numbers[kCoded * kWidest], codes[kCoded * kWidest];
+  alignas(64) float numbers[kCoded * kWidest];
   bool seen[kCoded];
 };
 
@@ -87,52 +85,30 @@ void read_block(const char* const* from, const bool* seen, int64_t dim, float* t
     }
 }
 
-void code_keys(CodingBench& bench, int64_t dim, int64_t bits, const Coded& to) {
+// Numbers of a block become their codes, 0 for what is not seen and behind `dim`; the grids are kept.
+void code_numbers(CodingBench& bench, int64_t dim, int64_t bits, uint16_t* grid) {
   const int64_t wide = padded(dim);
-  const float most = static_cast<float>((1 << bits) - 1);
-  for (int64_t d = 0; d < wide; ++d) {
-    float least = kInfinity, greatest = -kInfinity;
-    float column[kCoded];
+  const bool any = std::find(bench.seen, bench.seen + kCoded, true) != bench.seen + kCoded;
+  for (int64_t d = 0; d < wide; d += kLanes) {
+    Floats least = all(any ? kInfinity : 0), greatest = -least;
+    Ints broken{};
     for (int64_t t = 0; t < kCoded; ++t) {
-      const float x = column[t] = bench.numbers[t * wide + d];
       if (!bench.seen[t]) continue;
-      least = x < least || x != x ? x : least;  // a NaN stays
-      greatest = x > greatest || x != x ? x : greatest;
+      const Floats x = load<Floats>(bench.numbers + t * wide + d);
+      least = x < least ? x : least;
+      greatest = x > greatest ? x : greatest;
+      broken |= ~(x - x == 0.0f);
     }
-    const Grid grid(least, greatest, most);
-    if (d < dim) {
-      to.key_grid[d] = grid.low;
-      to.key_grid[dim + d] = grid.step;
+    const Grids grids(least, greatest, broken, bits);
+    for (int64_t lane = 0; lane < kLanes && d + lane < dim; ++lane)
+      grid[d + lane] = static_cast<uint16_t>(grids.kept[lane]);
+    for (int64_t t = 0; t < kCoded; ++t) {
+      float* number = bench.numbers + t * wide + d;
+      const Floats codes = grids.codes_of(load<Floats>(number), static_cast<float>((1 << bits) - 1));
+      store(number, bench.seen[t] ? codes : Floats{});
+      for (int64_t lane = std::max<int64_t>(0, dim - d); lane < kLanes; ++lane) number[lane] = 0;
     }
-    float* codes = bench.codes + d * kCoded;
-    for (int64_t t = 0; t < kCoded; t += kLanes) {
-      store(codes + t, on_grid(load<Floats>(column + t), all(as_float(grid.low)), all(grid.unit()), most));
-    }
-    for (int64_t t = 0; t < kCoded; ++t)
-      if (!bench.seen[t] || d >= dim) codes[t] = 0;
   }
-  pack_codes(bench.codes, wide, kCoded, bits, to.keys);
-}
-
-void code_values(CodingBench& bench, int64_t dim, int64_t bits, const Coded& to) {
-  const int64_t wide = padded(dim);
-  const float most = static_cast<float>((1 << bits) - 1);
-  for (int64_t t = 0; t < kCoded; ++t) {
-    const float* row = bench.numbers + t * wide;
-    float least = kInfinity, greatest = -kInfinity;
-    for (int64_t d = 0; d < dim; ++d) {
-      least = row[d] < least || row[d] != row[d] ? row[d] : least;
-      greatest = row[d] > greatest || row[d] != row[d] ? row[d] : greatest;
-    }
-    const Grid grid(least, greatest, most);
-    to.value_grid[t] = grid.low;
-    to.value_grid[kCoded + t] = grid.step;
-    float* codes = bench.codes + t * wide;
-    for (int64_t d = 0; d < wide; d += kLanes)
-      store(codes + d, on_grid(load<Floats>(row + d), all(as_float(grid.low)), all(grid.unit()), most));
-    std::fill(codes + dim, codes + wide, 0.0f);
-  }
-  pack_codes(bench.codes, kCoded, wide, bits, to.values);
 }
 
 template <typename T>
@@ -150,9 +126,12 @@ void code_block(const Coding& job, int64_t row, int64_t head, int64_t block, Cod
     bench.seen[t] = job.visible[row * job.visible_row + std::min(position, job.visible_count - 1)];
   }
   read_block<T>(keys, bench.seen, job.dim, bench.numbers);
-  code_keys(bench, job.dim, job.codes.bits, to);
+  code_numbers(bench, job.dim, job.codes.bits, to.key_grid);
+  const int64_t wide = padded(job.dim), value_wide = padded(job.value_dim);
+  pack_codes(bench.numbers, wide, kCoded, 1, wide, job.codes.bits, to.keys);
   read_block<T>(values, bench.seen, job.value_dim, bench.numbers);
-  code_values(bench, job.value_dim, job.codes.value_bits, to);
+  code_numbers(bench, job.value_dim, job.codes.value_bits, to.value_grid);
+  pack_codes(bench.numbers, kCoded, value_wide, value_wide, 1, job.codes.value_bits, to.values);
 }
 
 template <typename T>
