@@ -40,25 +40,24 @@ class Rounded(NamedTuple):
 def round_block(numbers: Tensor, bits: int, visible: Tensor | None = None) -> Rounded:
     """Keys or values `[..., 64, D]` of a block; `visible` `[..., 64]` bool, the others have no say and get the code 0.
 
-    The grid reaches from the least number of a channel to the greatest; that of one bit has two of the four values
-    that two bits have, the inner ones. A channel with a NaN or an infinity that is visible becomes NaN.
+    The grid reaches from the least number of a channel to the greatest; the two values of one bit are the mean number
+    less and plus the mean distance from it. A channel with a NaN or an infinity that is visible becomes NaN.
     """
-    exact, levels = numbers.float(), 2 ** max(bits, 2) - 1
-    low = high = exact
-    if visible is not None:
-        low = exact.masked_fill(~visible[..., None], float("inf"))
-        high = exact.masked_fill(~visible[..., None], float("-inf"))
-        nothing = ~visible.any(-1)[..., None, None]
-        low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
-    low, high = low.amin(-2), high.amax(-2)
-    step = (high - low) / levels
+    exact = numbers.float()
+    if visible is None:
+        visible = numbers.new_ones(numbers.shape[:-1], dtype=torch.bool)
+    seen = visible[..., None]
     if bits == 1:
-        low = low + step
+        low, step = _around_the_mean(exact, seen)
+    else:
+        nothing = ~visible.any(-1, keepdim=True)
+        low = exact.masked_fill(~seen, float("inf")).amin(-2).masked_fill(nothing, 0.0)
+        high = exact.masked_fill(~seen, float("-inf")).amax(-2).masked_fill(nothing, 0.0)
+        step = (high - low) / (2**bits - 1)
     grid = _kept(low, step)
     low, step = low_and_step(grid)
     codes = ((exact - low[..., None, :]) / step[..., None, :]).round().clamp(0, 2**bits - 1)
-    codes = codes.nan_to_num(0.0).int()
-    return Rounded(codes if visible is None else codes * visible[..., None], grid)
+    return Rounded(codes.nan_to_num(0.0).int() * seen, grid)
 
 
 def restored(rounded: Rounded) -> Tensor:
@@ -74,6 +73,20 @@ def low_and_step(grid: Tensor) -> tuple[Tensor, Tensor]:
     step = (((kept & (2**_STEP_BITS - 1)) + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
     low = (step * quarters / _QUARTERS).masked_fill(quarters < -_FURTHEST, float("nan"))
     return low, step
+
+
+def _around_the_mean(exact: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and step `[..., D]` of one bit. Added up token by token, so that every kernel comes to the same bits."""
+
+    def mean(numbers: Tensor) -> Tensor:
+        total = torch.zeros_like(numbers[..., 0, :])
+        for token in numbers.masked_fill(~seen, 0.0).unbind(-2):
+            total = total + token
+        return total / seen.sum(-2).clamp(min=1)
+
+    center = mean(exact)
+    distance = mean((exact - center[..., None, :]).abs())
+    return center - distance, distance * 2
 
 
 def _kept(low: Tensor, step: Tensor) -> Tensor:

@@ -22,14 +22,12 @@ namespace {
 constexpr int64_t kWidest = 512;                // dims of a head
 constexpr int64_t kFar = int64_t{1} << 40;      // beyond any block or position
 
-// `kLanes` grids between the least and the greatest numbers of as many dims, as `policy.rounding` makes them.
+// `kLanes` grids of as many dims, kept as `policy.rounding` keeps them.
 struct Grids {
   Ints kept;
   Floats low, step;
 
-  Grids(Floats least, Floats greatest, Ints broken, int64_t bits) {
-    const Floats wanted = (greatest - least) / static_cast<float>((1 << std::max<int64_t>(bits, 2)) - 1);
-    const Floats from = bits == 1 ? least + wanted : least;
+  Grids(Floats from, Floats wanted, Ints broken) {
     const Floats reach = larger(wanted, (from < 0 ? -from : from) * (kQuarters / kFurthest));
     Ints steps = (((Ints)reach + (1 << (kStepShift - 1))) >> kStepShift) - kStepBase;
     steps = steps < 0 ? Ints{} : steps > kMostSteps ? Ints{} + kMostSteps : steps;
@@ -88,18 +86,32 @@ void read_block(const char* const* from, const bool* seen, int64_t dim, float* t
 // Numbers of a block become their codes, 0 for what is not seen and behind `dim`; the grids are kept.
 void code_numbers(CodingBench& bench, int64_t dim, int64_t bits, uint16_t* grid) {
   const int64_t wide = padded(dim);
-  const bool any = std::find(bench.seen, bench.seen + kCoded, true) != bench.seen + kCoded;
+  const int64_t count = std::count(bench.seen, bench.seen + kCoded, true);
   for (int64_t d = 0; d < wide; d += kLanes) {
-    Floats least = all(any ? kInfinity : 0), greatest = -least;
+    const auto number = [&](int64_t t) { return load<Floats>(bench.numbers + t * wide + d); };
+    Floats least = all(count ? kInfinity : 0), greatest = -least, sum{}, distance{};
     Ints broken{};
     for (int64_t t = 0; t < kCoded; ++t) {
       if (!bench.seen[t]) continue;
-      const Floats x = load<Floats>(bench.numbers + t * wide + d);
+      const Floats x = number(t);
       least = x < least ? x : least;
       greatest = x > greatest ? x : greatest;
+      sum += x;
       broken |= ~(x - x == 0.0f);
     }
-    const Grids grids(least, greatest, broken, bits);
+    Floats step = (greatest - least) / static_cast<float>((1 << bits) - 1);
+    if (bits == 1) {
+      const auto among = static_cast<float>(std::max<int64_t>(count, 1));
+      const Floats mean = sum / among;
+      for (int64_t t = 0; t < kCoded; ++t) {
+        const Floats off = number(t) - mean;
+        if (bench.seen[t]) distance += off < 0 ? -off : off;
+      }
+      distance /= among;
+      least = mean - distance;
+      step = distance * 2;
+    }
+    const Grids grids(least, step, broken);
     for (int64_t lane = 0; lane < kLanes && d + lane < dim; ++lane)
       grid[d + lane] = static_cast<uint16_t>(grids.kept[lane]);
     for (int64_t t = 0; t < kCoded; ++t) {
