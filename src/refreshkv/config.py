@@ -273,7 +273,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "paper-qwen": MappingProxyType({"stride": 5, "threshold": 0.95}),
         # Measured in docs/fidelity.md.
         "default": MappingProxyType({**_EXACT, **_SELECTION}),
-        "fast": MappingProxyType({"mode": "mixed", "budget": 0.03125}),
+        "fast": MappingProxyType({"mode": "mixed", "budget": 0.05}),
         "lse-drop": MappingProxyType({**_DROP, **_SELECTION}),
     }
 )
