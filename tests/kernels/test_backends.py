@@ -85,18 +85,27 @@ def arguments(layout: str) -> dict[str, Any]:
         "ring_positions": positions[..., :9].contiguous(),
         "filled": torch.tensor([[7, 6], [5, 4]]).repeat(2, 1),
         "pushed": torch.tensor([[1, 0], [2, 3]]).repeat(2, 1),
+        "codes": Codes.room(query, (64, 64), 2, 2, 3),
+        "first": torch.tensor([0, 7]),
+        "finished": torch.tensor([1, 0]),
+        "begin": torch.tensor([0, 1]),
+        "end": torch.tensor([1, 2]),
+        "most": 2,
     }
 
 
 def taken_by(name: str) -> dict[str, Any]:
     """Those that the reference takes."""
     wanted = inspect.signature(getattr(REFERENCE, name)).parameters.keys()
-    whole = "starts" in wanted or "wanted" in wanted
+    whole = not wanted.isdisjoint(("starts", "wanted", "codes"))
     every = arguments("pages rows" if whole else "list pages rows")
     if "starts" in wanted:
         every["query"] = every["query"][:, :, None].repeat(1, 1, 3, 1)
-    if name == "select":
+    if name in ("select", "attend_mixed"):
         every["budget"] = every["budget"][:2]
+    if "codes" in wanted:
+        every["codes"] = Codes.room(every["entries"].keys[:4], (64, 64), 2, 2, 3)
+        every["entries"] = replace(every["entries"], rows=None)
     return {key: every[key] for key in wanted}
 
 
