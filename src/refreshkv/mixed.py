@@ -64,8 +64,8 @@ def attend_to_copy(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query a row over the copy as it is, and exactly over what it does not cover.
 
-    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and the counts of
-    `reference.attend_mixed`.
+    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and counts as
+    `reference.attend_mixed` does.
     """
     copy = cache.copy
     assert copy is not None and copy.codes is not None and cache.budget is not None

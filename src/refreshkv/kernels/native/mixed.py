@@ -74,7 +74,7 @@ def serves(*given: Any, **named: Any) -> bool:
     every = *given, *named.values()
     (entries,) = (x for x in every if isinstance(x, kinds.Entries))
     (codes,) = (x for x in every if isinstance(x, layout.Codes))
-    queries = [named["query"]] if "query" in named else [x for x in given[:1] if x is not entries]
+    queries = [x for x in (*given[:1], named.get("query")) if isinstance(x, Tensor)]
     if entries.values is None or entries.positions is not None:
         return False
     tensors = [entries.keys, entries.values, *queries]
