@@ -38,7 +38,8 @@ from refreshkv.config import (
         *[("drop", v) for v in (0, 0.0, -4.0, math.nan, True, "4", None)],
         *[("draft", v) for v in (0, -8, 8.0, True, None)],
         *[("drafter", v) for v in ("full", None, True)],
-        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (0, 9, 16, 2.0, True, None)],
+        *[("skip", v) for v in (-0.01, 1.01, 2, math.nan, True, "0.05", None)],
+        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (0, 7, 16, 2.0, True, None)],
     ],
 )
 def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
@@ -66,13 +67,14 @@ def test_a_bad_value_is_named_in_one_line(setting: str, value: Any) -> None:
         *[("drop", v) for v in (1e-9, 4, 4.0, math.inf)],
         *[("draft", v) for v in (1, 8, 1000)],
         *[("drafter", v) for v in ("partial", "mixed")],
-        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (1, 2, 8)],
+        *[("skip", v) for v in (0, 0.0, 0.5, 1, 1.0)],
+        *[(bits, v) for bits in ("key_bits", "value_bits") for v in (1, 2, 6)],
     ],
 )
 def test_the_edges_of_every_range_are_valid(setting: str, value: Any) -> None:
     beside: dict[str, Any] = {
         **{name: {"mode": "exact"} for name in ("draft", "drafter")},
-        **{name: {"mode": "mixed"} for name in ("key_bits", "value_bits")},
+        **{name: {"mode": "mixed"} for name in ("key_bits", "value_bits", "skip")},
         "drop": {"trigger": "lse-drop"},
     }
     settings = {**beside.get(setting, {}), setting: value}
@@ -182,8 +184,8 @@ LSE, QUERY, STRIDE = (
             for name, value in {"draft": 3, "confidence": 0.5, "drafter": "mixed"}.items()
         ],
         *[
-            (name, ("in mode 'refresh'", ", or set mode='mixed'"), {"mode": "refresh", name: 4})
-            for name in ("key_bits", "value_bits")
+            (name, ("in mode 'refresh'", ", or set mode='mixed'"), {"mode": "refresh", name: value})
+            for name, value in {"key_bits": 4, "value_bits": 4, "skip": 0.5}.items()
         ],
         *[
             (name, ("in mode 'mixed'", f", or set mode={mode!r}"), {"mode": "mixed", name: value})
@@ -278,7 +280,7 @@ def test_the_themes_are_the_settings() -> None:
         ({"mode": "full"}, "full", 0.0625),
         ({"mode": "refresh"}, "refresh", 0.125),
         ({"stride": 5, "budget": 64}, "refresh", 64),
-        ({"mode": "mixed"}, "mixed", 0.03125),
+        ({"mode": "mixed"}, "mixed", 0.05),
         ({"mode": "mixed", "budget": 64, "key_bits": 4}, "mixed", 64),
     ],
 )

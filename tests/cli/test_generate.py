@@ -200,6 +200,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "confidence": ("0.5", 0.5),
     "key_bits": ("4 --mode=mixed", 4),
     "value_bits": ("3 --mode=mixed", 3),
+    "skip": ("0.1 --mode=mixed", 0.1),
     "mode": ("refresh", "refresh"),
 }
 

@@ -58,15 +58,15 @@ def test_full_attention_is_approached_by_bits_and_left_alone_in_windows(
     vanilla = logits(model, ids, 4)
     along = torch.cat([ids, vanilla.argmax(-1).T], 1)
     errors = []
-    for bits in (2, 8):
-        config = replace(MIXED, key_bits=bits, value_bits=bits)
+    for bits in (2, 6):
+        config = replace(MIXED, budget=24, key_bits=bits, value_bits=bits, skip=0.0)
         with refreshkv.attach(model, config) as session:
             ours = logits(model, ids, 4, along)
         assert sorted(session.stats.layers) == served(model)
         assert torch.equal(ours[0], vanilla[0])  # the prefill is untouched
         errors.append(relative_rms(ours[1:], vanilla[1:]))
     if served(model):
-        assert errors[1] < 0.02 and errors[0] > 5 * errors[1]
+        assert errors[1] < 0.06 and errors[0] > 3 * errors[1]
         assert session.stats.full_share == 0
     else:
         assert errors == [0, 0]
@@ -224,12 +224,12 @@ def test_beams_of_padded_rows_are_those_of_full_attention(model: PreTrainedModel
 
 
 def test_what_is_read_is_counted_row_by_row(llama: PreTrainedModel) -> None:
-    """With a budget of everything every entry is read, and the codes beside them."""
+    """With a budget of everything every entry is read, and the codes of the keys beside them."""
     inputs, stats = left_padded(RAGGED), RowStats()
     with refreshkv.attach(llama, EVERYTHING, stats=stats):
         greedy(llama, inputs, new=NEW)
-    # Two KV heads of 8 dims in float32; codes of 2 bits for 32 dims, two numbers of 16 bits a dim, and a token.
-    entry, block = 2 * 8 * 4, 2 * (64 * 32 * 2 // 8) + 4 * 8 + 4 * 64
+    # Two KV heads of 8 dims in float32; codes of 2 bits for 32 dims, and 16 bits a dim.
+    entry, block = 2 * 8 * 4, 64 * 32 * 2 // 8 + 8 * 2
     for row, length in enumerate(RAGGED):
         alone = stats.row(row)
         ends = range(length + 1, length + NEW)  # the first token comes from the prompt

@@ -55,7 +55,7 @@ def encode(
         most: no row has more of them.
         visible: `[B, L]` bool; what it hides has no say in a grid. `None`: everything is visible.
     """
-    if most < 1:
+    if most < 1 or not codes.keys.numel():
         return
     device = entries.keys.device
     block = begin[:, None] + torch.arange(most, device=device)  # [B, most]
@@ -72,7 +72,12 @@ def encode(
         stored = stored & visible.gather(1, there).unflatten(1, (most, BLOCK))[:, None]
     page, slot, wanted = _places(entries, codes, block)
     wanted = wanted & (block >= 0) & (block < end[:, None])
-    row, column = wanted.nonzero(as_tuple=True)
+    if most == 1 and codes.blocks is None and entries.rows is None:
+        # Every row has a place of its own, so a CUDA graph need not ask which of them write.
+        row, column = torch.arange(len(block), device=device), torch.zeros_like(block[:, 0])
+    else:
+        row, column = wanted.nonzero(as_tuple=True)
+    written = wanted[row, column, None, None]
     at = page[row, column], slice(None), slot[row, column]
     seen = stored[row, :, column]
     parts = (
@@ -81,7 +86,8 @@ def encode(
     )
     for numbers, bits, pack, planes, grids in parts:
         rounded = round_block(numbers[row, :, column], bits, seen)
-        planes[at], grids[at] = pack(rounded.codes, bits), rounded.grid
+        planes[at] = pack(rounded.codes, bits).where(written, planes[at])
+        grids[at] = rounded.grid.where(written, grids[at])
 
 
 def attend_mixed(
