@@ -21,7 +21,7 @@ BEGIN = (
 END = "<!-- end of speed -->"
 _PLACES = {"cpu": "cpu", "cuda": "gpu"}  # the name of a file -> that of the target of make
 _NONE = "No row yet: `make bench-{}` on such a machine makes them."
-_MOST = 6  # rows of a machine in README.md
+_MOST = 10  # rows of a machine in README.md
 _TIMES = "{:.2f}x"
 
 
@@ -37,6 +37,8 @@ _SUMMARY = {
     "our full attention": Column("ms.own_dense", _three),
     "mix": Column("ms.mix", _three),
     "mix over ours": Column("ratios.mix_over_own_dense", _TIMES),
+    "mixed": Column("ms.mixed", _three),
+    "mixed over ours": Column("ratios.mixed_over_own_dense", _TIMES),
     "drafts": Column("draft"),
     "lossless": Column("ms.exact", _three),
     "lossless over ours": Column("ratios.exact_over_own_dense", _TIMES),
@@ -55,7 +57,8 @@ _DECODE = {
     "over StaticCache": Column("ratios.mix_over_static", _TIMES),
     "over DynamicCache": Column("ratios.mix_over_default", _TIMES),
     "of what the bytes allow": Column("ratios.share_of_ideal", "{:.0%}"),
-    "`fast` over our dense": Column("ratios.fast_over_own_dense", _TIMES),
+    "mixed step": Column("ms.mixed", _three),
+    "mixed over our dense": Column("ratios.mixed_over_own_dense", _TIMES),
 }
 _EXACT = {
     "K": Column("budget", "{:,}"),
@@ -134,19 +137,19 @@ def _places(results: Path, decode: Parts, more: dict[str, Parts]) -> str:
 
 
 def _short(rows: list[Row], file: str) -> list[str]:
-    """A paragraph and a table: full attention, the mix, the lossless mode."""
+    """A paragraph and a table: full attention, the mix, the mixed mode, the lossless mode."""
     drafts = sorted({(row["draft"], row["acceptance"]) for row in rows})
     stand = " or ".join(f"{draft} drafts of which {share:.0%} stand" for draft, share in drafts)
     return [
         f"Median milliseconds a token, {_about(rows[0], file)}. The mix is the published method at a fixed"
-        f" stride, one full step in {_strides(rows)}; lossless is {stand}, which is a"
+        f" stride, one full step in {_strides(rows)}; mixed is `fast` with that K; lossless is {stand}, which is a"
         " matter of text ([fidelity](docs/fidelity.md)).",
         _table("rows x context", rows, _SUMMARY),
     ]
 
 
 def _decode(rows: list[Row], file: str) -> list[str]:
-    """A paragraph and a table for the mixes, and one more for the lossless mode where it was timed."""
+    """A paragraph and a table for the lossy modes, and one more for the lossless mode where it was timed."""
     parts = [
         f"Median milliseconds a step, {_about(rows[0], file)}. The mix is S = {_strides(rows)}: one full step in S, the"
         " others partial.",

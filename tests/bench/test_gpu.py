@@ -45,4 +45,4 @@ def test_decode_and_kernels() -> None:
     assert "CUDA graphs" in found["notes"]["exact"] and found["notes"]["partial"] == "CUDA graph"
     names = ("shape", "context", "batch", "budget", "draft", "device", "dtype", "progress")
     layer = kernels.run(**{name: given[name] for name in names}, steps=1)
-    assert len(layer["kernels"]) == 9
+    assert len(layer["kernels"]) == 9  # those that Triton has

@@ -20,7 +20,7 @@ from refreshkv.policy.selection import Selected
 SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
 NAMES = [
     *("attend", "attend_and_rank", "attend_at", "attend_full", "attend_and_score"),
-    *("score", "select", "gather", "verify"),
+    *("score", "select", "gather", "verify", "attend_mixed", "encode"),
 ]
 JOB = Job(**SMALL)
 
@@ -39,6 +39,10 @@ def test_every_kernel(tmp_path: Path) -> None:
     assert (
         moved["attend"] == 2 * 2 * 2 * 64 * 4 * 16 and moved["attend_full"] == 6 * moved["attend"]
     )
+    # One block of 64 in two bits, a grid of 16 bits for each of its channels; 16 exact entries and the 32 after it.
+    codes = 2 * 2 * 2 * 64 * (64 * 2 + 16) // 8
+    assert moved["attend_mixed"] == codes + 3 * moved["attend"]
+    assert moved["encode"] == codes + 4 * moved["attend"]
     rows = read(path)
     assert [row["kernel"] for row in rows] == NAMES
     assert rows[0]["versions.torch"] == torch.__version__
@@ -75,13 +79,27 @@ def shifted(*given: Any, **options: Any) -> Selected:
             ),
             "verify: differs",
         ),
+        (
+            "attend_mixed",
+            broken(
+                "attend_mixed",
+                lambda *given, budget, **rows: CPU.attend_mixed(*given, budget=budget * 0, **rows),
+            ),
+            "attend_mixed: differs",
+        ),
+        ("encode", broken("encode", lambda *given, **rows: None), "encode: differs"),
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> None:
-    case, given = kernels.cases_of(JOB)[name], kernels.Operands(JOB, seed=0)
+    case, given = kernels.cases_of(JOB, CPU)[name], kernels.Operands(JOB, seed=0)
     assert kernels.check(name, case, CPU, given, torch.float32) < 2e-6
     with pytest.raises(WrongResultError, match=message):
         kernels.check(name, case, backend, given, torch.float32)
+
+
+def test_less_than_a_block_has_no_codes() -> None:
+    names = set(kernels.cases_of(Job(**{**SMALL, "context": 63}), CPU))
+    assert names == {*NAMES} - {"attend_mixed", "encode"}
 
 
 def test_operands_differ_and_select_what_is_gathered() -> None:

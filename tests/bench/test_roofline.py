@@ -8,6 +8,7 @@ import torch
 from refreshkv.bench import roofline
 from refreshkv.bench.roofline import Load, Reads, Sizes
 from refreshkv.bench.shapes import SHAPES, build, config_of, outline
+from refreshkv.kernels.codes import Codes
 
 # Parameters of the checkpoints; numbers of K and V of one token.
 PUBLISHED = {
@@ -47,8 +48,7 @@ def test_modes_by_hand() -> None:
     modes = Load(context=1000, budget=100, stride=10, draft=8, acceptance=0.85).modes()
     assert modes["full"] == Reads(1, 1000) and modes["snapkv"] == Reads(1, 100)
     assert modes["mix"] == Reads(1, 190)  # .9 * 100 + .1 * 1000
-    # 100, and in some steps half of 1000 and the new 100
-    assert modes["fast"] == Reads(1, pytest.approx(100 + roofline.FAST_FULL_SHARE * 600))
+    assert modes["mixed"] == Reads(1, 132, 1000)  # and half a block, of 64 tokens
     # 9 passes for 1 + 8 * .85 = 7.8 tokens, over 8 * 100 + 1000 entries
     cost = modes["exact"]
     assert (cost.passes, cost.entries) == (pytest.approx(9 / 7.8), pytest.approx(1800 / 7.8))
@@ -59,6 +59,15 @@ def test_modes_by_hand() -> None:
 def test_rows_share_the_weights_and_not_the_cache() -> None:
     sizes = Sizes(weights=1000, entry=10, stored=1200)
     assert Reads(1.5, 20).bytes(sizes, rows=4) == 1.5 * 1000 + 4 * 20 * 10
+    assert Reads(1, 20, 64).bytes(sizes, rows=4) == 1000 + 4 * (20 * 10 + 64 * sizes.codes)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_codes_are_as_large_as_those_of_the_kernels(itemsize: int) -> None:
+    """Of one KV head of 64 dims."""
+    like = torch.zeros(1, 1, 1, 64)
+    sizes = Sizes(weights=0, entry=2 * 64 * itemsize, stored=0, itemsize=itemsize)
+    assert sizes.codes == Codes.room(like, (64, 64), 1, 2, 2).block_bytes / 64
 
 
 @pytest.mark.parametrize("acceptance", [-0.1, 1.1, float("nan")])
@@ -67,10 +76,8 @@ def test_acceptance_is_a_share(acceptance: float) -> None:
         Load(acceptance=acceptance)
 
 
-def test_the_constants_agree_with_the_kv_reads_of_the_fidelity_tables() -> None:
-    """Means of docs/fidelity.md: 15.6 % for the lossless mode at K = 1/16, 21.4 % for fast at K = 1/8."""
+def test_the_constants_agree_with_the_kv_read_of_the_fidelity_tables() -> None:
+    """Means of docs/fidelity.md: 15.6 % for the lossless mode at K = 1/16."""
     drafts = {"draft": roofline.DRAFT, "acceptance": roofline.ACCEPTANCE}
     exact = Load(context=2048, budget=128, **drafts).modes()["exact"]
-    fast = Load(context=2048, budget=256).modes()["fast"]
     assert exact.entries / 2048 == pytest.approx(0.156, abs=0.005)
-    assert fast.entries / 2048 == pytest.approx(0.214, abs=0.005)

@@ -46,11 +46,11 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_the_readme_has_few_rows(record_row: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{**record_row, "context": 1024 * size, "ms.mix": 100.0 + size} for size in range(1, 9)]
+    rows = [{**record_row, "context": 1024 * size, "ms.mix": 100.0 + size} for size in range(1, 13)]
     record.append(tmp_path / "decode-cpu.csv", rows)
     text = tables.summary(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| 2 x")]
-    assert len(lines) == 6 and "| 101 |" in lines[0] and "3 drafts of which 50% stand" in text
+    assert len(lines) == 10 and "| 101 |" in lines[0] and "3 drafts of which 50% stand" in text
 
 
 def test_kernels(tmp_path: Path) -> None:

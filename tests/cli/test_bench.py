@@ -102,7 +102,7 @@ def test_decode(run: Run, last_json: Callable[..., Any], tmp_path: Path) -> None
 
 
 def test_several_sizes(run: Run, last_json: Callable[..., Any]) -> None:
-    skip = "static,default,snapkv,empty,fast,exact,full"
+    skip = "static,default,snapkv,empty,mixed,exact,full"
     record = last_json(run(*DECODE, "--sizes", "1x64,2x96", "--skip", skip, "--json"))
     assert [(one["batch"], one["context"]) for one in record["runs"]] == [(1, 64), (2, 96)]
     assert record["context"] == 96 and record["ms"]["own_dense"] > 0

@@ -91,6 +91,8 @@ class _Turns:
     def check(self) -> dict[str, float]:
         """Relative RMS of logits: full attention of ours against theirs, the lossless full pass against single steps.
 
+        A mixed step is full attention where K is the whole context, so that is what is compared.
+
         Raises:
             WrongResultError: more than the tolerance of the dtype.
         """
@@ -110,6 +112,8 @@ class _Turns:
             for name in ("own_dense", "full")
             if name in logits and name != trusted and trusted
         }
+        if "mixed" in logits and trusted:
+            pairs["mixed"] = self._mixed_over_everything(), logits[trusted], trusted
         if self.exact is not None:
             pairs["verify"] = (*self._verified(self.exact), "single steps")
         return {
@@ -131,6 +135,16 @@ class _Turns:
 
     def _is_ours(self, name: str) -> bool:
         return isinstance(self.caches[name], CACHES)
+
+    def _mixed_over_everything(self) -> Tensor:
+        """Logits of a mixed step that may read every entry exactly."""
+        budgets = [layer.inner.budget for layer in self.caches["mixed"].served]
+        for budget in budgets:
+            budget.fill_(self.job.context)
+        logits: Tensor = self.steps["mixed"].once()
+        for budget in budgets:
+            budget.fill_(self.job.budget)
+        return logits
 
     def _verified(self, exact: Exact) -> tuple[Tensor, Tensor]:
         """Logits of a full pass over random tokens, and of single steps over the same keys and values."""

@@ -21,11 +21,14 @@ from refreshkv.bench import record as records
 from refreshkv.bench.checks import WrongResultError, compare
 from refreshkv.bench.job import Job
 from refreshkv.bench.rivals import attention_rivals
+from refreshkv.bench.roofline import Reads, Sizes
 from refreshkv.bench.shapes import config_of, random_states
 from refreshkv.bench.timing import Timed, copies_for, read_bandwidth, take_turns
 from refreshkv.config import make_config
-from refreshkv.kernels.backend import REFERENCE, Backend, backend_for
-from refreshkv.kernels.options import AttendOptions, Entries
+from refreshkv.kernels.backend import OPERATIONS, REFERENCE, Backend, backend_for
+from refreshkv.kernels.codes import Codes, restored_keys, restored_values
+from refreshkv.kernels.options import Attended, AttendOptions, Entries
+from refreshkv.policy.rounding import BLOCK
 
 _OURS = "ours"
 _SETTINGS = ("shape", "context", "batch", "budget", "draft")
@@ -42,8 +45,9 @@ class Operands:
 
     queries `[B, Hq, s + 1, D]`, of which query `[B, Hq, D]` is the first; full: keys and values `[B, Hkv, L, D]`;
     scores `[B, Hkv, L]`, by which positions `[B, Hkv, K]` int32 (index: int64) are selected; kept: copies of the
-    entries there; listed: those of full at the positions; budget, starts `[B]`, newest `[B, Hkv]` int64; ring: as kept,
-    of NaN, for what is gathered.
+    entries there; listed: those of full at the positions; budget, starts, first, finished `[B]`, newest `[B, Hkv]`
+    int64; ring: as kept, for what is gathered, and room: for the codes of all whole blocks of full, both of NaN; codes:
+    those codes.
     """
 
     def __init__(self, job: Job, seed: int) -> None:
@@ -65,6 +69,26 @@ class Operands:
         self.starts = torch.full_like(self.budget, max(job.context - job.draft - 1, 0))
         self.newest = torch.zeros(job.batch, heads, dtype=torch.int64, device=device)
         self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
+        self.first = torch.zeros_like(self.budget)
+        self.finished = torch.full_like(self.budget, job.context // BLOCK)
+        self.room = self._new_room()
+
+    @functools.cached_property
+    def codes(self) -> Codes:
+        """Made by the kernel that is timed as "encode", because the reference takes seconds."""
+        return _encode_into(self._new_room(), backend_for(self.full.keys.device), self)
+
+    def forget(self) -> None:
+        """What kernels wrote is NaN again."""
+        for ring in self.ring:
+            ring.fill_(float("nan"))
+        for grids in (self.room.key_grids, self.room.value_grids):
+            grids.fill_(torch.iinfo(grids.dtype).min)
+
+    def _new_room(self) -> Codes:
+        keys, config = self.full.keys, make_config("fast")
+        dims, blocks = (keys.shape[-1], keys.shape[-1]), keys.shape[2] // BLOCK
+        return Codes.room(keys, dims, blocks, config.key_bits, config.value_bits)
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,7 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
     with torch.inference_mode():
-        cases, first = cases_of(job), Operands(job, seed=0)
+        cases, first = cases_of(job, backend), Operands(job, seed=0)
         errors = {
             name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
         }
@@ -118,8 +142,8 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
     return {**record, "backend": backend.name, "kernels": found}
 
 
-def cases_of(job: Job) -> dict[str, Case]:
-    """The kernels on the shape of one layer."""
+def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
+    """The kernels on the shape of one layer; without those that the shape gives no work, or a GPU has no kernel for."""
     config = config_of(job.shape)
     heads, dim = config.num_key_value_heads, config.head_dim
     options = AttendOptions(scale=dim**-0.5)
@@ -132,12 +156,13 @@ def cases_of(job: Job) -> dict[str, Case]:
         }
         for over in ("kept", "full")
     )
-    count = make_config("default").successor
+    count, sizes = make_config("default").successor, Sizes(0, entry, 0, job.dtype.itemsize)
+    blocks = job.context // BLOCK * BLOCK
 
     def rank(backend: Backend, x: Operands, entries: Entries) -> Any:
         return backend.attend_and_rank(x.query, entries, options, newest=x.newest, count=count)
 
-    return {
+    cases = {
         "attend": Case(lambda b, x: b.attend(x.query, x.kept, options), partial, short),
         "attend_and_rank": Case(lambda b, x: rank(b, x, x.kept), partial, short),
         "attend_at": Case(lambda b, x: rank(b, x, x.listed), partial, short),
@@ -163,7 +188,21 @@ def cases_of(job: Job) -> dict[str, Case]:
             full + weights * job.context,
             {"torch sdpa": _sdpa_verify},
         ),
+        "attend_mixed": Case(
+            _attend_mixed,
+            round(Reads(0, job.budget + job.context - blocks, blocks).cache_bytes(sizes)),
+            long,
+        ),
+        "encode": Case(
+            lambda b, x: _encode_into(x.room, b, x),
+            round(Reads(0, blocks, blocks).cache_bytes(sizes)),
+            {"torch aminmax": _torch_ranges},
+        ),
     }
+    left_out = [] if blocks else ["attend_mixed", "encode"]
+    if job.device.type != "cpu":
+        left_out += [x for x in OPERATIONS if getattr(backend, x) is getattr(REFERENCE, x)]
+    return {name: case for name, case in cases.items() if name not in left_out}
 
 
 def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch.dtype) -> float:
@@ -173,8 +212,7 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
         WrongResultError: they differ.
     """
     largest = 0.0
-    for ring in given.ring:
-        ring.fill_(float("nan"))
+    given.forget()
     found = [tensor.clone() for tensor in _tensors(case.run(backend, given))]
     for ours, expected in zip(found, _tensors(case.run(REFERENCE, given)), strict=True):
         if ours.is_floating_point():
@@ -209,6 +247,8 @@ def _tensors(result: Any) -> Iterable[Tensor]:
     """The tensors of a result, however they are nested."""
     if isinstance(result, Tensor):
         yield result
+    elif isinstance(result, Codes):
+        yield from (restored_keys(result), restored_values(result))
     else:
         for part in result:
             yield from _tensors(part)
@@ -236,6 +276,26 @@ def _gather(backend: Backend, given: Operands) -> list[Tensor]:
     keys, values = given.ring
     backend.gather(given.full, given.positions, ring_keys=keys, ring_values=values)
     return given.ring
+
+
+def _attend_mixed(backend: Backend, given: Operands) -> Attended:
+    """Without the count of exact entries: by nearly the same logits it is nearly the same."""
+    rows = {"first": given.first, "finished": given.finished, "budget": given.budget}
+    options = AttendOptions(scale=given.query.shape[-1] ** -0.5)
+    return backend.attend_mixed(given.query, given.full, given.codes, options, **rows)[0]
+
+
+def _encode_into(codes: Codes, backend: Backend, given: Operands) -> Codes:
+    rows = {"first": given.first, "begin": torch.zeros_like(given.first), "end": given.finished}
+    backend.encode(given.full, codes, **rows, most=given.full.keys.shape[2] // BLOCK)
+    return codes
+
+
+def _torch_ranges(given: Operands) -> list[Tensor]:
+    """The least and the greatest number of each channel of a block: a part of the work, in one pass."""
+    blocks = given.full.keys.shape[2] // BLOCK
+    both = [part[:, :, : blocks * BLOCK].unflatten(2, (-1, BLOCK)) for part in _both(given.full)]
+    return [ends for part in both for ends in torch.aminmax(part, dim=3)]
 
 
 def _torch_gather(given: Operands) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from refreshkv.config import check_names
 
 # What a row must share with another to be predicted from it.
 _ALIKE = ("shape", "device", "dtype", "threads")
-_CHECKED = ("mix", "exact")
+_CHECKED = ("mix", "mixed", "exact")
 _LOAD = tuple(field.name for field in fields(Load))
 
 
@@ -56,8 +56,9 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
 
     Returns:
         The settings of the load; `bandwidth` and `fixed_ms`; `modes`: by name `ms`, `tokens_per_s`, `bytes`,
-        `speed_up` over full attention; `memory` in bytes: `weights`, `cache`, `partial`, their sum `total`,
-        `available`, and whether it `fits`.
+        `speed_up` over full attention; `memory` in bytes: `weights`, `cache`, `partial` and `codes` (what a
+        selection and the rounded copy take on top), `total` with the larger of these, `available`, and whether it
+        `fits`.
     """
     modes = {}
     full = load.modes()["full"].ms(sizes, load.batch, device.bandwidth, fixed_ms)
@@ -73,7 +74,8 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
     cache = load.batch * load.context * sizes.entry
     # A selection keeps copies of its entries.
     partial = load.batch * min(load.budget, load.context) * sizes.entry
-    total = sizes.stored + cache + partial
+    codes = round(load.batch * load.context * sizes.codes)
+    total = sizes.stored + cache + max(partial, codes)
     return {
         **asdict(load),
         "bandwidth": device.bandwidth,
@@ -83,6 +85,7 @@ def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dic
             "weights": sizes.stored,
             "cache": cache,
             "partial": partial,
+            "codes": codes,
             "total": total,
             "available": round(device.memory),
             "fits": total <= device.memory,
@@ -103,7 +106,7 @@ def check(path: Path, sizes_of: Callable[[str, str], Sizes]) -> dict[str, Any]:
         ValueError: a file that `bench decode` did not write.
     """
     rows = read(path)
-    if not rows or not {"ms.exact", "bytes.mix", *_LOAD} <= set(rows[0]):
+    if not rows or not {"ms.exact", "ms.mixed", "bytes.mix", *_LOAD} <= set(rows[0]):
         raise ValueError(f"{path} has no rows of `bench decode`: give another file")
     found = predictions(rows, functools.cache(sizes_of))
     medians = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.record import rounded, settings
-from refreshkv.bench.roofline import FAST_FULL_SHARE, Sizes, mixed
+from refreshkv.bench.roofline import Sizes, mean
 from refreshkv.bench.variants import NAMES
 
 # What follows from other columns stays out of the CSV file.
@@ -22,15 +22,15 @@ LEFT_OUT = (
 _MODES = {
     **{"snapkv": "snapkv", "partial": "snapkv"},
     **dict.fromkeys(("full", "own_dense", "static", "flash", "default"), "full"),
-    **{"mix": "mix", "fast": "fast", "exact": "exact"},
+    **{"mix": "mix", "mixed": "mixed", "exact": "exact"},
 }
 # How many times faster the first is, and how many times longer it takes.
 _FASTER = (
     *("mix_over_static", "mix_over_default", "mix_over_own_dense", "mix_over_snapkv"),
-    *("fast_over_own_dense", "exact_over_own_dense", "exact_over_static"),
+    *("mixed_over_own_dense", "exact_over_own_dense", "exact_over_static"),
 )
 _LONGER = ("partial_over_empty", "full_over_static", "full_over_own_dense")
-_CHECKED = ("own_dense", "full", "verify")
+_CHECKED = ("own_dense", "full", "mixed", "verify")
 
 
 def report(
@@ -105,7 +105,6 @@ def curve(job: Job, sizes: Sizes, ms: Mapping[str, float]) -> list[dict[str, flo
 def _medians(job: Job, times: Mapping[str, list[float]]) -> dict[str, float]:
     """Milliseconds of each of `NAMES`, those that are made of others too; NaN where one was not timed."""
     ms = {name: statistics.median(times.get(name, [math.nan])) for name in NAMES}
-    ms["mix"] = mixed(ms["partial"], ms["full"], job.stride)
-    ms["fast"] = ms["fast_partial"] + FAST_FULL_SHARE * (ms["fast_full"] - ms["empty"])
+    ms["mix"] = mean(ms["partial"], ms["full"], job.stride)
     ms["exact"] = ms["cycle"] / job.tokens_per_pass
     return ms

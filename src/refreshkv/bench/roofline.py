@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refreshkv.config import RefreshConfig
+from refreshkv.config import RefreshConfig, make_config
+from refreshkv.policy.rounding import BLOCK, GRID_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 # Means over the three tasks of docs/fidelity.md at 2,048 tokens: what the modes did on the bundled model.
 DRAFT = 10  # tokens that the default preset drafts in a cycle
 ACCEPTANCE = 0.93  # share of them that stands
-FAST_FULL_SHARE = 0.146  # steps of a KV head under the preset "fast" that are full
 
 
-def mixed(partial: float, full: float, stride: int | None) -> float:
+def mean(partial: float, full: float, stride: int | None) -> float:
     """The mean of a mix, one full step in `stride` and the others partial; `None`: no full step."""
     share = 0.0 if stride is None else 1 / stride
     return (1 - share) * partial + share * full
@@ -29,23 +29,42 @@ def mixed(partial: float, full: float, stride: int | None) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model: `weights` that a pass reads, `entry` for K and V of one token of one row, `stored` weights."""
+    """Bytes of a model: `weights` that a pass reads, `entry` for K and V of one token of one row, `stored` weights.
+
+    `itemsize` is that of a number of the cache.
+    """
 
     weights: int
     entry: int
     stored: int
+    itemsize: int = 2
+
+    @property
+    def codes(self) -> float:
+        """Bytes of one token of one row in the rounded copy of the preset "fast", its share of the grids included."""
+        config = make_config("fast")
+        bits = config.key_bits + config.value_bits + 2 * GRID_BITS / BLOCK
+        return self.entry * bits / (2 * 8 * self.itemsize)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What one token of each row reads: the weights `passes` times (shared by the rows), `entries` of its own cache."""
+    """What one token of each row reads: the weights `passes` times (shared by the rows), `entries` of its own cache.
+
+    `codes` are tokens that it reads in the rounded copy.
+    """
 
     passes: float
     entries: float
+    codes: float = 0
+
+    def cache_bytes(self, sizes: Sizes) -> float:
+        """Bytes of the cache of one row."""
+        return self.entries * sizes.entry + self.codes * sizes.codes
 
     def bytes(self, sizes: Sizes, rows: int) -> float:
         """Bytes that a token of every row moves."""
-        return self.passes * sizes.weights + self.entries * rows * sizes.entry
+        return self.passes * sizes.weights + rows * self.cache_bytes(sizes)
 
     def ms(self, sizes: Sizes, rows: int, bandwidth: float, fixed_ms: float) -> float:
         """Milliseconds of it: its bytes at `bandwidth` (a second), and what a pass costs beside them."""
@@ -90,17 +109,17 @@ class Load:
         """What a token of each mode reads.
 
         "full" is full attention, ours or anybody's, and a full step (its scores are not in memory yet); "snapkv" an
-        eviction method that keeps K entries, and a partial step; "mix" one full step in S, the others partial; "fast"
-        the preset: every step is partial, and a head that then fires reads all keys and its new partial cache; "exact"
-        the lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens.
+        eviction method that keeps K entries, and a partial step; "mix" one full step in S, the others partial; "mixed"
+        the mode: the rounded copy, K entries, and the newest block, which is half complete in the mean; "exact" the
+        lossless mode: s partial steps and one full pass yield `tokens_per_pass` tokens.
         """
         context, kept = self.context, min(self.budget, self.context)
         tokens = self.tokens_per_pass
         return {
             "full": Reads(1, context),
             "snapkv": Reads(1, kept),
-            "mix": Reads(1, mixed(kept, context, self.stride)),
-            "fast": Reads(1, kept + FAST_FULL_SHARE * (context / 2 + kept)),
+            "mix": Reads(1, mean(kept, context, self.stride)),
+            "mixed": Reads(1, kept + BLOCK / 2, context),
             "exact": Reads((self.draft + 1) / tokens, (self.draft * kept + context) / tokens),
         }
 
@@ -127,4 +146,5 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Sizes(weights, served * heads * 2 * dim * model.dtype.itemsize, stored)
+    itemsize = model.dtype.itemsize
+    return Sizes(weights, served * heads * 2 * dim * itemsize, stored, itemsize)

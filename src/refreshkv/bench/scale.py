@@ -13,7 +13,7 @@ import numpy as np
 
 from refreshkv.bench import decode
 from refreshkv.bench.record import Row, rounded
-from refreshkv.bench.roofline import mixed
+from refreshkv.bench.roofline import mean
 from refreshkv.bench.variants import VARIANTS
 
 FITTED = ("own_dense", "partial", "full")
@@ -90,7 +90,7 @@ def fit(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 def at_stride(record: Row, stride: int) -> dict[str, float | None]:
     """The mix at another stride, from the partial and full steps of a run, and what the bytes would allow."""
     ms, ideal = (
-        {**part, "mix": mixed(part["partial"], part["full"], stride)}
+        {**part, "mix": mean(part["partial"], part["full"], stride)}
         for part in (record["ms"], record["bytes"])
     )
     ratios = {

@@ -26,8 +26,6 @@ from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.kernels.options import AttendOptions
 
-_NEVER = 1e9  # nats that no log-sum-exp falls
-
 # Every time that is reported, in the order of the table.
 NAMES = {
     "empty": "full attention over one token: weights and Python alone",
@@ -38,18 +36,16 @@ NAMES = {
     "static": "transformers StaticCache, compiled where there is a GPU",
     "flash": "transformers flash_attention_2 over its DynamicCache, on a GPU",
     "default": "transformers DynamicCache, the default of generate",
-    "fast_partial": "partial step of fast, which fetches successors and watches the log-sum-exp",
-    "fast_full": "full step of fast, which reads keys only",
+    "mixed": "step of the mixed mode: a copy of all entries in two bits, K of a head exactly at most",
     "draft": "one draft pass",
     "verify": "one full pass over all drafts and the token before them",
     "cycle": "selection, drafts, full pass, commit",
     "mix": "partial and full steps, at the stride",
-    "fast": "the preset fast, at the share of full steps that it had on the demo's tasks",
     "exact": "a token of the lossless mode: cycle / tokens per pass",
 }
 # Those that can be left out, with what they are made of.
 VARIANTS = (
-    *("empty", "snapkv", "partial", "full", "fast", "exact"),
+    *("empty", "snapkv", "partial", "full", "mixed", "exact"),
     *("own_dense", "static", "flash", "default"),
 )
 
@@ -66,8 +62,7 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
         "snapkv": full,
         "partial": RefreshConfig(budget=job.budget, stride=None),
         "full": RefreshConfig(budget=job.budget, stride=1, threshold=None),
-        "fast_partial": make_config("fast", budget=job.budget, drop=_NEVER),
-        "fast_full": make_config("fast", budget=job.budget, stride=1),
+        "mixed": make_config("fast", budget=job.budget),
         "exact": make_config("default", budget=job.budget, draft=job.draft),
     }
     tokens = dict.fromkeys(settings, job.context)
@@ -76,7 +71,7 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
     held = {count: StaticCache(config=config, max_cache_len=most) for count, most in room.items()}
     made: dict[str, Cache] = {}
     for name, refresh in settings.items():
-        if name == "own_dense" or not {name, name.split("_")[0]} & {*skip}:
+        if name == "own_dense" or name not in skip:
             most = room[tokens[name]]
             made[name] = (
                 StaticRefreshCache(config, refresh, max_cache_len=most)
@@ -171,6 +166,9 @@ class _Compiled:
 
 
 def take_back(cache: RefreshCache | StaticRefreshCache, length: int) -> None:
-    """The store of one of ours ends at `length` again; what was selected from it stays."""
+    """The store of one of ours ends at `length` again; what was selected from it stays, and so do its codes.
+
+    No code covers a token that is taken back: a step encodes what is complete without the new token.
+    """
     for layer in cache.served:
         layer.inner.store.level(length)
