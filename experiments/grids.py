@@ -12,8 +12,11 @@ from typing import Any
 from experiments import recall, tables, text_model
 
 _ORDINARY = ("full", "oracle-topk", "quest", "token-select", "refreshkv:budget=0.0625")
-_LOSSY = ("refreshkv-fast", "refreshkv-paper")
-_TRIO = ("full", "refreshkv:budget=0.0625", "refreshkv-fast")
+_LOSSY = ("refreshkv-lse-drop", "refreshkv-paper")
+_TRIO = ("full", "refreshkv:budget=0.0625", "refreshkv-lse-drop")
+# The mixed mode, and its cheaper setting.
+_MIXED = ("refreshkv-fast", "refreshkv-fast:budget=0.03:skip=0.1")
+_MIXED_DRAFTS = ("drafter=mixed:budget=0.05", "drafter=mixed:budget=0.03:skip=0.1")
 _DRAFTS = tuple(f"refreshkv:draft={most}" for most in (2, 4, 8, 16, 32))
 _SURE = tuple(f"refreshkv:confidence={least}" for least in (0.5, 0.3, 0.1, 0.0))
 _COPIES = ("int4-keys:budget=0.0625", "int2-keys:budget=0.0625")
@@ -59,6 +62,23 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
             "oracle-topk",
         ),
     },
+    "mixed-2048": {
+        "tasks": _THREE,
+        "length": 2048,
+        "limit": 200,
+        "batch": 20,
+        "methods": ("full", *_MIXED),
+    },
+    "drafters-2048": {
+        "tasks": _THREE,
+        "length": 2048,
+        "limit": 40,
+        "batch": 20,
+        "methods": (
+            *("full", "refreshkv:budget=0.0625", "refreshkv:budget=0.0625:confidence=0.5"),
+            *(f"refreshkv:{drafts}" for drafts in _MIXED_DRAFTS),
+        ),
+    },
     "breadth-1024": {
         "tasks": "breadth",
         "length": 1024,
@@ -99,16 +119,17 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
         "tasks": "perplexity",
         "dtype": "bfloat16",
         "methods": (
-            *("full", *_LOSSY, "oracle-topk:budget=0.0625", *_COPIES, *_fixed(2)),
-            *("quest", "snapkv", "streaming-llm"),
+            *("full", *_MIXED, "refreshkv-fast:budget=0.1", "kivi-4", "kivi-2", _COPIES[1]),
+            *("twilight", *_LOSSY, "snapkv"),
         ),
     },
     "continued": {
         "tasks": "continuation",
         "dtype": "float32",
         "methods": (
-            *("full", "refreshkv", *_SURE, "refreshkv:confidence=0.5:draft=8"),
-            *(f"refreshkv:confidence=0.5:budget={share}" for share in (0.03125, 0.125)),
+            *("full", "refreshkv", "refreshkv:confidence=0.5", "refreshkv:confidence=0.3"),
+            *(f"refreshkv:{drafts}:confidence=0.5" for drafts in _MIXED_DRAFTS),
+            f"refreshkv:{_MIXED_DRAFTS[1]}:confidence=0.3",
         ),
     },
 }
@@ -165,7 +186,8 @@ def fidelity(*, out: Path = Path("out"), processes: int = 2) -> None:
         out: where the run directories and the plots are.
         processes: at once.
     """
-    runs = tuple(evaluate(run, out, processes) for run in ("fidelity-2048", "breadth-1024"))
+    names = ("mixed-2048", "drafters-2048", "fidelity-2048", "breadth-1024")
+    runs = tuple(evaluate(run, out, processes) for run in names)
     tables.show(runs, plots_in=out / "plots")
 
 

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = ("chain-of-key", "html-to-tsv", "key-value")
-# What the lossless mode drafts with, selected anew every ninth step; the preset `fast` by its own trigger.
+# What the lossless mode drafts with, selected anew every ninth step; the preset `lse-drop` by its own trigger.
 METHODS = (
     "refreshkv-fixed:budget=0.0625:stride=9:recent=16:successor=2:window=32:anchor=0.5",
-    "refreshkv-fast",
+    "refreshkv-lse-drop",
     "refreshkv-paper",
     "snapkv",
     "quest",

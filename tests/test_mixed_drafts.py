@@ -154,6 +154,6 @@ def test_what_a_cycle_reads() -> None:
     assert (int(counts.full), int(counts.steps)) == (2, 4)
     # Drafts read the text and themselves; the full pass the text and its own four.
     assert int(counts.read) == 2 * (188 + 189 + 190 + 191)
-    block = 2 * (64 * 32 * 2 // 8) + 16 * 4 + 64 * 4
+    block = 2 * (64 * 32 * 2 // 8 + 16 * 2)
     assert int(counts.rounded) == 3 * 2 * 2 * block
     assert int(counts.available) == 2 * (188 + 189)

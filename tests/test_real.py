@@ -47,8 +47,7 @@ def test_it_knows_something_and_the_lossless_mode_keeps_it(smollm2: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     text = (
-        TEXT.read_text("utf-8")[:600]
-        + "\n\nThe capital of Italy is Rome. The capital of France is"
+        TEXT.read_text("utf-8")[:600] + "\n\nThe capital of Italy is Rome. The capital of France is"
     )
     prompt = tokenizer(text, return_tensors="pt")
     plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)

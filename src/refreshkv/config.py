@@ -190,10 +190,13 @@ class Rounding(Settings):
     Attributes:
         key_bits: of the code of a key's number, 1 to 6; it lies on a grid of its channel over 64 tokens.
         value_bits: of the code of a value's number, 1 to 6; likewise.
+        skip: values of a block are not read where that leaves out no more than this share of a query head's weight, all
+            blocks together.
     """
 
     key_bits: int = bits_of_code(2)
     value_bits: int = bits_of_code(2)
+    skip: float = setting(0.05, "is a share of the weight in [0, 1]", lambda s: 0.0 <= s <= 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

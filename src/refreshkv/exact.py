@@ -47,6 +47,7 @@ class ExactLayer:
         self._end: int | None = None  # of the longest row, drafts included, where it is known
         # [steps, B], entries that each of these drafts read
         self.read = self.ends.new_zeros(cache.config.draft, cache.rows)
+        self.codes = torch.zeros_like(self.read)  # the same, bytes of codes
         self.verified = torch.zeros_like(self.ends)  # queries of each row in the last full pass
         if cache.fixed:
             self.visible = self._seen()
@@ -122,8 +123,8 @@ class ExactLayer:
         heads, before = cache.kv_heads, self.ends - cache.hidden
         # What the drafts of others made a row read is not its own.
         steps = torch.arange(len(self.read), device=kept.device)[:, None]
-        read = (before + self.verified) * heads
-        read = read + self.read.masked_fill(steps + 1 >= self.verified, 0).sum(0)
+        of_others = steps + 1 >= self.verified
+        read = (before + self.verified) * heads + self.read.masked_fill(of_others, 0).sum(0)
         # Full attention would have read one entry more with each token.
         available = (kept * before + kept * (kept + 1) // 2) * heads
         cache.stats.record(
@@ -133,11 +134,12 @@ class ExactLayer:
             full=(self.verified > 0) * heads,
             steps=kept * heads,
             read=torch.where(self.verified > 0, read, 0),
-            rounded=self._codes_read(),
+            rounded=self.codes.masked_fill(of_others, 0).sum(0),
             available=available,
         )
         self._advance(kept)
         self.read.zero_()
+        self.codes.zero_()
         self.fresh = True
 
     def take_back(self, ends: Tensor) -> None:
@@ -156,10 +158,6 @@ class ExactLayer:
     def tensors(self) -> list[Tensor]:
         """All that a pass reads and writes, beside the cache."""
         return [self.ends, *(part for part in vars(self).values() if isinstance(part, Tensor))]
-
-    def _codes_read(self) -> Tensor | int:
-        """`[B]`: bytes of codes that the drafts of this cycle read."""
-        return 0
 
     def _advance(self, kept: Tensor) -> None:
         self.ends.add_(kept)
@@ -200,17 +198,14 @@ class ExactMixedLayer(ExactLayer):
     def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache, positions = self.cache, self.ends + self.drafted
         cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
-        output, exact = attend_to_copy(cache, query, self.options, self._seen(), positions + 1)
-        read = entries_read(cache, exact, positions + 1)
-        self.read.index_copy_(0, self.drafted.view(1), read[None])
+        output, counts = attend_to_copy(cache, query, self.options, self._seen(), positions + 1)
+        for amounts, amount in (
+            (self.read, entries_read(cache, counts, positions + 1)),
+            (self.codes, bytes_of_codes(cache, counts)),
+        ):
+            amounts.index_copy_(0, self.drafted.view(1), amount[None])
         self.drafted += 1
         return output
-
-    def _codes_read(self) -> Tensor | int:
-        copy = self.cache.copy
-        if copy is None or copy.finished is None:
-            return 0
-        return (self.verified - 1).clamp(min=0) * bytes_of_codes(self.cache)
 
 
 class ExactWindowLayer(ExactLayer):

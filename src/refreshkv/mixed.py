@@ -40,7 +40,7 @@ def mixed_step(
     lengths = cache.store.lengths
     assert cache.copy is not None and cache.hidden is not None
     cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
-    output, exact = attend_to_copy(cache, query, options, visible)
+    output, counts = attend_to_copy(cache, query, options, visible)
     heads = cache.kv_heads
     cache.stats.record(
         cache.index,
@@ -48,8 +48,8 @@ def mixed_step(
         entry_bytes=cache.store.entry_bytes,
         full=0,
         steps=cache.rows * heads,
-        read=entries_read(cache, exact, lengths),
-        rounded=bytes_of_codes(cache),
+        read=entries_read(cache, counts, lengths),
+        rounded=bytes_of_codes(cache, counts),
         available=(lengths - cache.hidden) * heads,
     )
     return output
@@ -64,13 +64,13 @@ def attend_to_copy(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query a row over the copy as it is, and exactly over what it does not cover.
 
-    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and `[B, Hkv]`,
-    how many entries of the copy were exact.
+    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and counts as
+    `reference.attend_mixed` does.
     """
     copy = cache.copy
     assert copy is not None and copy.codes is not None and cache.budget is not None
     assert copy.first is not None and copy.finished is not None
-    attended, exact = cache.store.attend_mixed(
+    attended, counts = cache.store.attend_mixed(
         query,
         copy.codes,
         options.over(over_heads(visible)),
@@ -78,20 +78,22 @@ def attend_to_copy(
         first=copy.first,
         finished=copy.finished,
         budget=cache.budget,
+        skip=cache.config.skip,
     )
-    return attended.output, exact
+    return attended.output, counts
 
 
-def entries_read(cache: LayerCache, exact: Tensor, ends: Tensor) -> Tensor:
+def entries_read(cache: LayerCache, counts: Tensor, ends: Tensor) -> Tensor:
     """`[B]`: entries that a step read exactly, those that no code covers among the first `ends` positions with them."""
     copy = cache.copy
     assert copy is not None and copy.first is not None and copy.finished is not None
     uncovered = ends - copy.first - BLOCK * copy.finished
-    return exact.sum(-1) + uncovered * cache.kv_heads
+    return counts[..., 0].sum(-1) + uncovered * cache.kv_heads
 
 
-def bytes_of_codes(cache: LayerCache) -> Tensor:
-    """`[B]`: bytes of the codes that a step read."""
+def bytes_of_codes(cache: LayerCache, counts: Tensor) -> Tensor:
+    """`[B]`: bytes of the codes that a step read, the keys of all blocks and the values of some."""
     copy = cache.copy
     assert copy is not None and copy.codes is not None and copy.finished is not None
-    return copy.finished * cache.kv_heads * copy.codes.block_bytes
+    keys, values = copy.codes.block_bytes
+    return copy.finished * cache.kv_heads * keys + counts[..., 1].sum(-1) * values

@@ -20,7 +20,9 @@ from refreshkv.kernels.backend import (
     backend_for,
     triton_backend,
 )
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.native import attention
+from refreshkv.kernels.native import mixed as native_mixed
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.operators import OPERATORS
 from refreshkv.kernels.options import AttendOptions, Entries
@@ -91,6 +93,7 @@ def arguments(layout: str) -> dict[str, Any]:
         "begin": torch.tensor([0, 1]),
         "end": torch.tensor([1, 2]),
         "most": 2,
+        "skip": 0.1,
     }
 
 
@@ -120,7 +123,9 @@ def results_of(kernel: Any, given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_argument_by_its_name_and_no_other(name: str) -> None:
     """In the kernels themselves: those in C++, and operators over these, have no signature to compare."""
-    module = native_selection if name in ("select", "gather", "insert") else attention
+    homes = dict.fromkeys(("select", "gather", "insert"), native_selection)
+    homes |= dict.fromkeys(("attend_mixed", "encode"), native_mixed)
+    module = homes.get(name, attention)
     assert module.serves(**taken_by(name))
     expected = results_of(getattr(CPU, name), taken_by(name))
     for theirs, ours in zip(

@@ -200,7 +200,7 @@ class Store(ABC):
         codes: Codes,
         options: AttendOptions,
         ends: Tensor | None = None,
-        **rows: Tensor,
+        **rules: Any,
     ) -> tuple[Attended, Tensor]:
         """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`.
 
@@ -209,7 +209,7 @@ class Store(ABC):
         within = self._within(options)
         if ends is not None:
             within = options.over(options.visible, lengths=ends[:, None])
-        return self.backend.attend_mixed(query, self.entries(), codes, within, **rows)
+        return self.backend.attend_mixed(query, self.entries(), codes, within, **rules)
 
     def encode(self, codes: Codes, **blocks: Any) -> None:
         """The codes of blocks of these tokens; see `reference.encode`."""

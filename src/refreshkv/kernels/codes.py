@@ -68,9 +68,10 @@ class Codes:
         return self.keys, self.key_grids, self.values, self.value_grids
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of one KV head."""
-        return sum(part.shape[3:].numel() * part.element_size() for part in self.tensors)
+    def block_bytes(self) -> tuple[int, int]:
+        """Bytes of the keys and of the values of one block of one KV head."""
+        widths = [part.shape[-1] * part.element_size() for part in self.tensors]
+        return sum(widths[:2]), sum(widths[2:])
 
 
 def code_width(dim: int, bits: int) -> int:

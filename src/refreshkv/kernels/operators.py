@@ -126,11 +126,11 @@ _attend_and_rank = _operator(
 )
 _attend_mixed = _operator(
     "attend_mixed",
-    f"Tensor query, {_ENTRIES}, {_CODES}, {_OPTIONS}, Tensor first, Tensor finished, Tensor budget",
+    f"Tensor query, {_ENTRIES}, {_CODES}, {_OPTIONS}, Tensor first, Tensor finished, Tensor budget, float skip",
     3,
     lambda budget, **given: (
         *_attended(**given),
-        budget.new_empty(len(budget), given["code_keys"].shape[1]),
+        budget.new_empty(len(budget), given["code_keys"].shape[1], 2),
     ),
 )
 _score = _operator(
@@ -224,11 +224,12 @@ def attend_mixed(
     first: Tensor,
     finished: Tensor,
     budget: Tensor,
+    skip: float = 0.0,
 ) -> tuple[Attended, Tensor]:
     """See `reference.attend_mixed`."""
     flat = *_entries(entries), *codes.tensors, codes.blocks, *_options(options)
-    output, lse, exact = _attend_mixed(query, *flat, first, finished, budget)
-    return Attended(output, lse), exact
+    output, lse, counts = _attend_mixed(query, *flat, first, finished, budget, skip)
+    return Attended(output, lse), counts
 
 
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:

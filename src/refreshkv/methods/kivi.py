@@ -29,7 +29,7 @@ class KiviSettings(Budgeted):
     def for_cache(self) -> RefreshConfig:
         """See `Budgeted.for_cache`."""
         return RefreshConfig(
-            mode="mixed", budget=self.budget, key_bits=self.bits, value_bits=self.bits
+            mode="mixed", budget=self.budget, key_bits=self.bits, value_bits=self.bits, skip=0.0
         )
 
 

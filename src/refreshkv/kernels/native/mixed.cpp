@@ -84,13 +84,15 @@ class Work {
 
   // All chunks as one.
   void finish(const Softmax& result) {
-    mixed_.exact[index_] = 0;
+    int64_t* counts = mixed_.counts + 2 * index_;
+    counts[0] = counts[1] = 0;
     std::fill(result.top, result.top + m_, kLowest);
     std::fill(result.total, result.total + m_, 0.0f);
     std::fill(result.mixed, result.mixed + m_ * value_dim_, 0.0f);
     for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
       merge(job_, result, result_of(chunk));
-      mixed_.exact[index_] += sheet_.listed[chunk] - sheet_.uncovered[chunk];
+      counts[0] += sheet_.listed[chunk] - sheet_.uncovered[chunk];
+      counts[1] += sheet_.blocks[chunk];
     }
     finish_part<T>(job_, part_, result);
   }
@@ -235,9 +237,14 @@ class Work {
   }
 
   void mix_codes(int64_t chunk, const Softmax& own) {
+    lse_of_all();
+    std::copy_n(own_.against, m_, own_.least);
     top_of_all();
+    const float share = static_cast<float>(mixed_.skip) / std::max<int64_t>(1, mixed_.finished[part_.row]);
+    for (int64_t i = 0; i < m_; ++i) own_.least[i] = share * std::exp2(own_.least[i] * kLog2e - own_.against[i]);
+    sheet_.blocks[chunk] = 0;
     std::copy_n(own_.against, m_, own.top);
-    std::fill(own_.masses, own_.masses + m_ * kLanes, 0.0f);
+    std::fill(own.total, own.total + m_, 0.0f);
     std::fill(own.mixed, own.mixed + m_ * value_dim_, 0.0f);
     const Places<A> places(mixed_.codes.value_bits);
     const int64_t end = std::min(span_.high(chunk), span_.start + span_.blocks * kCoded);
@@ -248,9 +255,9 @@ class Work {
     for (int64_t at = span_.start + chunk * kChunk; at < end; at += kCoded) {
       Coded coded;
       for (int64_t k = 0; k < each && next < listed; ++k) look_at(list[next++]);
-      if (copy_.find(block_at(at), coded)) mix_block(coded, at, places, own.mixed);
+      if (copy_.find(block_at(at), coded))
+        sheet_.blocks[chunk] += mix_block(coded, at, places, own);
     }
-    for (int64_t i = 0; i < m_; ++i) own.total[i] = sum(load<Floats>(own_.masses + i * kLanes));
     for (int64_t d = 0; std::is_same_v<T, bfloat16> && d < m_ * value_dim_; d += 2 * kLanes)
       put_out_of_order(own.mixed + d);
   }
@@ -262,7 +269,8 @@ class Work {
     for (int64_t b = 0; b < job_.value_dim * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(value + b, 0, 2);
   }
 
-  void mix_block(const Coded& coded, int64_t at, const Places<A>& places, float* mixed) {
+  // Whether the values of the block were read.
+  bool mix_block(const Coded& coded, int64_t at, const Places<A>& places, const Softmax& own) {
     Coded next;
     const char* ahead_of[1];
     Ahead ahead;
@@ -286,12 +294,12 @@ class Work {
         }
         middle = narrow_and_dot(middle, weight[0], weight[1], places.middle + t % 32, own_.a + i * own_.stride + t);
       }
-      store(own_.masses + i * kLanes, load<Floats>(own_.masses + i * kLanes) + mass);
       own_.start[i] = -sum(middle);
       own_.mass[i] = sum(mass);
-      any |= own_.mass[i] != 0;
+      any |= own_.mass[i] != 0 && !(own_.mass[i] < own_.least[i]);
     }
-    if (!any) return;  // what has no weight has no say, whatever its grid holds
+    if (!any) return false;
+    for (int64_t i = 0; i < m_; ++i) own.total[i] += own_.mass[i];
     const float center = Places<A>::center(mixed_.codes.value_bits);
     read_grid(coded.value_grid, job_.value_dim, nullptr, center, own_.unit, own_.middle);
     code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start,
@@ -299,10 +307,11 @@ class Work {
                  mixed_.codes.value_bits);
     for (int64_t i = 0; i < m_; ++i)
       for (int64_t d = 0; d < value_dim_; d += kLanes) {
-        float* to = mixed + i * value_dim_ + d;
+        float* to = own.mixed + i * value_dim_ + d;
         const Floats codes = load<Floats>(own_.product + i * value_dim_ + d) * load<Floats>(own_.unit + d);
         store(to, load<Floats>(to) + codes + load<Floats>(own_.middle + d) * own_.mass[i]);
       }
+    return true;
   }
 
   const Mixed& mixed_;

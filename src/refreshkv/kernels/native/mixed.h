@@ -13,7 +13,8 @@ struct Mixed {
   Job job;  // one query of a row, no list, no scores
   Codes codes;
   const int64_t *first, *finished, *budget;  // [B]
-  int64_t* exact;                            // [B, Hkv], contiguous
+  int64_t* counts;                           // [B, Hkv, 2], contiguous
+  double skip;
 };
 }
 
@@ -44,6 +45,7 @@ struct Sheet {
   int32_t *list, *marks;           // positions, those of a chunk from `list_of` on; the buckets of candidates
   Buckets buckets;                 // [chunks]; all of a thread's own chunks in the first of them
   int64_t *uncovered, *listed;     // [chunks]: the first so many of a list have no codes, and how many there are
+  int64_t* blocks;                 // [chunks]: whose values were read
   float *tops, *totals;            // [chunks, m], in powers of two: the largest logit, and the sum of weights
   float *top, *total, *mixed;      // [chunks, m (, value_dim)]: as in `Softmax`
   int64_t stride;
@@ -55,13 +57,13 @@ struct Sheet {
   static size_t bytes(int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
     return Room::bytes_of<float>(m * row(n)) + 2 * Room::bytes_of<int32_t>(places(n)) +
-           Room::bytes_of<int32_t>(all * Buckets::size) + 2 * Room::bytes_of<int64_t>(all) +
+           Room::bytes_of<int32_t>(all * Buckets::size) + 3 * Room::bytes_of<int64_t>(all) +
            4 * Room::bytes_of<float>(all * m) + Room::bytes_of<float>(all * m * dim);
   }
   static Sheet take(Room& room, int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
     return {room.take<float>(m * row(n)), room.take<int32_t>(places(n)), room.take<int32_t>(places(n)),
-            {room.take<int32_t>(all * Buckets::size)}, room.take<int64_t>(all), room.take<int64_t>(all),
+            {room.take<int32_t>(all * Buckets::size)}, room.take<int64_t>(all), room.take<int64_t>(all), room.take<int64_t>(all),
             room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
             room.take<float>(all * m), room.take<float>(all * m * dim), row(n)};
   }
@@ -81,9 +83,9 @@ struct CodeBench {
   A* a;            // [m, the larger of dim and a block]
   float* queries;  // [m, dim], scaled
   float *unit, *middle;    // of each dim
-  float *start, *against, *mass;  // [m]: of a product; what logits are weights to; weights of a block
+  float *start, *against;  // [m]: of a product; what logits are weights to
+  float *mass, *least;     // [m]: weights of a block; so many it must have to be read
   float* product;          // [m, the larger of both dims]
-  float* masses;           // [m, a register]
   uint16_t* fields;        // of a block
   int64_t stride;
 
@@ -93,13 +95,13 @@ struct CodeBench {
   // `wide`: the larger of both dims.
   static size_t bytes(int64_t m, int64_t dim, int64_t wide) {
     return Room::bytes_of<A>(m * row(dim)) + Room::bytes_of<float>(m * dim) + 2 * Room::bytes_of<float>(wide) +
-           3 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * wide) + Room::bytes_of<float>(m * kLanes) +
+           4 * Room::bytes_of<float>(m) + Room::bytes_of<float>(m * wide) +
            Room::bytes_of<uint16_t>(fields_of(wide));
   }
   static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
     return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(wide),
             room.take<float>(wide), room.take<float>(m), room.take<float>(m),
-            room.take<float>(m), room.take<float>(m * wide), room.take<float>(m * kLanes), room.take<uint16_t>(fields_of(wide)), row(dim)};
+            room.take<float>(m), room.take<float>(m), room.take<float>(m * wide), room.take<uint16_t>(fields_of(wide)), row(dim)};
   }
 };
 

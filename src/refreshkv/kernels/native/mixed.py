@@ -52,7 +52,8 @@ class Mixed(ctypes.Structure):
     _fields_ = (
         ("job", Job),
         ("codes", Codes),
-        *pointers("first", "finished", "budget", "exact"),
+        *pointers("first", "finished", "budget", "counts"),
+        ("skip", ctypes.c_double),
     )
 
 
@@ -73,7 +74,7 @@ def serves(*given: Any, **named: Any) -> bool:
     every = *given, *named.values()
     (entries,) = (x for x in every if isinstance(x, kinds.Entries))
     (codes,) = (x for x in every if isinstance(x, layout.Codes))
-    queries = [named["query"]] if "query" in named else [x for x in given[:1] if x is not entries]
+    queries = [x for x in (*given[:1], named.get("query")) if isinstance(x, Tensor)]
     if entries.values is None or entries.positions is not None:
         return False
     tensors = [entries.keys, entries.values, *queries]
@@ -98,9 +99,11 @@ def attend_mixed(
     first: Tensor,
     finished: Tensor,
     budget: Tensor,
+    skip: float = 0.0,
 ) -> tuple[Attended, Tensor]:
     """See `reference.attend_mixed`."""
-    return run(query, entries, codes, options, first=first, finished=finished, budget=budget)
+    rules = {"first": first, "finished": finished, "budget": budget, "skip": skip}
+    return run(query, entries, codes, options, **rules)
 
 
 def run(
@@ -112,6 +115,7 @@ def run(
     first: Tensor,
     finished: Tensor,
     budget: Tensor,
+    skip: float = 0.0,
     threads: int | None = None,
 ) -> tuple[Attended, Tensor]:
     """`attend_mixed` on so many threads, or as many as torch uses."""
@@ -119,16 +123,16 @@ def run(
     rows, query_heads, _ = query.shape
     output = query.new_empty(rows, query_heads, entries.values.shape[-1])
     lse = query.new_empty(rows, query_heads, dtype=torch.float32)
-    exact = torch.zeros(rows, entries.kv_heads, dtype=torch.int64)
+    counts = torch.zeros(rows, entries.kv_heads, 2, dtype=torch.int64)
     if not (entries.count and entries.keys.numel()):  # as in `attention.run`
-        return Attended(output.zero_(), lse.fill_(float("-inf"))), exact
+        return Attended(output.zero_(), lse.fill_(float("-inf"))), counts
     job = job_of(query[:, :, None], entries, options, (output, lse, None), threads=threads)
     where = Codes(codes)
     inputs = [whole(x, torch.int64) for x in (first, finished, budget)]
-    mixed = Mixed(job, where, *map(address, (*inputs, exact)))
+    mixed = Mixed(job, where, *map(address, (*inputs, counts)), skip)
     if compiled().refreshkv_attend_mixed(ctypes.byref(mixed)):
         raise MemoryError(f"attention over {entries.count} entries: not enough memory")
-    return Attended(output, lse), exact
+    return Attended(output, lse), counts
 
 
 def encode(

@@ -93,11 +93,13 @@ def attend_mixed(
     first: Tensor,
     finished: Tensor,
     budget: Tensor,
+    skip: float = 0.0,
 ) -> tuple[Attended, Tensor]:
-    """Attention of one query token `[B, Hq, D]`: few entries exactly, all others by their codes, one softmax over both.
+    """Attention of one query token `[B, Hq, D]`: few entries exactly, others by their codes, one softmax over both.
 
     Entries that no finished block covers are exact, and so are those of `policy.rounding.worth_reading`, by the weights
-    that the rounded keys give (and the exact ones of entries that are not covered).
+    that the rounded keys give (and the exact ones of entries that are not covered). Blocks of whose values, beside
+    those, hardly anything would come are left out: they cost no more than their keys.
 
     Args:
         entries: all positions, without a list.
@@ -105,9 +107,12 @@ def attend_mixed(
         first, finished: `[B]` int64; the codes of row b cover `64 * finished[b]` positions from `first[b]` on, at most
             those that there is room for.
         budget: `[B]` int64, the most entries of a KV head that are read exactly although they are covered.
+        skip: the most weight of a query head that blocks left out may have together; each has less than this share by
+            the number of finished blocks, in every query head of the group.
 
     Returns:
-        See `attend`; and `[B, Hkv]` int64, how many entries were exact although they are covered.
+        See `attend`, without the blocks left out; and `[B, Hkv, 2]` int64: how many entries were exact although they
+        are covered, and of how many blocks the values were read.
     """
     keys, values, visible = seen_entries(without_list(entries), options, len(query))
     assert values is not None
@@ -133,14 +138,39 @@ def attend_mixed(
     weights = largest_weights(logits, total, entries.kv_heads).masked_fill(~covered, float("-inf"))
     chosen = worth_reading(weights, budget)
 
-    rounded = (covered & ~chosen)[..., None]
-    exact_values = seen_values(values, visible)
+    rounded = covered & ~chosen
+    masses = _masses(logits, total, rounded, everywhere, codes.keys.shape[2])
+    blocks = finished.clamp(min=1)[:, None, None]
+    read = ~(masses < skip / blocks) & (masses != 0)
+    block = torch.div(everywhere, BLOCK, rounding_mode="floor").clamp(0, max(read.shape[2] - 1, 0))
+    left_out = rounded & ~read.gather(2, block) if read.shape[2] else rounded
+    visible = ~left_out if visible is None else visible & ~left_out
+
+    rounded, exact_values = rounded[..., None], seen_values(values, visible)
     mixed = Entries(
         torch.where(rounded, rounded_keys, keys.float()),
         torch.where(rounded, rounded_values, exact_values),
     )
     output, lse = attend(query, mixed, options.over(visible))
-    return Attended(output.to(values.dtype), lse), chosen.sum(-1)
+    counts = torch.stack([chosen.sum(-1), read.sum(-1)], -1)
+    return Attended(output.to(values.dtype), lse), counts
+
+
+def _masses(
+    logits: Tensor, total: Tensor, rounded: Tensor, positions: Tensor, blocks: int
+) -> Tensor:
+    """`[B, Hkv, blocks]`: the largest weight in a GQA group of what is rounded in each block.
+
+    `logits` `[B, Hq, n]`, `total` `[B, Hq]` their log-sum-exp; `rounded`, and `positions` from the first block on,
+    `[B, Hkv, n]`.
+    """
+    heads = rounded.shape[1]
+    weights = (logits - total.masked_fill(total == float("-inf"), 0.0)[..., None]).exp()
+    weights = weights.unflatten(1, (heads, -1)) * rounded[:, :, None]
+    masses = weights.new_zeros(*weights.shape[:3], blocks + 1)
+    block = torch.div(positions, BLOCK, rounding_mode="floor").where(rounded, blocks)
+    masses.scatter_add_(-1, block[:, :, None].expand_as(weights), weights)
+    return masses[..., :blocks].amax(2)
 
 
 def _places(entries: Entries, codes: Codes, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
