@@ -40,7 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
+        changed = {k: v for k, v in vars(self).items() if v != getattr(type(self), k)}
         return "-".join(f"{k}={v}" for k, v in changed.items()) or "plain"
 
     def dense(self) -> tuple[Tensor, Entries, AttendOptions]:

@@ -1,0 +1,274 @@
+"""The C++ kernels of the mixed mode: equal to the reference in every build, and nothing but the numbers counts."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refreshkv.kernels import reference
+from refreshkv.kernels.backend import CPU
+from refreshkv.kernels.codes import Codes
+from refreshkv.kernels.native import build, mixed
+from refreshkv.kernels.options import Attended, Entries
+from tests.helpers import needs_compiler
+from tests.kernels import hostile
+from tests.kernels.mixed import CLOSE, MixedCase, check_encode, check_mixed
+from tests.kernels.test_native import BUILDS, CHUNK, built, mutant
+
+pytestmark = needs_compiler
+
+EVERYTHING = MixedCase(
+    rows=3, hidden="holes", softcap=3.0, sinks=True, value_dim=48, code_pages=True
+)
+CASES = [
+    MixedCase(),
+    EVERYTHING,
+    *[MixedCase(group=group, rows=3) for group in range(1, 9)],
+    *[MixedCase(dim=dim, value_dim=other) for dim, other in ((16, 256), (24, 20), (80, 7), (256, 16))],
+    *[MixedCase(bits=bits, value_bits=8 - bits, length=200, kv_heads=1) for bits in range(1, 8)],
+    *[MixedCase(length=length) for length in (1, 63, 64, 65, 128)],
+    *[MixedCase(budget=budget, hidden=hidden) for budget in (0, 1, 999) for hidden in ("", "left")],
+    *[MixedCase(softcap=3.0, group=3), MixedCase(sinks=True), MixedCase(hidden="left", sinks=True)],
+    *[MixedCase(layout=layout, rows=3) for layout in ("rows", "pages", "pages rows")],
+]  # fmt: skip
+# One chunk, and several with a part: each chunk's list and counts are its own.
+LONG = [
+    MixedCase(length=length, group=2, budget=150, hidden=hidden, dim=32)
+    for length, hidden in ((CHUNK + 1, ""), (2 * CHUNK + 77, "left"), (2 * CHUNK + 90, "holes"))
+]  # fmt: skip
+EVERY_DTYPE = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
+
+
+def on(threads: int) -> Callable[..., tuple[Attended, Tensor]]:
+    return lambda *given, **named: mixed.run(*given, **named, threads=threads)
+
+
+def check_everything(dtype: torch.dtype, cases: list[MixedCase]) -> None:
+    for case in cases:
+        case = replace(case, dtype=dtype)
+        (query, entries, codes, options), given = case.mixed()
+        assert mixed.serves(query, entries, codes, options, **given)
+        check_mixed(mixed.attend_mixed, case, strict=dtype == torch.float32)
+        check_encode(mixed.encode, case)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@EVERY_DTYPE
+def test_every_build_equals_the_reference(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = built(name)
+    monkeypatch.setattr(mixed, "compiled", lambda: library)
+    check_everything(dtype, CASES if name == "this machine" else CASES[::4])
+
+
+@EVERY_DTYPE
+def test_long_texts_are_worked_off_in_chunks(dtype: torch.dtype) -> None:
+    check_everything(dtype, LONG)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", [EVERYTHING, *LONG], ids=str)
+def test_neither_threads_nor_other_rows_change_a_bit(case: MixedCase, dtype: torch.dtype) -> None:
+    (query, entries, codes, options), given = replace(case, dtype=dtype).mixed()
+    (expected, lse), exact = on(1)(query, entries, codes, options, **given)
+    for threads in (2, 3, 8):
+        (output, other), count = on(threads)(query, entries, codes, options, **given)
+        assert (
+            torch.equal(output, expected) and torch.equal(other, lse) and torch.equal(count, exact)
+        )
+    for row in range(case.rows):
+        only = slice(row, row + 1)
+        alone = Entries(entries.keys[only], entries.values[only])
+        where = (
+            codes if codes.blocks is not None else Codes(*(part[only] for part in codes.tensors))
+        )
+        if codes.blocks is not None:
+            where = replace(codes, blocks=codes.blocks[only])
+        seen = None if options.visible is None else options.visible[only]
+        of_row = replace(options, visible=seen)
+        named = {name: number[only] for name, number in given.items()}
+        for threads in (1, 2, 8):
+            (output, _), count = on(threads)(query[only], alone, where, of_row, **named)
+            assert torch.equal(output, expected[only]) and torch.equal(count, exact[only])
+
+
+@EVERY_DTYPE
+def test_where_entries_and_codes_lie_changes_no_bit(dtype: torch.dtype) -> None:
+    for case in (MixedCase(dtype=dtype), replace(EVERYTHING, dtype=dtype)):
+        dense, given = case.mixed()
+        expected, exact = mixed.attend_mixed(*dense, **given)
+        for layout in ("rows", "pages", "pages rows"):
+            moved, given = replace(case, layout=layout).mixed()
+            output, count = mixed.attend_mixed(*moved, **given)
+            assert all(map(torch.equal, output, expected)) and torch.equal(count, exact)
+
+
+@EVERY_DTYPE
+def test_a_budget_of_everything_is_full_attention(dtype: torch.dtype) -> None:
+    """And so is a copy without a block."""
+    for case in (MixedCase(budget=999, dtype=dtype), replace(LONG[1], budget=10**6, dtype=dtype)):
+        (query, entries, codes, options), given = case.mixed()
+        full = CPU.attend(query, entries, options)
+        for finished in (given["finished"], given["finished"] * 0):
+            named = given | {"finished": finished}
+            (output, lse), exact = mixed.attend_mixed(query, entries, codes, options, **named)
+            torch.testing.assert_close(output, full.output, **hostile.CLOSE[dtype])
+            torch.testing.assert_close(lse, full.lse, rtol=1e-3, atol=1e-3)
+            assert bool((exact > 0).any()) == bool(finished.any())
+
+
+def test_lengths_hide_what_lies_beyond() -> None:
+    for case in (MixedCase(), EVERYTHING):
+        (query, entries, codes, options), given = case.mixed()
+        lengths = torch.tensor([[0, 300], [40, 333], [129, 64]])[: case.rows]
+        kind = replace(options, lengths=lengths)
+        expected, exact = reference.attend_mixed(query, entries, codes, kind, **given)
+        ours, count = mixed.attend_mixed(query, entries, codes, kind, **given)
+        torch.testing.assert_close(ours.output, expected.output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.lse, expected.lse)
+        assert torch.equal(count, exact) and not ours.output[0, : case.group].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries, codes: (Entries(entries.keys.double(), entries.values.double()), codes),
+        lambda entries, codes: (Entries(entries.keys, entries.values.half()), codes),
+        lambda entries, codes: (entries, MixedCase(bits=8).room(entries)),
+        lambda entries, codes: (Entries(entries.keys.clone().requires_grad_(), entries.values), codes),
+    ],
+    ids=["float64", "two dtypes", "8 bits", "gradients"],
+)  # fmt: skip
+def test_what_they_do_not_take_goes_to_the_reference(change: Callable[..., Any]) -> None:
+    (query, entries, codes, options), given = MixedCase().mixed()
+    assert mixed.serves(query, entries, codes, options, **given)
+    assert mixed.serves(entries, codes, **MixedCase().span())
+    entries, codes = change(entries, codes)
+    query = query.to(entries.keys.dtype)
+    assert not mixed.serves(query, entries, codes, options, **given)
+    assert not mixed.serves(entries, codes, **MixedCase().span())
+    CPU.encode(entries, codes, **MixedCase().span())
+    ours, _ = CPU.attend_mixed(query, entries, codes, options, **given)
+    expected, _ = reference.attend_mixed(query, entries, codes, options, **given)
+    assert torch.equal(ours.output, expected.output)
+
+
+# From here on: what no caller should send, and kernels that are wrong.
+
+
+def check_broken_numbers(dtype: torch.dtype = torch.float32) -> None:
+    """One number that is none, before the codes are made of it: what comes out is what the reference says."""
+    for case in (MixedCase(dtype=dtype), replace(EVERYTHING, dtype=dtype), LONG[0]):
+        for what in ("query", "keys", "values", "sinks", "hidden"):
+            for number in (hostile.NAN, hostile.INF):
+                if what in ("sinks", "hidden") and not case.sinks:
+                    continue
+                query, entries, options, _ = hostile.spoiled(case, what, number)
+                ours, theirs = case.room(entries), case.room(entries)
+                seen = None if options.visible is None else options.visible[:, 0]
+                mixed.encode(entries, ours, **case.span(), visible=seen)
+                reference.encode(entries, theirs, **case.span(), visible=seen)
+                assert all(map(torch.equal, ours.tensors, theirs.tensors))
+                _, given = case.mixed()
+                wide = Entries(entries.keys.float(), entries.values.float())
+                expected, _ = reference.attend_mixed(query.float(), wide, theirs, options, **given)
+                (output, lse), exact = mixed.attend_mixed(query, entries, ours, options, **given)
+                assert bool((exact <= given["budget"][:, None]).all())
+                if what == "hidden":
+                    assert not output.isnan().any()
+                hostile.close(output, expected.output, case.dtype)
+                hostile.close(lse, expected.lse, case.dtype)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@EVERY_DTYPE
+def test_nan_in_is_nan_out_in_every_build(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = built(name)
+    monkeypatch.setattr(mixed, "compiled", lambda: library)
+    check_broken_numbers(dtype)
+
+
+def check_broken_places(count: int = 30) -> None:
+    """Blocks, pages, rows, lengths and budgets of any size."""
+    for seed in range(count):
+        gen = torch.Generator().manual_seed(seed)
+        case = MixedCase(rows=3, dim=16, kv_heads=1, group=2, code_pages=seed % 2 == 0,
+                         layout=("", "rows", "pages", "pages rows")[seed % 4])  # fmt: skip
+        (query, entries, codes, options), given = case.mixed()
+
+        def some(most: int, gen: torch.Generator = gen) -> Tensor:
+            return hostile.integers((3,), most, gen)
+
+        if entries.rows is not None:
+            entries = replace(entries, rows=hostile.indices((3,), len(codes.keys), gen))
+        if codes.blocks is not None:
+            codes = replace(
+                codes, blocks=hostile.indices(tuple(codes.blocks.shape), len(codes.keys), gen)
+            )
+        if entries.blocks is not None:
+            near = entries.blocks.where(torch.rand(entries.blocks.shape, generator=gen) < 0.7, -5)
+            entries = replace(entries, blocks=near)
+        kind = replace(options, lengths=hostile.integers((3, 1), case.length, gen))
+        for finished in (given["finished"], some(6)):
+            for first in (given["first"], some(case.length), some(3) - 70):
+                named = {"first": first, "finished": finished, "budget": some(30)}
+                expected, exact = reference.attend_mixed(query, entries, codes, kind, **named)
+                ours, counted = mixed.attend_mixed(query, entries, codes, kind, **named)
+                torch.testing.assert_close(ours.output, expected.output, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(ours.lse, expected.lse)
+                assert torch.equal(counted, exact)
+                if (
+                    codes.blocks is not None
+                    and codes.blocks.flatten().unique().numel() < codes.blocks.numel()
+                ):
+                    continue  # two blocks at one place: which is written last, nobody says
+                if entries.rows is not None and entries.rows.unique().numel() < 3:
+                    continue
+                parts = [replace(codes, keys=codes.keys.clone(), key_grids=codes.key_grids.clone(),
+                                 values=codes.values.clone(), value_grids=codes.value_grids.clone())
+                         for _ in range(2)]  # fmt: skip
+                span = {"first": first, "begin": some(5), "end": finished, "most": 4}
+                mixed.encode(entries, parts[0], **span)
+                reference.encode(entries, parts[1], **span)
+                assert all(map(torch.equal, parts[0].tensors, parts[1].tensors))
+
+
+def test_no_place_leads_elsewhere() -> None:
+    check_broken_places()
+
+
+def test_without_entries_or_rows_there_is_nothing() -> None:
+    (query, entries, codes, options), given = MixedCase().mixed()
+    none = Entries(entries.keys[:, :, :0], entries.values[:, :, :0])
+    ours, exact = mixed.attend_mixed(query, none, codes, options, **given)
+    assert not ours.output.any() and bool((ours.lse == -torch.inf).all()) and not exact.any()
+    empty = Codes.room(entries.keys, (64, 64), 0, 2, 2)
+    ours, exact = mixed.attend_mixed(query, entries, empty, options, **given)
+    assert torch.equal(ours.output, CPU.attend(query, entries, options).output) and not exact.any()
+    mixed.encode(entries, empty, **MixedCase().span())
+
+
+def check_all() -> None:
+    check_everything(torch.float32, [*CASES[:4], *CASES[10:14], *CASES[14:24], EVERYTHING, LONG[2]])
+    check_everything(torch.bfloat16, [CASES[0], CASES[16], EVERYTHING])
+    check_broken_numbers()
+    check_broken_places(4)
+
+
+# Each leaves the kernel within its memory: without a bound it would not be there to be noticed.
+MUTANTS: list[tuple[str, str, str]] = []
+
+
+def test_the_checks_pass_unbroken() -> None:
+    assert build.library() is not None
+    check_all()
