@@ -29,7 +29,7 @@ def fast_mode_is_fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Milliseconds a token by mode, instead of a clock; "plain" is a model that is not attached."""
     import refreshkv
 
-    pace = {"plain": 10.0, "full": 10.0, "exact": 8.0, "refresh": 12.0}
+    pace = {"plain": 10.0, "full": 10.0, "exact": 8.0, "mixed": 12.0, "refresh": 12.0}
     attached: list[str] = []
     attach, original = refreshkv.attach, decoding.continue_rows
 

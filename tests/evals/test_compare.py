@@ -17,7 +17,15 @@ from refreshkv import demo
 from refreshkv.config import RefreshConfig
 from refreshkv.demo.prompts import make_prompt
 from refreshkv.evals import decoding
-from refreshkv.evals.candidates import LOSSLESS, LOSSY, MODES, Candidate, parse_candidate, variants
+from refreshkv.evals.candidates import (
+    LOSSLESS,
+    MIXED,
+    MODES,
+    PARTIAL,
+    Candidate,
+    parse_candidate,
+    variants,
+)
 from refreshkv.evals.compare import (
     Comparison,
     difference,
@@ -248,15 +256,24 @@ def test_no_prompts(loaded: tuple[Any, Any]) -> None:
 def test_tuning_varies_what_was_not_asked_for() -> None:
     found = variants(parse_candidate("exact"))
     assert len(found) == math.prod(map(len, LOSSLESS.values()))
-    assert found[0].name == "exact:confidence=0.9:draft=8"
-    assert {(v.config.confidence, v.config.draft) for v in found} == set(
+    assert found[0].name == "exact:drafter=partial:confidence=0.9"
+    assert {(v.config.drafter, v.config.confidence) for v in found} == set(
         itertools.product(*LOSSLESS.values())
     )
     assert refreshkv.make_config() in [v.config for v in found]
-    fixed = variants(parse_candidate("exact:draft=5"))
-    assert len(fixed) == len(LOSSLESS["confidence"])
-    assert {v.config.draft for v in fixed} == {5}
-    assert [v.config.budget for v in variants(parse_candidate("fast"))] == list(LOSSY["budget"])
+    fixed = variants(parse_candidate("exact:confidence=0.7"))
+    assert [v.config.drafter for v in fixed] == list(LOSSLESS["drafter"])
+    assert {v.config.confidence for v in fixed} == {0.7}
+    # With the other drafter nothing would read what was asked for.
+    for asked, drafter in (("recent=4", "partial"), ("drafter=mixed:key_bits=3", "mixed")):
+        own = variants(parse_candidate(f"exact:{asked}"))
+        assert len(own) == len(LOSSLESS["confidence"])
+        assert {v.config.drafter for v in own} == {drafter}
+    lossy = [v.config for v in variants(parse_candidate("fast"))]
+    assert [(c.budget, c.value_bits) for c in lossy] == list(itertools.product(*MIXED.values()))
+    assert refreshkv.make_config("fast") in lossy
+    published = variants(parse_candidate("refreshkv-paper"))
+    assert [v.config.budget for v in published] == list(PARTIAL["budget"])
     for name in ("snapkv", "full"):
         assert variants(parse_candidate(name)) == [parse_candidate(name)]
     own = Candidate("own.json", {"preset": {"mode": "exact", "budget": 0.25}})

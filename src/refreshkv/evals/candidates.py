@@ -17,9 +17,13 @@ MODES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fast": ("refreshkv-fast", {"preset": "fast"}),
 }
 # The grid is small, each point a different trade of what is read and what is right.
-# How sure a draft has to be to go on, and how many tokens are drafted at most: what depends on model and text.
-LOSSLESS: Mapping[str, Sequence[Any]] = {"confidence": (0.9, 0.5, 0.3), "draft": (8, 16)}
-LOSSY: Mapping[str, Sequence[Any]] = {"budget": (1 / 32, 1 / 16, 1 / 8)}
+# What drafts, and how sure it has to be to go on: what depends on model and text.
+LOSSLESS: Mapping[str, Sequence[Any]] = {
+    "drafter": ("partial", "mixed"),
+    "confidence": (0.9, 0.5, 0.3),
+}
+MIXED: Mapping[str, Sequence[Any]] = {"budget": (1 / 32, 1 / 20, 1 / 10), "value_bits": (2, 1)}
+PARTIAL: Mapping[str, Sequence[Any]] = {"budget": (1 / 32, 1 / 16, 1 / 8)}
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,29 @@ def parse_candidate(text: str) -> Candidate:
 def variants(candidate: Candidate) -> list[Candidate]:
     """The candidate at every point of its grid; a setting that was asked for stays, other algorithms stay as they are.
 
+    Points at which a setting that was asked for has no effect are left out.
+
     Raises:
         ValueError: as `Candidate.config`.
     """
-    if candidate.preset is None:
+    preset = candidate.preset
+    if preset is None:
         return [candidate]
-    grid = LOSSLESS if candidate.lossless else LOSSY
+    grid = {"exact": LOSSLESS, "mixed": MIXED}.get(preset.mode, PARTIAL)
     free = {name: values for name, values in grid.items() if name not in candidate.arguments}
     found = []
     for values in itertools.product(*free.values()):
         settings = dict(zip(free, values, strict=True))
         name = ":".join([candidate.name, *(f"{key}={value}" for key, value in settings.items())])
-        found.append(Candidate(name, {**candidate.arguments, **settings}))
+        point = Candidate(name, {**candidate.arguments, **settings})
+        if _has_effect(point):
+            found.append(point)
     return found
+
+
+def _has_effect(candidate: Candidate) -> bool:
+    """Whether everything that was asked for is read."""
+    try:
+        return candidate.preset is not None
+    except ValueError:
+        return False
