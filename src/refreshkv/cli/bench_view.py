@@ -125,7 +125,9 @@ def plan(record: Record) -> None:
     rows = [{"name": name, **mode} for name, mode in record["modes"].items()]
     _show(_title({**record, "shape": record["model"]}, settings), rows, _PLAN)
     memory = record["memory"]
-    parts = [f"{name} {memory[name] / 1e9:.3g}" for name in ("weights", "cache", "partial", "codes")]
+    parts = [
+        f"{name} {memory[name] / 1e9:.3g}" for name in ("weights", "cache", "partial", "codes")
+    ]
     fits = "fits in" if memory["fits"] else "does not fit in"
     common.console().print(
         f"  memory: {', '.join(parts)} GB; {memory['total'] / 1e9:.4g} GB {fits} {memory['available'] / 1e9:.4g}"
