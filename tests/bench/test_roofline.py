@@ -67,7 +67,7 @@ def test_codes_are_as_large_as_those_of_the_kernels(itemsize: int) -> None:
     """Of one KV head of 64 dims."""
     like = torch.zeros(1, 1, 1, 64)
     sizes = Sizes(weights=0, entry=2 * 64 * itemsize, stored=0, itemsize=itemsize)
-    assert sizes.codes == Codes.room(like, (64, 64), 1, 2, 2).block_bytes / 64
+    assert sizes.codes == sum(Codes.room(like, (64, 64), 1, 2, 2).block_bytes) / 64
 
 
 @pytest.mark.parametrize("acceptance", [-0.1, 1.1, float("nan")])
