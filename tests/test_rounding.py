@@ -130,6 +130,51 @@ def test_a_channel_that_is_not_finite_is_nan_and_no_other(poison: float) -> None
     assert torch.equal(found, clean)
 
 
+def test_all_grids_that_there_are() -> None:
+    """Steps from 2^-20 to 1.75 * 2^11, each longer than the last; `low` in quarters of one; the lowest means NaN."""
+    low, step = low_and_step(torch.arange(-(2**15), 2**15).to(torch.int16).view(2**9, 2**7))
+    assert bool((step == step[0]).all()) and bool((step[0].diff() > 0).all())
+    assert step[0, :5].tolist() == [m * 2.0**-20 for m in (1, 1.25, 1.5, 1.75, 2)]
+    assert float(step[0, -1]) == 1.75 * 2**11
+    assert bool(low[0].isnan().all())
+    assert torch.equal(low[1:] * 4, torch.arange(-255, 256)[:, None] * step[1:])
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize("far", [5.0, -300.0, 2000.0])
+def test_where_low_is_too_far_away_for_a_step_the_step_becomes_longer(
+    far: float, bits: int
+) -> None:
+    """Of numbers that hardly differ nothing is lost but a hundredth of their distance from 0."""
+    exact = far * (1 + numbers() / 1e4)
+    rounded = round_block(exact, bits)
+    assert bool((low_and_step(rounded.grid)[1] >= abs(far) * 3.5 / 255).all())
+    assert bool(((restored(rounded) - exact).abs() <= abs(far) * 0.011).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_beyond_the_longest_step_numbers_stay_finite(bits: int) -> None:
+    found = restored(round_block(numbers(scale=1e30), bits))
+    assert bool(found.isfinite().all())
+    assert 1e5 < float(found.abs().max()) <= (255 / 4 + 2**bits) * 1.75 * 2**11
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+def test_the_order_of_tokens_is_that_of_their_codes_and_nothing_else(bits: int) -> None:
+    """But for one bit, whose mean is a sum."""
+    exact, order = numbers(), torch.randperm(BLOCK, generator=torch.Generator().manual_seed(1))
+    rounded, moved = round_block(exact, bits), round_block(exact[..., order, :], bits)
+    assert torch.equal(moved.grid, rounded.grid)
+    assert torch.equal(moved.codes, rounded.codes[..., order, :])
+
+
+def test_a_block_without_a_visible_token_is_zeros() -> None:
+    nothing = torch.zeros(SHAPE[:-1], dtype=torch.bool)
+    for bits in range(1, 7):
+        rounded = round_block(torch.full(SHAPE, math.nan), bits, nothing)
+        assert bool((restored(rounded) == 0).all())
+
+
 def test_largest_weights_of_a_group() -> None:
     logits = torch.tensor(
         [[[1.0, 2.0, -math.inf], [0.0, 5.0, 1.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]]
