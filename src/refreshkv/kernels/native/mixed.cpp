@@ -75,6 +75,7 @@ class Work {
     choose(chunk, sheet_.buckets.fitting(counted, mixed_.budget[part_.row]));
     const Softmax own = result_of(chunk);
     mix_codes(chunk, own);
+    copy_queries<T>(job_, part_, bench_.queries);  // another thread may have measured the chunk
     const Part listed = list_of(chunk, sheet_.listed[chunk]);
     for (int64_t c = 0; c < listed.chunks(); ++c) {
       attend_chunk<T>(job_, listed, bench_, c, weights, result);

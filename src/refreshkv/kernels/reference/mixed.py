@@ -145,7 +145,8 @@ def attend_mixed(
     chosen = worth_reading(weights, budget)
 
     rounded = covered & ~chosen
-    masses = _masses(logits, total, rounded, everywhere, codes.keys.shape[2])
+    pages = 1 if codes.blocks is None else codes.blocks.shape[1]
+    masses = _masses(logits, total, rounded, everywhere, codes.keys.shape[2] * pages)
     blocks = finished.clamp(min=1)[:, None, None]
     read = ~(masses < skip / blocks) & (masses != 0)
     block = torch.div(everywhere, BLOCK, rounding_mode="floor").clamp(0, max(read.shape[2] - 1, 0))
