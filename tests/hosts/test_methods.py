@@ -19,6 +19,7 @@ from .test_attach import appearance
 RAGGED = [50, 37, 21]
 # Plain; softcap with sliding layers; sinks with sliding layers.
 ARCHITECTURES = ["llama", "gemma2", "gpt-oss"]
+WITHOUT_K = ["twilight", "kivi-4", "kivi-2"]  # which take one, so that a comparison can name it
 EVICTING = ["streaming-llm", "h2o", "snapkv", "snapkv-1", "pyramidkv", "tova"]
 
 
@@ -30,7 +31,7 @@ def under(model: PreTrainedModel, method: str, inputs: Any, new: int = 12, **opt
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WITHOUT_K])
 def test_a_budget_for_everything_gives_the_vanilla_tokens(
     models: Any, name: str, architecture: str
 ) -> None:
@@ -64,7 +65,7 @@ def test_a_small_budget_is_another_method(llama: PreTrainedModel, name: str) -> 
 
     "refreshkv" has the output of full attention at any budget; `exact/` is about that.
     """
-    ids = tokens(2, 50)
+    ids = tokens(2, 150)  # more than a block of codes
     with refreshkv.attach(llama, method=name, budget=6) as session:
         ours = logits(llama, ids, 4)
     assert (ours[1:] - logits(llama, ids, 4)[1:]).abs().max() > 0.01
@@ -125,7 +126,8 @@ def test_beams(llama: PreTrainedModel, name: str) -> None:
     inputs = left_padded([40, 27])
     options = {"num_beams": 3, "num_return_sequences": 2}
     vanilla = greedy(llama, inputs, new=10, **options)
-    assert torch.equal(under(llama, name, inputs, new=10, budget=1000, **options), vanilla)
+    if name not in WITHOUT_K:
+        assert torch.equal(under(llama, name, inputs, new=10, budget=1000, **options), vanilla)
     small = under(llama, name, inputs, new=10, **options)
     alone = under(llama, name, inputs["input_ids"][1:, -27:], new=10, **options)
     assert torch.equal(small[2:], alone)
@@ -173,11 +175,11 @@ def test_a_method_that_evicts_nothing_takes_several_turns(
 
     vanilla = chat(DynamicCache(config=llama.config))
     with refreshkv.attach(llama, method=name, budget=1000) as session:
-        assert torch.equal(chat(session.new_cache()), vanilla)
+        assert torch.equal(chat(session.new_cache()), vanilla) or name in WITHOUT_K
     with refreshkv.attach(llama, method=name, budget=0.2) as session:
         cache = session.new_cache()
         chat(cache)
-        if name != "full":
+        if name != "full" and not name.startswith("kivi"):
             assert cache.layers[0].inner.budget.tolist() == [
                 10
             ]  # of the 50 tokens before the last answer

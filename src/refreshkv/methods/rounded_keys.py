@@ -75,8 +75,9 @@ class TopP(ByRoundedKeys):
     settings: TopPSettings
 
     def choose(self, now: Look) -> Tensor:
-        weights = now.weights(self.copy(now))
-        best, order = weights.sort(-1, descending=True)
+        # In float64 a row adds up to the same whatever padding stands before it.
+        weights = now.weights(self.copy(now)).double()
+        best, order = weights.sort(dim=-1, descending=True, stable=True)
         # A token is needed where those before it do not have the share yet.
         needed = best.cumsum(-1) - best < self.settings.share * best.sum(-1, keepdim=True)
         kept = torch.zeros_like(needed).scatter(-1, order, needed)
