@@ -1,4 +1,4 @@
-"""Inputs of the mixed mode for the comparisons: entries as a case makes them, and their codes as a store may keep them."""
+"""Inputs of the mixed mode for the comparisons: entries as a case makes them, and codes as a store may keep them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class MixedCase(Case):
                 "end": ends + torch.tensor([0, 0, 9])[: self.rows], "most": int(ends.max()) + 2}  # fmt: skip
 
     def mixed(self) -> tuple[tuple[Tensor, Entries, Codes, AttendOptions], dict[str, Tensor]]:
-        """What `attend_mixed` is given, with the codes of the reference: in one row fewer, in one more than there is."""
+        """What `attend_mixed` is given, with codes of the reference: in one row fewer, in one more than there is."""
         query, entries, options = self.inputs()
         codes = self.room(entries)
         ends = (self.length - self.first()).clamp(min=0) // BLOCK
