@@ -11,13 +11,19 @@ from typing import Any
 
 from experiments import recall, tables, text_model
 
-_ORDINARY = ("full", "oracle-topk", "quest", "token-select", "refreshkv:budget=0.0625")
+_ORDINARY = (
+    "full",
+    "oracle-topk",
+    "quest",
+    "token-select",
+    "refreshkv:budget=0.0625:confidence=0.9",
+)
 _LOSSY = ("refreshkv-lse-drop", "refreshkv-paper")
-_TRIO = ("full", "refreshkv:budget=0.0625", "refreshkv-lse-drop")
+_TRIO = ("full", "refreshkv:budget=0.0625:confidence=0.9", "refreshkv-lse-drop")
 # The mixed mode, and its cheaper setting.
 _MIXED = ("refreshkv-fast", "refreshkv-fast:budget=0.03:skip=0.1")
-_MIXED_DRAFTS = ("drafter=mixed:budget=0.05", "drafter=mixed:budget=0.03:skip=0.1")
-_DRAFTS = tuple(f"refreshkv:draft={most}" for most in (2, 4, 8, 16, 32))
+_MIXED_DRAFTS = "drafter=mixed:budget=0.03:skip=0.1"
+_DRAFTS = tuple(f"refreshkv:draft={most}:confidence=0.9" for most in (2, 4, 8, 16, 32))
 _SURE = tuple(f"refreshkv:confidence={least}" for least in (0.5, 0.3, 0.1, 0.0))
 _COPIES = ("int4-keys:budget=0.0625", "int2-keys:budget=0.0625")
 _THREE = "chain-of-key,html-to-tsv,key-value"
@@ -75,8 +81,8 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
         "limit": 40,
         "batch": 20,
         "methods": (
-            *("full", "refreshkv:budget=0.0625", "refreshkv:budget=0.0625:confidence=0.5"),
-            *(f"refreshkv:{drafts}" for drafts in _MIXED_DRAFTS),
+            *("full", _TRIO[1], "refreshkv:budget=0.0625:confidence=0.5"),
+            *(f"refreshkv:{_MIXED_DRAFTS}:confidence={least}" for least in (0.9, 0.5)),
         ),
     },
     "breadth-1024": {
@@ -85,8 +91,8 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
         "limit": 12,
         "batch": 12,
         "methods": (
-            *("full", "refreshkv:budget=0.25", "refreshkv:budget=0.0625"),
-            *("refreshkv:budget=0.03125", *_LOSSY),
+            *("full", "refreshkv:budget=0.25:confidence=0.9", _TRIO[1]),
+            *("refreshkv:budget=0.03125:confidence=0.9", *_LOSSY),
         ),
     },
     "rounded-2048": {
@@ -118,18 +124,14 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "text": {
         "tasks": "perplexity",
         "dtype": "bfloat16",
-        "methods": (
-            *("full", *_MIXED, "refreshkv-fast:budget=0.1", "kivi-4", "kivi-2", _COPIES[1]),
-            *("twilight", *_LOSSY, "snapkv"),
-        ),
+        "methods": (*("full", *_MIXED, *_LOSSY, "snapkv", "kivi-4", "kivi-2"),),
     },
     "continued": {
         "tasks": "continuation",
         "dtype": "float32",
         "methods": (
-            *("full", "refreshkv", "refreshkv:confidence=0.5", "refreshkv:confidence=0.3"),
-            *(f"refreshkv:{drafts}:confidence=0.5" for drafts in _MIXED_DRAFTS),
-            f"refreshkv:{_MIXED_DRAFTS[1]}:confidence=0.3",
+            *("full", "refreshkv:confidence=0.9", "refreshkv:confidence=0.5"),
+            *(f"refreshkv:{_MIXED_DRAFTS}:confidence={least}" for least in (0.5, 0.3)),
         ),
     },
 }
@@ -220,5 +222,5 @@ def fidelity_text(
     perplexity = evaluate("text-2048", out, processes, model=model, limit=limit, task_option=option)
     continued = ["continuation.scored=128", f"continuation.data={data}"]
     given = {"model": model, "limit": limit, "batch": 8, "length": 1800, "task_option": continued}
-    given["methods"] = ("full", "refreshkv", *_SURE)
+    given["methods"] = ("full", "refreshkv:confidence=0.9", *_SURE)
     tables.show((perplexity, evaluate("continued", out, processes, **given)))

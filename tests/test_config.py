@@ -243,7 +243,7 @@ def test_what_is_given_counts_though_it_be_the_default() -> None:
 def test_a_preset_gives_way_to_what_replaces_it() -> None:
     assert make_config("lse-drop", trigger="query").drop == RefreshConfig().drop
     assert make_config("default", drafter="mixed") == RefreshConfig(
-        mode="exact", drafter="mixed", budget=0.0625, draft=16, confidence=0.9
+        mode="exact", drafter="mixed", budget=0.0625, draft=16, confidence=0.5
     )
     assert make_config("default", mode="refresh") == RefreshConfig(
         budget=0.0625, recent=16, successor=2, window=32, anchor=0.5

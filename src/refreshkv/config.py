@@ -268,7 +268,7 @@ class RefreshConfig(
 
 
 _SELECTION = {"recent": 16, "successor": 2, "window": 32, "anchor": 0.5}
-_EXACT = {"mode": "exact", "budget": 0.0625, "draft": 16, "confidence": 0.9}
+_EXACT = {"mode": "exact", "budget": 0.0625, "draft": 16, "confidence": 0.5}
 _DROP = {"trigger": "lse-drop", "drop": 2.5, "stride": None, "score_only": True}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
