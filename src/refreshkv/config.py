@@ -21,6 +21,8 @@ Decide = Literal["layer", "head"]
 Reduction = Literal["max", "mean"]
 RingName = Literal["copied", "indexed"]
 LARGEST = 2**31 - 1  # tokens or steps: more than any context, and still a number for every kernel
+BLOCK = 64  # tokens that share a grid of the rounded copy
+GRID_BITS = 16  # of such a grid
 T = TypeVar("T")
 
 

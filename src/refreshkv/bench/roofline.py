@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refreshkv.config import RefreshConfig, make_config
-from refreshkv.policy.rounding import BLOCK, GRID_BITS
+from refreshkv.config import BLOCK, GRID_BITS, RefreshConfig, make_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

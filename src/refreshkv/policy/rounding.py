@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens that share a grid
-GRID_BITS = 16
+from refreshkv.config import BLOCK as BLOCK
+
 _STEP_BITS = 7
 _QUARTERS = 4  # of a step, in which `low` is counted
 _FURTHEST = 255  # quarters from 0 that it may lie; what is one more away means NaN
