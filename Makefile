@@ -38,7 +38,8 @@ test-slow: $(STAMP)  ## the tests left out of `make test`
 
 # Addresses and undefined behaviour of the C++ kernels are watched while their tests run. Not those that break a kernel,
 # or need CXX for themselves; and not leaks, of which Python and torch have some.
-SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_numbers.py tests/kernels/test_numbers.py \
+SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_numbers.py tests/kernels/test_native_mixed.py \
+	tests/kernels/test_numbers.py \
 	tests/test_selection.py tests/hosts/test_nan.py
 test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer and UBSan
 	CXX="c++ -fsanitize=address,undefined -fno-sanitize-recover=all -g" ASAN_OPTIONS=detect_leaks=0 \

@@ -1,4 +1,4 @@
-"""Inputs of the mixed mode for the comparisons: entries as a case makes them, and codes as a store may keep them."""
+"""Inputs of the mixed mode for the comparisons: entries of a case, and codes as a store may keep them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.kernels.cases import Case, in_float32
 Mixed = Callable[..., tuple[Attended, Tensor]]
 EACH = 2  # blocks of a page of codes
 # Relative RMS of outputs; log-sum-exp, absolute. In bfloat16 a query times the step of a channel is rounded too.
-CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (5e-4, 1e-4), torch.bfloat16: (6e-3, 1e-2)}
+CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (5e-4, 1e-4), torch.bfloat16: (9e-3, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class MixedCase(Case):
     value_bits: int = 2
     budget: int = 20
     code_pages: bool = False
+    skip: float = 0.0
 
     def dense(self) -> tuple[Tensor, Entries, AttendOptions]:
         """Channels differ in size, and in where they lie."""
@@ -78,8 +79,8 @@ class MixedCase(Case):
         return {"first": self.first(), "begin": torch.tensor([0, 1, -1])[: self.rows],
                 "end": ends + torch.tensor([0, 0, 9])[: self.rows], "most": int(ends.max()) + 2}  # fmt: skip
 
-    def mixed(self) -> tuple[tuple[Tensor, Entries, Codes, AttendOptions], dict[str, Tensor]]:
-        """What `attend_mixed` is given, with codes of the reference: in one row fewer, in one more than there is."""
+    def mixed(self) -> tuple[tuple[Tensor, Entries, Codes, AttendOptions], dict[str, Any]]:
+        """What `attend_mixed` is given, with codes of the reference: of a row fewer, of one more than there is."""
         query, entries, options = self.inputs()
         codes = self.room(entries)
         ends = (self.length - self.first()).clamp(min=0) // BLOCK
@@ -89,7 +90,7 @@ class MixedCase(Case):
         finished = ends - torch.tensor([0, 1, -9])[: self.rows]
         budget = self.budget - torch.arange(self.rows)
         return (query, entries, codes, options), {
-            "first": self.first(), "finished": finished, "budget": budget.clamp(min=0),
+            "first": self.first(), "finished": finished, "budget": budget.clamp(min=0), "skip": self.skip,
         }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def check_mixed(attend: Mixed, case: MixedCase, strict: bool = True) -> None:
     wide = query.float(), in_float32(entries), codes, options
     theirs, expected = reference.attend_mixed(*wide, **given)
     assert exact.dtype == torch.int64 and exact.shape == expected.shape
-    assert bool((exact <= given["budget"][:, None]).all())
+    assert bool((exact[..., 0] <= given["budget"][:, None]).all())
     off = (exact - expected).abs().max()
     assert off <= (0 if strict else 8), f"{off} entries too many or too few are exact"
     assert ours.output.dtype == case.dtype and ours.lse.dtype == torch.float32

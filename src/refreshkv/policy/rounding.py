@@ -93,10 +93,11 @@ def _kept(low: Tensor, step: Tensor) -> Tensor:
     """The grid nearest to one, int16; a step that `low` is too far away for becomes a longer one."""
     step = torch.maximum(step, low.abs() * (_QUARTERS / _FURTHEST))
     bits = (step.contiguous().view(torch.int32) + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT
-    kept = (bits - _STEP_BASE).clamp(0, 2**_STEP_BITS - 1)
+    broken = ~(step < float("inf"))
+    kept = (bits - _STEP_BASE).clamp(0, 2**_STEP_BITS - 1).masked_fill(broken, 0)
     unit = ((kept + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
     quarters = (low / unit * _QUARTERS).round().clamp(-_FURTHEST, _FURTHEST)
-    quarters = quarters.masked_fill(~(step < float("inf")), -_FURTHEST - 1)
+    quarters = quarters.masked_fill(broken, -_FURTHEST - 1)
     return ((quarters.int() << _STEP_BITS) | kept).to(torch.int16)
 
 

@@ -30,12 +30,12 @@ struct Grids {
   Grids(Floats from, Floats wanted, Ints broken) {
     const Floats reach = larger(wanted, (from < 0 ? -from : from) * (kQuarters / kFurthest));
     Ints steps = (((Ints)reach + (1 << (kStepShift - 1))) >> kStepShift) - kStepBase;
-    steps = steps < 0 ? Ints{} : steps > kMostSteps ? Ints{} + kMostSteps : steps;
+    broken |= ~(reach < kInfinity);
+    steps = (broken | (steps < 0)) ? Ints{} : steps > kMostSteps ? Ints{} + kMostSteps : steps;
     step = step_of(steps);
     Floats quarters = from / step * kQuarters;
     quarters = quarters > -kFurthest ? quarters : all(-kFurthest);
     quarters = to_nearest(quarters < kFurthest ? quarters : all(kFurthest));
-    broken |= ~(reach < kInfinity);
     quarters = broken ? all(-kFurthest - 1) : quarters;
     kept = (__builtin_convertvector(quarters, Ints) << kStepBits) | steps;
     low = low_of(kept, step);
@@ -156,9 +156,9 @@ void encode(const Coding& job) {
       const Copy copy(job.codes, job.entries, row, 0);
       const int64_t begin = std::clamp(job.begin[row], -kFar, kFar);
       const int64_t first = std::max<int64_t>(0, begin);
-      const int64_t end = std::min({begin + most, job.end[row], copy.room()});
+      const int64_t end = std::max(first, std::min({begin + most, job.end[row], copy.room()}));
 #pragma omp for schedule(dynamic, 4) nowait
-      for (int64_t item = 0; item < std::max<int64_t>(0, end - first) * heads; ++item)
+      for (int64_t item = 0; item < (end - first) * heads; ++item)
         code_block<T>(job, row, item % heads, first + item / heads, bench);
     }
   }
