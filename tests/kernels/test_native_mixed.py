@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from refreshkv.kernels.options import Attended, Entries
 from tests.helpers import needs_compiler
 from tests.kernels import hostile
 from tests.kernels.mixed import CLOSE, MixedCase, check_encode, check_mixed
-from tests.kernels.test_native import BUILDS, CHUNK, built
+from tests.kernels.test_native import BUILDS, CHUNK, built, mutant
 
 pytestmark = needs_compiler
 
