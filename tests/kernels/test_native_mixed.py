@@ -292,7 +292,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("mixed.cpp", "counts[1] += sheet_.blocks[chunk];", ";", check_attention),
     ("mixed.cpp", "merge(job_, result, result_of(chunk));", "merge(job_, result, result_of(0));", check_attention),
     ("mixed.cpp", "load<Floats>(own_.middle + d) * own_.mass[i]", "load<Floats>(own_.middle + d)", check_attention),
-    ("mixed.cpp", "total = total * std::exp2(top - new_top) + sum(mass);", "total += sum(mass);", check_attention),
+    ("mixed.h", "total = total * std::exp2(top - new_top) + sum(mass);", "total += sum(mass);", check_attention),
     ("mixed.cpp", "if (job_.sinks) {", "if (false) {", check_attention),
     ("mixed.cpp", " - own_.against[i], weight);", ", weight);", check_attention),
     ("codes.h", "row * by.row + head_ * by.head", "row * by.row", check_attention),

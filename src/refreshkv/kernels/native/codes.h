@@ -74,7 +74,7 @@ inline Floats low_of(Ints kept, Floats step) {
 }
 
 // What a code is multiplied as: where it lies in 16 bits, behind a leading one where that is bfloat16, whose mantissa
-// has room for 7 bits. Row r of a tile, two numbers, lies `place` bits up, so that only every 8 - bits rows are shifted.
+// has room for 7 bits. Row r of a tile, two numbers, lies `place` bits up: only every 8 - bits rows are shifted.
 template <typename A>
 constexpr uint16_t kLeading = std::is_same_v<A, bfloat16> ? 0x4300 : 0;  // 128
 constexpr int rows_a_shift(int bits) { return kMostBits + 1 - bits; }

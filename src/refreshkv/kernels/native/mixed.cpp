@@ -5,8 +5,6 @@
 // Then attention over the list of the exact ones as anywhere else, and one softmax over both. Logits stay where they
 // are made until they are weights. Neither the batch nor the number of threads changes what a chunk is, or a bit.
 
-#include <vector>
-
 #include <omp.h>
 
 #include "mixed.h"
@@ -126,16 +124,21 @@ class Work {
       if (seen(x)) list[uncovered++] = static_cast<int32_t>(x);
   }
 
-  void measure_block(const Coded& coded, int64_t at, const Places<A>& places) {
+  // Codes and grids of the block after the next, fetched while this one is worked on; `from` has to live as long.
+  void look_ahead(int64_t at, uint16_t* Coded::*planes, uint16_t* Coded::*grids, int64_t dim, int64_t bits,
+                  const char*& from, Ahead& ahead) const {
     Coded next;
-    const char* ahead_of[1];
+    if (!copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) return;
+    from = reinterpret_cast<const char*>(next.*planes);
+    ahead.begin(&from, 1, dim * kCoded / 8 * bits);
+    const char* grid = reinterpret_cast<const char*>(next.*grids);
+    for (int64_t d = 0; d < 2 * dim; d += 64) __builtin_prefetch(grid + d);
+  }
+
+  void measure_block(const Coded& coded, int64_t at, const Places<A>& places) {
+    const char* next;
     Ahead ahead;
-    const int64_t bytes = dim_ * kCoded / 8 * mixed_.codes.bits;
-    if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
-      ahead_of[0] = reinterpret_cast<const char*>(next.keys);
-      ahead.begin(ahead_of, 1, bytes);
-      for (int64_t d = 0; d < 2 * job_.dim; d += 64) __builtin_prefetch(reinterpret_cast<const char*>(next.key_grid) + d);
-    }
+    look_ahead(at, &Coded::keys, &Coded::key_grid, dim_, mixed_.codes.bits, next, ahead);
     const float center = Places<A>::center(mixed_.codes.bits);
     read_grid(coded.key_grid, job_.dim, places.factor, center, own_.unit, own_.middle);
     for (int64_t i = 0; i < m_; ++i) {
@@ -188,16 +191,6 @@ class Work {
     }
   }
 
-  // Logits add to the largest, in powers of two, and the sum of their weights.
-  static void add_up(const float* logits, int64_t n, float scale, float& top, float& total) {
-    Floats most = all(-kInfinity), mass{};
-    for (int64_t x = 0; x < n; x += kLanes) most = larger(most, load<Floats>(logits + x));
-    const float new_top = std::max(top, largest(most) * scale);
-    for (int64_t x = 0; x < n; x += kLanes) mass += power_of_two(load<Floats>(logits + x) * scale - new_top);
-    total = total * std::exp2(top - new_top) + sum(mass);
-    top = new_top;
-  }
-
   void top_of_all() {
     std::fill(own_.against, own_.against + m_, kLowest);
     for (int64_t c = 0; c < chunks(); ++c)
@@ -215,7 +208,8 @@ class Work {
       float lse = (own_.against[i] + std::log2(total)) / kLog2e;
       if (job_.sinks) {
         const float sink = job_.sinks[part_.head * job_.group + i], most = std::max(lse, sink);
-        if (!(most == -kInfinity)) lse = std::isinf(most) ? most : most + std::log(std::exp(lse - most) + std::exp(sink - most));
+        const float both = std::exp(lse - most) + std::exp(sink - most);
+        if (!(most == -kInfinity)) lse = std::isinf(most) ? most : most + std::log(both);
         if (sink != sink) lse = sink;
       }
       broken |= lse != lse;
@@ -266,22 +260,16 @@ class Work {
   void look_at(int64_t position) const {
     const char *key, *value;
     part_.held.find(position, kZeros, key, value);
-    for (int64_t b = 0; b < job_.dim * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(key + b, 0, 2);
-    for (int64_t b = 0; b < job_.value_dim * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(value + b, 0, 2);
+    constexpr int64_t size = sizeof(T);
+    for (int64_t b = 0; b < job_.dim * size; b += 64) __builtin_prefetch(key + b, 0, 2);
+    for (int64_t b = 0; b < job_.value_dim * size; b += 64) __builtin_prefetch(value + b, 0, 2);
   }
 
   // Whether the values of the block were read.
   bool mix_block(const Coded& coded, int64_t at, const Places<A>& places, const Softmax& own) {
-    Coded next;
-    const char* ahead_of[1];
+    const char* next;
     Ahead ahead;
-    const int64_t bytes = value_dim_ * kCoded / 8 * mixed_.codes.value_bits;
-    if (copy_.find(std::min(block_at(at) + 2, copy_.room() - 1), next)) {
-      ahead_of[0] = reinterpret_cast<const char*>(next.values);
-      ahead.begin(ahead_of, 1, bytes);
-      for (int64_t d = 0; d < 2 * job_.value_dim; d += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(next.value_grid) + d);
-    }
+    look_ahead(at, &Coded::values, &Coded::value_grid, value_dim_, mixed_.codes.value_bits, next, ahead);
     bool any = false;
     for (int64_t i = 0; i < m_; ++i) {
       const float* row = sheet_.logits_of(i, span_) + at;
@@ -303,8 +291,8 @@ class Work {
     for (int64_t i = 0; i < m_; ++i) own.total[i] += own_.mass[i];
     const float center = Places<A>::center(mixed_.codes.value_bits);
     read_grid(coded.value_grid, job_.value_dim, nullptr, center, own_.unit, own_.middle);
-    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded, own_.start,
-                                own_.product, value_dim_, m_, false, ahead},
+    code_product(CodeProduct<A>{own_.a, own_.stride, coded.values, own_.fields, value_dim_ / kColumns, kCoded,
+                                own_.start, own_.product, value_dim_, m_, false, ahead},
                  mixed_.codes.value_bits);
     for (int64_t i = 0; i < m_; ++i)
       for (int64_t d = 0; d < value_dim_; d += kLanes) {
@@ -325,16 +313,6 @@ class Work {
   const Bench<A>& bench_;
   const CodeBench<A>& own_;
   int64_t dim_, value_dim_, m_;
-};
-
-// What a call takes: for each thread, and a sheet for each part that is worked on.
-template <typename A>
-struct Desk {
-  std::vector<Bench<A>> benches;
-  std::vector<CodeBench<A>> codes;
-  std::vector<Weights<A>> weights;
-  std::vector<Softmax> results;
-  std::vector<Sheet> sheets;
 };
 
 // All parts side by side.

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "buckets.h"
 #include "chunk.h"
 #include "codes.h"
@@ -25,8 +27,10 @@ namespace {
 struct Span {
   int64_t start, skipped, blocks, lower, end, chunks;
 
-  Span(const Mixed& mixed, const Part& part, const Copy& copy) : start(part.first), skipped(0), blocks(0), end(part.end) {
-    const int64_t first = mixed.first[part.row], finished = std::clamp<int64_t>(mixed.finished[part.row], 0, copy.room());
+  Span(const Mixed& mixed, const Part& part, const Copy& copy)
+      : start(part.first), skipped(0), blocks(0), end(part.end) {
+    const int64_t first = mixed.first[part.row];
+    const int64_t finished = std::clamp<int64_t>(mixed.finished[part.row], 0, copy.room());
     if (finished > 0 && first < end && first > -kCoded * finished) {
       skipped = first < 0 ? -first / kCoded : 0;
       start = first + kCoded * skipped;
@@ -63,7 +67,8 @@ struct Sheet {
   static Sheet take(Room& room, int64_t m, int64_t n, int64_t dim) {
     const int64_t all = chunks(n);
     return {room.take<float>(m * row(n)), room.take<int32_t>(places(n)), room.take<int32_t>(places(n)),
-            {room.take<int32_t>(all * Buckets::size)}, room.take<int64_t>(all), room.take<int64_t>(all), room.take<int64_t>(all),
+            {room.take<int32_t>(all * Buckets::size)},
+            room.take<int64_t>(all), room.take<int64_t>(all), room.take<int64_t>(all),
             room.take<float>(all * m), room.take<float>(all * m), room.take<float>(all * m),
             room.take<float>(all * m), room.take<float>(all * m * dim), row(n)};
   }
@@ -101,9 +106,30 @@ struct CodeBench {
   static CodeBench take(Room& room, int64_t m, int64_t dim, int64_t wide) {
     return {room.take<A>(m * row(dim)), room.take<float>(m * dim), room.take<float>(wide),
             room.take<float>(wide), room.take<float>(m), room.take<float>(m),
-            room.take<float>(m), room.take<float>(m), room.take<float>(m * wide), room.take<uint16_t>(fields_of(wide)), row(dim)};
+            room.take<float>(m), room.take<float>(m), room.take<float>(m * wide),
+            room.take<uint16_t>(fields_of(wide)), row(dim)};
   }
 };
+
+// What a call takes: for each thread, and a sheet for each part that is worked on.
+template <typename A>
+struct Desk {
+  std::vector<Bench<A>> benches;
+  std::vector<CodeBench<A>> codes;
+  std::vector<Weights<A>> weights;
+  std::vector<Softmax> results;
+  std::vector<Sheet> sheets;
+};
+
+// Logits add to the largest, in powers of two, and the sum of their weights.
+inline void add_up(const float* logits, int64_t n, float scale, float& top, float& total) {
+  Floats most = all(-kInfinity), mass{};
+  for (int64_t x = 0; x < n; x += kLanes) most = larger(most, load<Floats>(logits + x));
+  const float new_top = std::max(top, largest(most) * scale);
+  for (int64_t x = 0; x < n; x += kLanes) mass += power_of_two(load<Floats>(logits + x) * scale - new_top);
+  total = total * std::exp2(top - new_top) + sum(mass);
+  top = new_top;
+}
 
 // Steps of the grids of `n` dims, times `factor` by the dim modulo 32 (or null: 1), and their middles; zeros behind.
 inline void read_grid(const uint16_t* grid, int64_t n, const float* factor, float center, float* unit, float* middle) {
