@@ -21,7 +21,16 @@ from tests.helpers import needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.skipif(os.name != "posix", reason="owners and modes")]
 
-FUNCTIONS = ("products", "attend", "select", "insert", "gather", "top_slots")
+FUNCTIONS = (
+    "products",
+    "attend",
+    "attend_mixed",
+    "encode",
+    "select",
+    "insert",
+    "gather",
+    "top_slots",
+)
 STUBS = "".join(
     f'extern "C" const char* refreshkv_{name}() {{ return ""; }}\n' for name in FUNCTIONS
 )

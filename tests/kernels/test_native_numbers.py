@@ -93,7 +93,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("selection.cpp", "static_cast<int64_t>(missing.size())", "0", check_copies),
     ("selection.cpp", "slot == newest[part] ? -1.0f : ", "", check_ranks),
     ("selection.cpp", "keys[rank - 1] < key; --rank", "keys[rank - 1] > key; --rank", check_ranks),
-    ("attention.cpp", "result.total[i] == 0;", "!(result.total[i] > 0);", check_attention),
+    ("chunk.h", "result.total[i] == 0;", "!(result.total[i] > 0);", check_attention),
     ("attention.cpp", "broken += factors[i] * 0;", ";", check_attention),
     ("entries.h", "keys[i] = values[i] = none;", "keys[i] = none;", check_attention),
     ("entries.h", "visible && !visible[i] ? -1 : position", "position", check_attention),
