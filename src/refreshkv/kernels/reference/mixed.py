@@ -113,8 +113,8 @@ def attend_mixed(
         first, finished: `[B]` int64; the codes of row b cover `64 * finished[b]` positions from `first[b]` on, at most
             those that there is room for.
         budget: `[B]` int64, the most entries of a KV head that are read exactly although they are covered.
-        skip: the most weight of a query head that blocks left out may have together; each has less than this share by
-            the number of finished blocks, in every query head of the group.
+        skip: the most weight of a query head, as the rounded keys give it, that blocks left out may have together; each
+            has less than this share by the number of finished blocks, in every query head of the group.
 
     Returns:
         See `attend`, without the blocks left out; and `[B, Hkv, 2]` int64: how many entries were exact although they
