@@ -192,8 +192,8 @@ class Rounding(Settings):
     Attributes:
         key_bits: of the code of a key's number, 1 to 6; it lies on a grid of its channel over 64 tokens.
         value_bits: of the code of a value's number, 1 to 6; likewise.
-        skip: values of a block are not read where that leaves out no more than this share of a query head's weight, as the
-            rounded keys give it, all blocks together.
+        skip: values of a block are not read where that leaves out no more than this share of a query head's weight, by
+            the rounded keys, all blocks together.
     """
 
     key_bits: int = bits_of_code(2)
