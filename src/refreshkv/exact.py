@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.kernels.options import AttendOptions, over_heads
-from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read
+from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
 from refreshkv.step import reselect, select_after_prompt
 
 
@@ -186,12 +186,7 @@ class ExactMixedLayer(ExactLayer):
     def select(self) -> None:
         """The codes of the blocks that the last cycle has completed."""
         cache = self.cache
-        if cache.waiting is not None:
-            assert cache.prompt is not None
-            cache.resolve_budget(self._seen(), cache.prompt, cache.waiting)
-            cache.waiting = None
-        elif cache.hidden is None:
-            cache.count_padding(self._seen())
+        learn_prompt(cache, self._seen())
         assert cache.copy is not None
         cache.copy.follow(cache.store, self.ends, self._seen())
 

@@ -14,16 +14,21 @@ from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.policy.rounding import BLOCK
 
 
-def begin_mixed(cache: LayerCache, visible: Tensor | None) -> None:
-    """The prompt is over, or some of it was cropped: K follows from it, and its whole blocks get their codes."""
+def learn_prompt(cache: LayerCache, visible: Tensor | None) -> None:
+    """The prompt is over, or some of it was cropped: K follows from it, and where each row begins."""
     if cache.waiting is not None:
         assert cache.prompt is not None
         cache.resolve_budget(visible, cache.prompt, cache.waiting)
         cache.waiting = None
-    elif cache.budget is None:
+    elif cache.hidden is None and cache.budget is None:
         cache.resolve_budget(visible, cache.store.lengths)
-    else:
+    elif cache.hidden is None:
         cache.count_padding(visible)
+
+
+def begin_mixed(cache: LayerCache, visible: Tensor | None) -> None:
+    """No step shall have to look at the prompt: its whole blocks get their codes."""
+    learn_prompt(cache, visible)
     assert cache.copy is not None
     cache.copy.follow(cache.store, cache.store.lengths - 1, visible)
 
@@ -35,8 +40,7 @@ def mixed_step(
 
     The new token is exact, and with it the block that it completes.
     """
-    if cache.waiting is not None or cache.hidden is None:
-        begin_mixed(cache, visible)
+    learn_prompt(cache, visible)
     lengths = cache.store.lengths
     assert cache.copy is not None and cache.hidden is not None
     cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from refreshkv.policy.rounding import BLOCK, Rounded, restored
 
-_LONG, _SHORT, _PAIR = (
-    32,
-    16,
-    2,
-)  # numbers of a tile along the summed dimension, and across; of a pair
+_LONG, _SHORT = 32, 16  # numbers of a tile along the summed dimension, and across
+_PAIR = 2
 _PLANE = _SHORT * _PAIR  # int16 of a plane
 
 

@@ -10,7 +10,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.config import Budgeted, RefreshConfig, setting
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods.method import Method
-from refreshkv.mixed import begin_mixed, mixed_step
+from refreshkv.mixed import learn_prompt, mixed_step
 from refreshkv.step import Algorithm
 
 
@@ -43,7 +43,7 @@ class Kivi(Algorithm):
         self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
     ) -> Tensor:
         if cache.waiting is not None or cache.hidden is None:
-            begin_mixed(cache, visible)
+            learn_prompt(cache, visible)
             assert cache.budget is not None
             cache.budget.zero_()
         return mixed_step(cache, query, options, visible)

@@ -22,10 +22,9 @@ from refreshkv.config import BLOCK as BLOCK
 _STEP_BITS = 7
 _QUARTERS = 4  # of a step, in which `low` is counted
 _FURTHEST = 255  # quarters from 0 that it may lie; what is one more away means NaN
-_STEP_SHIFT, _STEP_BASE = (
-    21,
-    107 << 2,
-)  # a step as it is kept is the top of a float32, less what 2^-20 has there
+# A step as it is kept is the top of a float32, less what 2^-20 has there.
+_STEP_SHIFT = 21
+_STEP_BASE = 107 << 2
 _STEPS_A_NAT = 8  # buckets of the histogram of log-weights; the last one has no end
 _BUCKETS = 256
 

@@ -132,7 +132,8 @@ def attend_mixed(
     )
     rounded_keys, rounded_values, there = entries_at(copy, everywhere)
     assert rounded_values is not None
-    covered = there & (everywhere // BLOCK < finished[:, None, None])
+    block = everywhere // BLOCK
+    covered = there & (block < finished[:, None, None])
     if visible is not None:
         covered = covered & visible
 
@@ -146,11 +147,11 @@ def attend_mixed(
 
     rounded = covered & ~chosen
     pages = 1 if codes.blocks is None else codes.blocks.shape[1]
-    masses = _masses(logits, total, rounded, everywhere, codes.keys.shape[2] * pages)
+    masses = _masses(logits, total, rounded, block, codes.keys.shape[2] * pages)
     blocks = finished.clamp(min=1)[:, None, None]
     read = ~(masses < skip / blocks) & (masses != 0)
-    block = torch.div(everywhere, BLOCK, rounding_mode="floor").clamp(0, max(read.shape[2] - 1, 0))
-    left_out = rounded & ~read.gather(2, block) if read.shape[2] else rounded
+    there = block.clamp(0, max(read.shape[2] - 1, 0))
+    left_out = rounded & ~read.gather(2, there) if read.shape[2] else rounded
     visible = ~left_out if visible is None else visible & ~left_out
 
     rounded, exact_values = rounded[..., None], seen_values(values, visible)
@@ -163,20 +164,18 @@ def attend_mixed(
     return Attended(output.to(values.dtype), lse), counts
 
 
-def _masses(
-    logits: Tensor, total: Tensor, rounded: Tensor, positions: Tensor, blocks: int
-) -> Tensor:
+def _masses(logits: Tensor, total: Tensor, rounded: Tensor, block: Tensor, blocks: int) -> Tensor:
     """`[B, Hkv, blocks]`: the largest weight in a GQA group of what is rounded in each block.
 
-    `logits` `[B, Hq, n]`, `total` `[B, Hq]` their log-sum-exp; `rounded`, and `positions` from the first block on,
+    `logits` `[B, Hq, n]`, `total` `[B, Hq]` their log-sum-exp; `rounded`, and the `block` that each entry lies in,
     `[B, Hkv, n]`.
     """
     heads = rounded.shape[1]
     weights = (logits - total.masked_fill(total == float("-inf"), 0.0)[..., None]).exp()
     weights = weights.unflatten(1, (heads, -1)) * rounded[:, :, None]
     masses = weights.new_zeros(*weights.shape[:3], blocks + 1)
-    block = torch.div(positions, BLOCK, rounding_mode="floor").where(rounded, blocks)
-    masses.scatter_add_(-1, block[:, :, None].expand_as(weights), weights)
+    into = block.where(rounded, blocks)
+    masses.scatter_add_(-1, into[:, :, None].expand_as(weights), weights)
     return masses[..., :blocks].amax(2)
 
 
