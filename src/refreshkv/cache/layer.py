@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refreshkv.cache.ring import RINGS, Ring
 from refreshkv.cache.rounded import RoundedCopy
+from refreshkv.cache.static import StaticStore
 from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
 from refreshkv.policy.selection import FREE, Selected
@@ -256,6 +257,17 @@ class LayerCache:
         if not self.fixed:
             self.ring = self.queries = None
             self.anchors = self.reference = self.budget = self.hidden = None
+
+    def grow(self, width: int) -> None:
+        """Room for `width` tokens a row in a cache of the fixed form; what is kept stays, elsewhere in memory."""
+        assert isinstance(self.store, StaticStore)
+        self.store.grow(width)
+        if self.copy is not None:
+            self.copy.grow(self.store)
+        # A later prompt may be longer than this cache was.
+        self.slots = max(self.slots or 0, self.config.resolve_budget(width))
+        if self.ring is not None:
+            self.ring.hold(self.slots)
 
     def tensors(self) -> list[Tensor]:
         """All that a decode step reads and writes, beside the store and its length."""

@@ -67,6 +67,12 @@ class Ring(ABC):
         self.budget = budget
         self._largest = self._slots or int(budget.max())
 
+    def hold(self, slots: int) -> None:
+        """So many slots for every row of a ring that has a fixed number, none of them fewer than before."""
+        if slots > self.positions.shape[2]:
+            self._slots = slots
+            self._grow(slots)
+
     @property
     def used(self) -> Tensor:
         """`[B, Hkv]` int64, how many slots hold a token."""

@@ -89,6 +89,13 @@ class RoundedCopy:
         else:
             self.codes, (self.first, self.finished) = Codes(*taken[:4]), taken[4:]
 
+    def grow(self, store: Store) -> None:
+        """Room for the blocks of all positions of a fixed store that has grown."""
+        assert self.codes is not None
+        blocks = store.width // BLOCK - self.codes.keys.shape[2]
+        parts = (F.pad(part, (0, 0, 0, blocks)) for part in self.codes.tensors)
+        self.codes = Codes(*parts)
+
     def reset(self) -> None:
         """Nothing is finished; in the fixed form the memory stays."""
         if not self.fixed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.store import Store, scatter
@@ -58,6 +59,10 @@ class StaticStore(Store):
         for buffer, new in zip(self._buffers(), (keys, values), strict=True):
             buffer.index_copy_(2, positions, new)
         self._length.add_(keys.shape[2])
+
+    def grow(self, width: int) -> None:
+        """Room for `width` tokens a row, at least as many as there was."""
+        self._held = tuple(F.pad(x, (0, 0, 0, width - x.shape[2])) for x in self._buffers())  # type: ignore[assignment]
 
     def level(self, length: int) -> None:
         self._length.fill_(length)

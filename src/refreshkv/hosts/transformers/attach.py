@@ -17,7 +17,14 @@ from refreshkv.config import Budgeted, RefreshConfig, make_config
 from refreshkv.hosts.transformers import drafting
 from refreshkv.hosts.transformers.attachment import attachment_of, join
 from refreshkv.hosts.transformers.cache import RefreshCache
+from refreshkv.hosts.transformers.captured import (
+    CapturedModel,
+    device_of,
+    reason_against,
+    under_way,
+)
 from refreshkv.hosts.transformers.fallback import CACHES, say_full
+from refreshkv.hosts.transformers.graphs import Graphs, recorder_for
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.support import (
     UnsupportedModelError,
@@ -41,6 +48,7 @@ def attach(
     method: str | None = None,
     preset: str | Mapping[str, Any] | None = None,
     stats: Stats | None = None,
+    graphs: bool = True,
     **overrides: Any,
 ) -> Session:
     """Run `model.generate` under RefreshKV, or under a method it is compared with.
@@ -56,6 +64,8 @@ def attach(
             its settings; single settings still count.
         preset: a name of `refreshkv.PRESETS`, or the settings of `refreshkv.load_preset`; `None` is "default".
         stats: where decode steps are counted, for example a `RowStats`; `None` is a new `Stats`.
+        graphs: on a GPU `generate` decodes by CUDA graphs, captured after the prompt. What cannot be captured runs as it
+            is, and a warning says why.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be served, with the reason.
@@ -83,7 +93,7 @@ def attach(
         raise UnsupportedModelError(support.reason)
     if support.reason:
         warnings.warn(support.reason, stacklevel=2)
-    return Session(model, settings, method=found, stats=stats)
+    return Session(model, settings, method=found, stats=stats, graphs=graphs)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -119,6 +129,7 @@ class Session:
         model: the attached model.
         config: the settings; of a compared method its own.
         method: the method, where one was named.
+        graphs: whether `generate` decodes by CUDA graphs, where there is a GPU.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
         implementation_below: the attention implementation that serves prefill and the layers that are not ours.
     """
@@ -130,12 +141,16 @@ class Session:
         *,
         method: Method | None = None,
         stats: Stats | None = None,
+        graphs: bool = True,
     ) -> None:
         self.model = model
         self.config = config
         self.method = method
         self.stats = Stats() if stats is None else stats
+        self.graphs = graphs
         self._key = object()  # marks the caches of this session
+        # A captured cache that a call of `generate` has left, for the next one.
+        self._left: StaticRefreshCache | None = None
         self._attachment = join(model, self)
         self.implementation_below: str = self._attachment.below
 
@@ -172,6 +187,7 @@ class Session:
     def detach(self) -> None:
         """End this session; the model is restored with its last one. Does nothing the second time."""
         self._attachment.end(self)
+        self._left = None
 
     def __enter__(self) -> Session:
         if not self._attachment.holds(self):
@@ -195,13 +211,17 @@ class Session:
         if self.config.mode == "exact" and not theirs:
             kwargs = {**kwargs, "custom_generate": drafting.decode}
         caches: list[tuple[Any, int | None]] = []
-        before = _caches.set(caches)
+        before, outer = _caches.set(caches), under_way.set(None)
         try:
             result = original(*args, **kwargs)
+            captured = under_way.get()
         finally:
             _caches.reset(before)
+            under_way.reset(outer)
         for cache, length in caches:
             _check_used(cache, length)
+        if captured is not None and not hasattr(result, CACHE):
+            self._left = captured.cache
         return result
 
     def on_extract_generation_mode_kwargs(
@@ -238,7 +258,13 @@ class Session:
         made = model_kwargs.get(CACHE)
         if given is None:
             length = kwargs.get("max_cache_length", args[-1] if args else 0)
-            made = model_kwargs[CACHE] = self._in_place_of(made, length)
+            mode = kwargs.get("generation_mode", args[0] if args else None)
+            mask = model_kwargs.get("attention_mask")
+            rows = None if mask is None else mask.shape[0]
+            if type(made) is DynamicCache and self._captures(generation_config, mode):
+                made = model_kwargs[CACHE] = self._captured_cache(rows, length)
+            else:
+                made = model_kwargs[CACHE] = self._in_place_of(made, length)
             if generation_config.is_assistant and isinstance(made, RefreshCache):
                 made.activate_past_recording()  # a draft model rolls back
         caches = _caches.get()
@@ -258,11 +284,48 @@ class Session:
         cache = model_kwargs.get(CACHE)
         if not isinstance(cache, CACHES):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
+        captured = under_way.get()
+        if captured is not None:
+            embeds = model_kwargs.get("inputs_embeds")
+            captured.make_room((input_ids if embeds is None else embeds).shape[1])
         length = cache.served_length()
         with cache.prompt():
             result = original(input_ids, generation_config, model_kwargs, **kwargs)
             _check_used(cache, length)
         return result
+
+    def on_valid_auto_compile_criteria(
+        self, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Whether `generate` asks for another call than the model's own: ours, where passes are captured."""
+        return under_way.get() is not None or original(*args, **kwargs)
+
+    def on_get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """That call."""
+        return under_way.get() or original(*args, **kwargs)
+
+    def _captures(self, config: GenerationConfig, mode: Any) -> bool:
+        """Whether this call decodes by graphs over a static cache."""
+        if not self.graphs or recorder_for(device_of(self.model)) is None:
+            return False
+        reason = reason_against(self, config, mode)
+        if reason is not None:
+            warnings.warn(f"decoding without CUDA graphs: {reason}", stacklevel=4)
+        return reason is None
+
+    def _captured_cache(self, rows: int | None, most: int) -> StaticRefreshCache:
+        """A static cache with graphs, that of the call before where it fits."""
+        cache, self._left = self._left, None
+        if cache is None or rows is None or cache.rows != rows:
+            recorder = recorder_for(device_of(self.model))
+            assert recorder is not None
+            cache = self.new_static_cache(most)
+            cache.graphs = Graphs(recorder)
+            cache.is_kept = False
+            cache.capacity = 0
+        cache.reset()
+        under_way.set(CapturedModel(self.model, cache, most))
+        return cache
 
     def _check_given(self, cache: Any) -> None:
         """Raises `ValueError` for a cache that does not belong to this session."""

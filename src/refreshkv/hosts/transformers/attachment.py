@@ -121,6 +121,8 @@ HOOKED = (
     "_extract_generation_mode_kwargs",
     "_prepare_cache_for_generation",
     "_prefill",
+    "_valid_auto_compile_criteria",
+    "get_compiled_call",
 )
 
 

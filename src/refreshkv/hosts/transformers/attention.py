@@ -20,6 +20,7 @@ from refreshkv.hosts.transformers.served import (
     IMPLEMENTATION_PREFIX,
     as_autocast,
     layer_of,
+    masks_are_wanted,
     without_autocast,
 )
 from refreshkv.kernels.options import AttendOptions
@@ -39,11 +40,13 @@ def register(inner: str) -> str:
 
 
 def refresh_mask(*args: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
-    """The mask that the implementation below makes for itself.
+    """The mask that the implementation below makes for itself, or none in a pass that needs none.
 
     Over positions that are not filled yet it is always made where layers share keys: Gemma 4 cuts the queries of such
     layers off, and sees that none may be left out by the name of the implementation, which is ours.
     """
+    if not masks_are_wanted():
+        return None
     config = kwargs.get("config")
     if getattr(config, "num_kv_shared_layers", None) and kwargs["kv_length"] > kwargs["q_length"]:
         kwargs["allow_is_causal_skip"] = False

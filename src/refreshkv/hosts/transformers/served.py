@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from refreshkv.step import Algorithm
 
 IMPLEMENTATION_PREFIX = "refreshkv_"
 _TAG = "_refreshkv"
+# Whether the pass under way is one of `ServedCache.without_masks`; a mask function is not told of which cache it is.
+_maskless: ContextVar[bool] = ContextVar("refreshkv_maskless", default=False)
 
 
 @dataclass
@@ -31,12 +34,16 @@ class Pass:
         awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
         drafting: the pass belongs to the exact mode: "draft" or "verify"; None otherwise.
         counts: `[B]` int64, in "verify": the tokens of each row that are real.
+        maskless: the host makes no masks in this pass, and the layers know themselves what is `visible`.
+        visible: `[B, width]` bool, False for padding; `None` when everything is.
     """
 
     prompt: bool = False
     drafting: Literal["draft", "verify"] | None = None
     counts: Tensor | None = None
     awaiting: ServedLayer | None = None
+    maskless: bool = False
+    visible: Tensor | None = None
 
 
 class ServedLayer:
@@ -83,7 +90,7 @@ class ServedLayer:
         if self.window is not None:
             self._options = options
             return None  # over a window the implementation below, with the host's mask, is right
-        visible = self._visible(mask)
+        visible = self.current.visible if self.current.maskless else self._visible(mask)
         if query.shape[2] == 1 and not self.current.prompt and self._decodes():
             return self.algorithm.step(self.inner, query[:, :, 0], options, visible)[:, :, None]
         self.observe(query, options, visible)
@@ -177,6 +184,17 @@ class ServedCache:
         finally:
             self._current.drafting = self._current.counts = None
 
+    @contextmanager
+    def without_masks(self) -> Iterator[None]:
+        """No layer needs a mask in the passes inside, so transformers shall make none: it may wait for the device."""
+        self._current.maskless = True
+        before = _maskless.set(True)
+        try:
+            yield
+        finally:
+            _maskless.reset(before)
+            self._current.maskless = False
+
     def before_drafts(self) -> None:
         """A cycle begins in which some row drafts: select."""
         for layer in self.served:
@@ -208,6 +226,11 @@ def tagged(states: Tensor, layer: ServedLayer) -> Tensor:
     view = states.view_as(states)
     setattr(view, _TAG, layer)
     return view
+
+
+def masks_are_wanted() -> bool:
+    """Whether the host shall make masks in the pass under way."""
+    return not _maskless.get()
 
 
 def layer_of(states: Tensor) -> ServedLayer | None:

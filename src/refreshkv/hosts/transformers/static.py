@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
@@ -19,6 +20,7 @@ from transformers.cache_utils import StaticLayer
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.static import StaticStore
 from refreshkv.config import RefreshConfig
+from refreshkv.hosts.transformers.graphs import Graphs
 from refreshkv.hosts.transformers.masks import newest_row
 from refreshkv.hosts.transformers.served import (
     Pass,
@@ -111,6 +113,13 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
 
+    def grow(self, capacity: int) -> None:
+        """Room for `capacity` tokens, elsewhere in memory; whatever is kept stays as it is."""
+        self.max_cache_len = capacity
+        if self.is_initialized:
+            self.inner.grow(capacity)
+            self.keys, self.values = self.inner.store.dense()
+
     def reset(self) -> None:
         """Back to empty; the memory stays."""
         super().reset()
@@ -143,6 +152,10 @@ class StaticRefreshCache(ServedCache, StaticCache):
         refresh: the settings.
         max_cache_len: tokens of prompt and answer together. The exact mode needs `refresh.draft + 1` more.
         stats: where decode steps are counted.
+
+    Attributes:
+        capacity: the `max_cache_len` of now.
+        graphs: of its passes, where we capture them (`CapturedModel`); `generate` need not make masks for these.
     """
 
     def __init__(
@@ -155,6 +168,11 @@ class StaticRefreshCache(ServedCache, StaticCache):
     ) -> None:
         super().__init__(config=config, max_cache_len=max_cache_len)
         self._serve(config, refresh, stats)
+        self.capacity = max_cache_len
+        self.graphs: Graphs | None = None
+        self._in_pass = False
+        self._padding: Tensor | None = None  # stays where it is, for graphs
+        self._steps = 0  # since the prompt
         for index, layer in enumerate(self.layers):
             if type(layer) is StaticLayer and may_serve(self._decoder, index):
                 self.layers[index] = StaticRefreshLayer(
@@ -170,9 +188,64 @@ class StaticRefreshCache(ServedCache, StaticCache):
 
     def begin_decoding(self) -> None:
         """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""
+        self._steps = 0
         for layer in self.served:
             assert isinstance(layer, StaticRefreshLayer)
             layer.begin_decoding()
+
+    @property
+    def is_compileable(self) -> bool:
+        """See `Cache`. `generate` makes masks for such a cache before each pass, which ours need not."""
+        return self.graphs is None or self._in_pass or self._current.prompt
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The pass inside is one of a captured decode."""
+        self._in_pass = True
+        try:
+            yield
+        finally:
+            self._in_pass = False
+
+    def show(self, visible: Tensor | None) -> None:
+        """`[B, L]` bool, False for padding; `None` for none. Later tokens are visible."""
+        if visible is not None:
+            visible = F.pad(visible, (0, self.capacity - visible.shape[1]), value=True)
+            if self._padding is None or self._padding.shape != visible.shape:
+                self._padding = visible.clone()
+            visible = self._padding.copy_(visible)
+        self._current.visible = visible
+
+    @property
+    def rows(self) -> int | None:
+        """Batch size; `None` before the first token."""
+        layer = self.layers[0]
+        return layer.keys.shape[0] if layer.is_initialized else None
+
+    @property
+    def hides(self) -> bool:
+        """Whether there is padding."""
+        return self._current.visible is not None
+
+    def next_step(self) -> str | None:
+        """A decode step begins: its kind, as far as the host knows the schedule; `None`: each is like the others."""
+        self._steps += 1
+        return None
+
+    def grow(self, capacity: int) -> None:
+        """Room for `capacity` tokens a row. What a graph has captured is elsewhere then, so each is made anew."""
+        for layer in self.served:
+            assert isinstance(layer, StaticRefreshLayer)
+            layer.grow(capacity)
+        self.capacity = capacity
+        self.show(self._current.visible)
+        if self.graphs is not None:
+            self.graphs.forget()
+
+    def reset(self) -> None:
+        """Back to empty, for a prompt of as many rows; the memory stays, and so do the graphs."""
+        super().reset()
+        self._current.visible = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,0 +1,143 @@
+"""`CapturedModel`: what `generate` calls for each new token in place of the model, one replay of a CUDA graph."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticSlidingWindowLayer
+from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refreshkv.hosts.transformers.static import StaticRefreshCache, StaticRefreshLayer
+from refreshkv.hosts.transformers.support import exact_reason
+from refreshkv.hosts.transformers.versions import CACHE
+from refreshkv.stats import RowStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from refreshkv.hosts.transformers.attach import Session
+
+_STEP = 2048  # tokens by which a captured cache grows
+_GRAIN = 256  # its length is a multiple of this, so that calls of about the same length share it
+# That of the call of `generate` under way.
+under_way: contextvars.ContextVar[CapturedModel | None] = contextvars.ContextVar(
+    "refreshkv_captured", default=None
+)
+
+
+def capacity_for(tokens: int, most: int) -> int:
+    """Positions of a cache that holds `tokens` and shall hold `most`: enough for a while, and then it grows."""
+    wanted = max(tokens, min(most, tokens + _STEP))
+    return -(-wanted // _GRAIN) * _GRAIN
+
+
+class CapturedModel:
+    """The model over one static cache that has graphs; each pass after the prompt is a replay.
+
+    Args:
+        model: the attached model.
+        cache: whose foreign layers, if any, are sliding windows.
+        most: the tokens that this call of `generate` may reach.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StaticRefreshCache, most: int) -> None:
+        self.model, self.cache, self.most = model, cache, most
+        self._foreign = [x for x in cache.layers if not isinstance(x, StaticRefreshLayer)]
+        self._length: int | None = None  # tokens in the cache, once the prompt is over
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A pass over one token a row; inputs and output as those of the model's own `forward`."""
+        mask = inputs.pop("attention_mask", None)
+        if self._length is None:
+            self._begin(mask)
+        self.make_room(1)
+        assert self._length is not None and self.cache.graphs is not None
+        kind = self.cache.next_step()
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        settings = {n: x for n, x in inputs.items() if n not in tensors and n != CACHE}
+        if self._is_plain(settings):
+            with self.cache.decoding():
+                output = self.model(**inputs, attention_mask=mask)
+        else:
+            what = (kind, self.cache.hides, repr(sorted(settings.items())))
+            logits = self.cache.graphs.run(what, self._pass(settings), tensors)
+            output = CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+        self._length += 1
+        for layer in self._foreign:  # a replay does not count for them
+            layer.cumulative_length_int = self._length
+        return output
+
+    def make_room(self, more: int) -> None:
+        """Positions for `more` tokens; where the cache grows for them, what the graphs read has moved."""
+        tokens = (self._length or 0) + more
+        if tokens > self.cache.capacity:
+            self.cache.grow(capacity_for(tokens, self.most))
+
+    def _begin(self, mask: Tensor | None) -> None:
+        """The prompt is over: the host looks how long it was, and at its padding, once."""
+        self._length = self.cache.served_length()
+        self.cache.show(None if mask is None or bool(mask.all()) else mask.bool())
+
+    def _pass(self, settings: dict[str, Any]) -> Any:
+        def run(**tensors: Tensor) -> Tensor:
+            with self.cache.decoding(), self.cache.without_masks():
+                output = self.model(**tensors, **settings, **{CACHE: self.cache})
+            logits: Tensor = output.logits
+            return logits
+
+        return run
+
+    def _is_plain(self, settings: dict[str, Any]) -> bool:
+        """Whether this pass is not for a graph: transformers has to make a mask, or more than logits is asked for."""
+        if any(value for name, value in settings.items() if name.startswith("output_")):
+            return True
+        # A window that is full sees all that it holds; one that is not needs a mask which grows.
+        return any(
+            self.cache.hides or layer.cumulative_length_int < layer.max_cache_len
+            for layer in self._foreign
+        )
+
+
+def reason_against(session: Session, config: GenerationConfig, mode: Any) -> str | None:
+    """Why a call of `generate` keeps a growing cache and decodes without graphs; `None` where it need not."""
+    model, refresh = session.model, session.config.for_cache()
+    decoder = model.config.get_text_config(decoder=True)
+    devices = {parameter.device for parameter in model.parameters()}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or config.is_assistant:
+        return "only greedy search and sampling are captured"
+    if session.method is not None and session.method.make is not None:
+        return f"method {session.method.name!r} has no static form"
+    if isinstance(session.stats, RowStats):
+        return "RowStats counts every step by itself"
+    if len(devices) > 1:
+        return "the model lies on several devices"
+    if quantizer is not None and not quantizer.is_compileable:
+        return "the quantised weights cannot be captured"
+    if config.disable_compile:
+        return "disable_compile was asked for"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "the model takes no position_ids"
+    if getattr(decoder, "num_kv_shared_layers", None):
+        return "layers share their keys"
+    if refresh.mode == "exact" and exact_reason(model.config) is not None:
+        return "the lossless mode cannot draft with this model"
+    layers = StaticRefreshCache(model.config, refresh, max_cache_len=1).layers
+    ours = [isinstance(layer, StaticRefreshLayer) for layer in layers]
+    windows = [type(layer) is StaticSlidingWindowLayer for layer in layers]
+    if not any(ours) or not all(a or b for a, b in zip(ours, windows, strict=True)):
+        return "it has layers of a kind that cannot be captured"
+    if refresh.mode == "exact" and not all(ours):
+        return "windows of a static cache cannot take a draft back"
+    return None
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
