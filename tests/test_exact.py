@@ -76,9 +76,9 @@ class Run:
         return what.gather(2, index)
 
     def draft(self) -> Tensor:
-        if not self.layer.drafted:
+        if not self.layer.cycle.ahead:
             self.layer.select()
-        places = (self.layer.ends + self.layer.drafted)[:, None]
+        places = (self.layer.ends + self.layer.cycle.ahead)[:, None]
         query, key, value = (
             self.at(what, places)[:, :, 0] + shift
             for what, shift in (
@@ -98,7 +98,10 @@ class Run:
         return self.layer.verify(*new, counts)
 
     def cycle(self, drafted: Sequence[int], kept: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        outputs = [self.draft() for _ in range(max(drafted))]
+        outputs = []
+        for step in range(max(drafted)):
+            self.layer.cycle.counted.copy_(torch.tensor(drafted) > step)
+            outputs.append(self.draft())
         verified = self.verify(torch.tensor(drafted) + 1)
         self.layer.commit(torch.tensor(kept))
         return outputs, verified

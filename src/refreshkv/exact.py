@@ -1,6 +1,6 @@
 """The exact mode of one layer: cheap steps draft, one full pass over the drafted tokens verifies them (ours).
 
-A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`. Drafted tokens are written behind
+A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`, in every layer. Drafted tokens are written behind
 the end of their row, where the full pass writes what it computes again, exactly; they stand only once they are
 committed. The pass reads the store once for all its queries. Rows keep different numbers of tokens, so each has its own
 end. Drafts are partial steps, whose next selection the mean of the pass's scores makes, whichever of them were right;
@@ -17,73 +17,126 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.kernels.options import AttendOptions, over_heads
+from refreshkv.config import BLOCK
 from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
 from refreshkv.step import reselect, select_after_prompt
 
 
-class ExactLayer:
-    """A layer whose rows end at `ends`; what its store holds after them is left over from refused drafts.
+class Cycle:
+    """What the layers of a model share while they draft and verify.
 
-    Over a cache of the fixed form `draft` and `verify` can be compiled, each one graph for all cycles; `select` and
-    `commit` look at the device.
+    Attributes:
+        ends: `[B]` int64, where each row ends; what the stores hold after that is left over from refused drafts.
+        ahead: int64 scalar, tokens drafted in this cycle.
+        positions: `[B]` int64, where the token goes that is being drafted.
+        counted: `[B]` bool, rows that draft; what others read along with them is not counted.
+        counts: `[B]` int64, tokens of each row in the full pass that are real; 0 for a row that sits out.
+        end: where the draft ends in the longest row, in stores that grow.
+    """
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends.clone()
+        self.ahead = torch.zeros((), dtype=torch.int64, device=ends.device)
+        self.positions = ends.clone()
+        self.counted = torch.ones_like(ends, dtype=torch.bool)
+        self.counts = torch.zeros_like(ends)
+        self.end: int | None = None
+
+    def begin_draft(self, grows: bool) -> None:
+        """A pass over the next token of each row. `grows`: stores have to make room, and the device is asked."""
+        torch.add(self.ends, self.ahead, out=self.positions)
+        if grows:
+            self.end = (int(self.ends.max()) if self.end is None else self.end) + 1
+
+    def end_draft(self) -> None:
+        """That pass is over."""
+        self.ahead += 1
+
+    def advance(self, kept: Tensor) -> None:
+        """Each row has `kept` `[B]` tokens more, and what was drafted is over."""
+        self.ends += kept
+        self.ahead.zero_()
+        self.end = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads and writes."""
+        return [part for part in vars(self).values() if isinstance(part, Tensor)]
+
+
+class ExactLayer:
+    """A layer in the exact mode.
+
+    Over a cache of the fixed form `draft` and `verify` look at nothing on the device, and neither do `select` after the
+    first cycle and `commit`: each can be compiled, or captured in a graph for all cycles.
 
     Args:
         cache: the layer after a prompt that is the same number of tokens in every row.
         options: of the model.
         visible: `[B, L]` bool, False for padding; `None` when there is none. Later tokens are visible.
+        cycle: that of the model's layers, which somebody else begins and advances; `None`: this is the only one.
     """
 
-    def __init__(self, cache: LayerCache, options: AttendOptions, visible: Tensor | None) -> None:
+    def __init__(
+        self,
+        cache: LayerCache,
+        options: AttendOptions,
+        visible: Tensor | None,
+        cycle: Cycle | None = None,
+    ) -> None:
         self.cache = cache
         self.options = options.over(reduction=cache.config.group_reduction)
         self.visible = visible
-        cache.store.let_rows_differ()
+        self.alone = cycle is None
+        self.cycle = Cycle(cache.store.lengths) if cycle is None else cycle
+        cache.store.let_rows_differ(self.cycle.ends)
         cache.wait_again()
-        device = cache.store.device
-        # [B, Hkv, L], of the last full pass; `fresh`: not yet selected from
+        # [B, Hkv, L], of the last full pass, from which the next cycle selects
         self.votes: Tensor | None = None
-        self.fresh = False
-        self.drafted = torch.zeros((), dtype=torch.int64, device=device)  # tokens, in this cycle
-        self._end: int | None = None  # of the longest row, drafts included, where it is known
-        # [steps, B], entries that each of these drafts read
-        self.read = self.ends.new_zeros(cache.config.draft, cache.rows)
-        self.codes = torch.zeros_like(self.read)  # the same, bytes of codes
-        self.verified = torch.zeros_like(self.ends)  # queries of each row in the last full pass
+        self.voted = False
+        # [B], entries and bytes of codes that the drafts of this cycle read
+        self.read = torch.zeros_like(self.cycle.ends)
+        self.codes = torch.zeros_like(self.read)
         if cache.fixed:
             self.visible = self._seen()
+            device = cache.store.device
             self.votes = torch.zeros(cache.rows, cache.kv_heads, cache.store.width, device=device)
             self.select()
 
     @property
     def ends(self) -> Tensor:
         """`[B]` int64, where each row ends."""
-        ends = self.cache.store.ends
-        assert ends is not None
-        return ends
+        return self.cycle.ends
 
     def select(self) -> None:
         """The partial cache of the cycle that begins."""
         if self.cache.waiting is not None:
             select_after_prompt(self.cache, self.options, self._seen())
-        elif self.fresh:
+        elif self.voted:
             assert self.votes is not None
             reselect(self.cache, self.votes, self._seen())
-        self.fresh = False
 
     def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A partial step over the token `[B, Hkv, D]`; `query` `[B, Hq, D]`; returns `[B, Hq, D]`."""
-        cache, ring = self.cache, self.cache.ring
+        """A cheap step over the token `[B, Hkv, D]`; `query` `[B, Hq, D]`; returns `[B, Hq, D]`."""
+        if self.alone:
+            self.cycle.begin_draft(not self.cache.fixed)
+        self.cache.store.write(
+            key[:, :, None], value[:, :, None], self.cycle.positions, self.cycle.end
+        )
+        output = self._draft(query)
+        if self.alone:
+            self.cycle.end_draft()
+        return output
+
+    def _draft(self, query: Tensor) -> Tensor:
+        """A partial step, over the token that is in the store by now."""
+        cache, ring, cycle = self.cache, self.cache.ring, self.cycle
         assert ring is not None
-        positions = self.ends + self.drafted
-        cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
-        ring.push(positions)
+        ring.push(cycle.positions)
         used = ring.used
         successor = cache.config.successor
-        output = ring.attend(query, self.options, successor=successor, end=self.ends).output
-        read = (used + ring.fetched).sum(-1)
-        self.read.index_copy_(0, self.drafted.view(1), read[None])
-        self.drafted += 1
-        return output
+        attended = ring.attend(query, self.options, successor=successor, end=cycle.ends)
+        self.read += ((used + ring.fetched).sum(-1)).where(cycle.counted, 0)
+        return attended.output
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         """The full pass over the token before the drafts and the drafts.
@@ -113,34 +166,32 @@ class ExactLayer:
             self.votes.copy_(scored.scores)
         else:
             self.votes = scored.scores
-        self.verified.copy_(counts)
+        self.voted = True
+        if self.alone:
+            self.cycle.counts.copy_(counts)
         return output
 
     def commit(self, kept: Tensor) -> None:
         """The first `kept` `[B]` tokens of the full pass stay, and as many that it gave are part of the text."""
-        cache = self.cache
+        cache, verified = self.cache, self.cycle.counts
         assert cache.hidden is not None
         heads, before = cache.kv_heads, self.ends - cache.hidden
-        # What the drafts of others made a row read is not its own.
-        steps = torch.arange(len(self.read), device=kept.device)[:, None]
-        of_others = steps + 1 >= self.verified
-        read = (before + self.verified) * heads + self.read.masked_fill(of_others, 0).sum(0)
         # Full attention would have read one entry more with each token.
         available = (kept * before + kept * (kept + 1) // 2) * heads
         cache.stats.record(
             cache.index,
             kv_heads=heads,
             entry_bytes=cache.store.entry_bytes,
-            full=(self.verified > 0) * heads,
+            full=(verified > 0) * heads,
             steps=kept * heads,
-            read=torch.where(self.verified > 0, read, 0),
-            rounded=self.codes.masked_fill(of_others, 0).sum(0),
+            read=((before + verified) * heads + self.read).where(verified > 0, 0),
+            rounded=self.codes.clone(),
             available=available,
         )
-        self._advance(kept)
         self.read.zero_()
         self.codes.zero_()
-        self.fresh = True
+        if self.alone:
+            self.cycle.advance(kept)
 
     def take_back(self, ends: Tensor) -> None:
         """Rows that are longer than `ends` `[B]` forget what they have beyond."""
@@ -155,23 +206,16 @@ class ExactLayer:
         if self.cache.copy is not None:
             self.cache.copy.crop(length)
 
+    def grow(self) -> None:
+        """The store of the fixed form has more room than before."""
+        assert self.votes is not None
+        self.votes = F.pad(self.votes, (0, self.cache.length - self.votes.shape[2]))
+        self.visible = self._seen()
+
     def tensors(self) -> list[Tensor]:
         """All that a pass reads and writes, beside the cache."""
-        return [self.ends, *(part for part in vars(self).values() if isinstance(part, Tensor))]
-
-    def _advance(self, kept: Tensor) -> None:
-        self.ends.add_(kept)
-        self.drafted.zero_()
-        self._end = None
-
-    def _end_of_draft(self) -> int | None:
-        """Where this draft ends in the longest row: asked of the device once a cycle, and by no graph."""
-        if self.cache.fixed:
-            return None
-        if self._end is None:
-            self._end = int(self.ends.max())
-        self._end += 1
-        return self._end
+        own = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        return self.cycle.tensors() + own
 
     def _seen(self) -> Tensor | None:
         """`visible` for all positions of the store."""
@@ -183,23 +227,24 @@ class ExactLayer:
 class ExactMixedLayer(ExactLayer):
     """A layer whose drafts are mixed steps: by the codes of what is sure, and exactly where the weight is."""
 
+    _followed = False  # the prompt has its codes
+
     def select(self) -> None:
         """The codes of the blocks that the last cycle has completed."""
         cache = self.cache
         learn_prompt(cache, self._seen())
         assert cache.copy is not None
-        cache.copy.follow(cache.store, self.ends, self._seen())
+        # A graph cannot ask how many blocks that are, but they are no more than a cycle may complete.
+        most = 1 + cache.config.draft // BLOCK if cache.fixed and self._followed else None
+        cache.copy.follow(cache.store, self.ends, self._seen(), most=most)
+        self._followed = True
 
-    def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        cache, positions = self.cache, self.ends + self.drafted
-        cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
-        output, counts = attend_to_copy(cache, query, self.options, self._seen(), positions + 1)
-        for amounts, amount in (
-            (self.read, entries_read(cache, counts, positions + 1)),
-            (self.codes, bytes_of_codes(cache, counts)),
-        ):
-            amounts.index_copy_(0, self.drafted.view(1), amount[None])
-        self.drafted += 1
+    def _draft(self, query: Tensor) -> Tensor:
+        cache, cycle = self.cache, self.cycle
+        ends = cycle.positions + 1
+        output, counts = attend_to_copy(cache, query, self.options, self._seen(), ends)
+        self.read += entries_read(cache, counts, ends).where(cycle.counted, 0)
+        self.codes += bytes_of_codes(cache, counts).where(cycle.counted, 0)
         return output
 
 
@@ -211,36 +256,32 @@ class ExactWindowLayer(ExactLayer):
     """
 
     def __init__(
-        self, cache: LayerCache, options: AttendOptions, visible: Tensor | None, window: int
+        self,
+        cache: LayerCache,
+        options: AttendOptions,
+        visible: Tensor | None,
+        window: int,
+        cycle: Cycle | None = None,
     ) -> None:
-        super().__init__(cache, options, visible)
+        super().__init__(cache, options, visible, cycle)
         self.window = window
 
     def select(self) -> None:
         pass
 
-    def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        position = self.ends + self.drafted
-        self.drafted += 1
-        query, key, value = (x[:, :, None] for x in (query, key, value))
-        return self._attend(query, key, value, position, self._end_of_draft())[:, :, 0]
+    def _draft(self, query: Tensor) -> Tensor:
+        return self._attend(query[:, :, None], self.cycle.positions)[:, :, 0]
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-        return self._attend(queries, keys, values, self.ends)
+        self.cache.store.write(keys, values, self.ends)
+        return self._attend(queries, self.ends)
 
     def commit(self, kept: Tensor) -> None:
-        self._advance(kept)
+        if self.alone:
+            self.cycle.advance(kept)
 
-    def _attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        end: int | None = None,
-    ) -> Tensor:
-        store = self.cache.store
-        store.write(keys, values, starts, end)
+    def _attend(self, queries: Tensor, starts: Tensor) -> Tensor:
         options = self.options.over(over_heads(self._seen()))
+        store = self.cache.store
         (output, _), _ = store.verify(queries, options, starts=starts, window=self.window)
         return output

@@ -70,6 +70,28 @@ def test_a_second_call_uses_the_graphs_of_the_first(llama: PreTrainedModel, tape
     assert before > 0 and tape.recorded == before
 
 
+LOSSLESS = {
+    "every draft stands": RefreshConfig(mode="exact", budget=1000, draft=5),
+    "hardly any stands": RefreshConfig(mode="exact", budget=6, draft=5),
+    "default": make_config("default", budget=8),
+    "mixed drafts": RefreshConfig(mode="exact", budget=8, draft=7, drafter="mixed"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_lossless_mode(
+    llama: PreTrainedModel, tape: Tape, name: str, padded: bool
+) -> None:
+    inputs = left_padded(RAGGED) if padded else tokens(2, 90)
+    vanilla = greedy(llama, inputs, new=60)
+    with refreshkv.attach(llama, LOSSLESS[name]) as session:
+        assert torch.equal(greedy(llama, inputs, new=60), vanilla)
+    drafts = session.stats.drafts
+    assert tape.replayed > 10 and 0 < drafts.full <= drafts.yielded
+    assert name != "every draft stands" or drafts.accepted > 0.9 * drafts.drafted
+
+
 @pytest.mark.parametrize("name", ["every option", "mixed", "published"])
 def test_the_cache_grows(
     llama: PreTrainedModel, tape: Tape, name: str, monkeypatch: pytest.MonkeyPatch

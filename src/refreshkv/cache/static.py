@@ -30,8 +30,8 @@ class StaticStore(Store):
         # Made anew: a graph that writes the length must not also hold a view of it.
         return self._length.expand(self.rows) if self._own_ends is None else self._own_ends
 
-    def let_rows_differ(self) -> None:
-        self._own_ends = self.ends.clone()
+    def let_rows_differ(self, ends: Tensor) -> None:
+        self._own_ends = ends
 
     @property
     def width(self) -> int:

@@ -114,9 +114,9 @@ class Store(ABC):
             return torch.full((self.rows,), self.width, device=self.device)
         return self.ends
 
-    def let_rows_differ(self) -> None:
-        """From here on rows may end at different positions: `ends` is a tensor of its own, which the caller changes."""
-        self.ends = self.lengths.clone()
+    def let_rows_differ(self, ends: Tensor) -> None:
+        """From here on rows end at `ends` `[B]` int64, which the caller changes; so far the lengths that they have."""
+        self.ends = ends
 
     def level(self, length: int) -> None:
         """Every row has at least `length` tokens, and keeps those."""

@@ -41,7 +41,7 @@ class DraftLength:
     def learn(self, active: Tensor, counts: Tensor, accepted: Tensor) -> None:
         """A row whose drafts all stood dares more; another, a little more than what stood. All `[B]`."""
         longer = torch.where(accepted == counts, counts + 2, accepted + 2).clamp(max=self.most)
-        self.length = torch.where(active, longer, self.length)
+        self.length.copy_(torch.where(active, longer, self.length))
 
 
 def accept_greedy(drafts: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

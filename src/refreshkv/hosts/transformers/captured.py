@@ -73,9 +73,9 @@ class CapturedModel:
             layer.cumulative_length_int = self._length
         return output
 
-    def make_room(self, more: int) -> None:
-        """Positions for `more` tokens; where the cache grows for them, what the graphs read has moved."""
-        tokens = (self._length or 0) + more
+    def make_room(self, more: int, tokens: int | None = None) -> None:
+        """Positions for `more` tokens after `tokens` (`None`: those of the passes so far)."""
+        tokens = ((self._length or 0) if tokens is None else tokens) + more
         if tokens > self.cache.capacity:
             self.cache.grow(capacity_for(tokens, self.most))
 

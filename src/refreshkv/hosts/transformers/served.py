@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.exact import ExactLayer, ExactMixedLayer, ExactWindowLayer
+from refreshkv.exact import Cycle, ExactLayer, ExactMixedLayer, ExactWindowLayer
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.stats import Stats
 from refreshkv.step import Algorithm
@@ -33,14 +33,12 @@ class Pass:
         prompt: the pass belongs to a prompt, however few tokens it holds.
         awaiting: the layer that was updated last and whose keys have not reached our attention function yet.
         drafting: the pass belongs to the exact mode: "draft" or "verify"; None otherwise.
-        counts: `[B]` int64, in "verify": the tokens of each row that are real.
         maskless: the host makes no masks in this pass, and the layers know themselves what is `visible`.
         visible: `[B, width]` bool, False for padding; `None` when everything is.
     """
 
     prompt: bool = False
     drafting: Literal["draft", "verify"] | None = None
-    counts: Tensor | None = None
     awaiting: ServedLayer | None = None
     maskless: bool = False
     visible: Tensor | None = None
@@ -68,14 +66,16 @@ class ServedLayer:
         """Which layer of the model this is."""
         return self.inner.index
 
-    def begin_exact(self, visible: Tensor | None) -> None:
+    def begin_exact(self, visible: Tensor | None, cycle: Cycle) -> None:
         """From here on passes are drafts or verifications. `visible` `[B, L]`: the prompt's tokens, `None` for all."""
         assert self._options is not None
-        if self.window is None:
-            kind = ExactMixedLayer if self.inner.config.rounds else ExactLayer
-            self.exact = kind(self.inner, self._options, visible)
+        given = self.inner, self._options, visible
+        if self.window is not None:
+            self.exact = ExactWindowLayer(*given, self.window, cycle)
+        elif self.inner.config.rounds:
+            self.exact = ExactMixedLayer(*given, cycle)
         else:
-            self.exact = ExactWindowLayer(self.inner, self._options, visible, self.window)
+            self.exact = ExactLayer(*given, cycle)
 
     def end_exact(self, length: int) -> None:
         """Back to ordinary passes, with the first `length` tokens of every row."""
@@ -118,9 +118,9 @@ class ServedLayer:
         self._newest = None
         if self.current.drafting == "draft":
             return exact.draft(query[:, :, 0], keys[:, :, 0], values[:, :, 0])[:, :, None]
-        if self.current.drafting != "verify" or self.current.counts is None:
+        if self.current.drafting != "verify":
             raise RuntimeError("this cache is inside an exact `generate`: no other pass may use it")
-        return exact.verify(query, keys, values, self.current.counts)
+        return exact.verify(query, keys, values, exact.cycle.counts)
 
     def _visible(self, mask: Tensor | None) -> Tensor | None:
         """`[B, width]` bool, what the newest query sees; `None` when it is everything."""
@@ -139,9 +139,11 @@ class ServedCache:
         stats: where decode steps are counted.
         is_kept: somebody holds on to the cache after `generate`.
         owner: what marks the session that made the cache, if one did.
+        cycle: in the exact mode, what its layers share.
     """
 
     layers: list[Any]
+    cycle: Cycle | None = None
 
     def _serve(self, config: PreTrainedConfig, refresh: RefreshConfig, stats: Stats | None) -> None:
         self.refresh = refresh
@@ -174,17 +176,6 @@ class ServedCache:
             self._current.prompt = False
 
     @contextmanager
-    def drafting(
-        self, kind: Literal["draft", "verify"], counts: Tensor | None = None
-    ) -> Iterator[None]:
-        """The pass inside is one of the exact mode; `counts` as in `ExactLayer.verify`."""
-        self._current.drafting, self._current.counts = kind, counts
-        try:
-            yield
-        finally:
-            self._current.drafting = self._current.counts = None
-
-    @contextmanager
     def without_masks(self) -> Iterator[None]:
         """No layer needs a mask in the passes inside, so transformers shall make none: it may wait for the device."""
         self._current.maskless = True
@@ -195,12 +186,42 @@ class ServedCache:
             _maskless.reset(before)
             self._current.maskless = False
 
+    def begin_exact(self, visible: Tensor | None) -> Cycle:
+        """From here on passes are drafts or verifications, `drafting`. `visible` `[B, L]`, `None` for no padding."""
+        self.cycle = Cycle(self.served[0].inner.store.lengths)
+        for layer in self.served:
+            layer.begin_exact(visible, self.cycle)
+        return self.cycle
+
+    @contextmanager
+    def drafting(self, kind: Literal["draft", "verify"]) -> Iterator[None]:
+        """The pass inside is one of the exact mode; `cycle` says of which rows. Its layers need no masks of the host."""
+        assert self.cycle is not None
+        self._current.drafting = kind
+        if kind == "draft":
+            self.cycle.begin_draft(not self.served[0].inner.fixed)
+        try:
+            yield
+        finally:
+            self._current.drafting = None
+            if kind == "draft":
+                self.cycle.end_draft()
+
     def before_drafts(self) -> None:
         """A cycle begins in which some row drafts: select."""
         for layer in self.served:
             assert layer.exact is not None
             with without_autocast(layer.inner.store.device):
                 layer.exact.select()
+
+    def commit(self, kept: Tensor) -> None:
+        """Each row keeps the first `kept` `[B]` tokens of the full pass: the end of a cycle."""
+        assert self.cycle is not None
+        with without_autocast(kept.device):
+            for layer in self.served:
+                assert layer.exact is not None
+                layer.exact.commit(kept)
+            self.cycle.advance(kept)
 
     def _check(self) -> None:
         """Raises `RuntimeError` before an update that our attention function would not learn of."""
@@ -229,8 +250,8 @@ def tagged(states: Tensor, layer: ServedLayer) -> Tensor:
 
 
 def masks_are_wanted() -> bool:
-    """Whether the host shall make masks in the pass under way."""
-    return not _maskless.get()
+    """Whether the host shall make masks in the pass under way; a pass that is compiled has them."""
+    return torch.compiler.is_compiling() or not _maskless.get()
 
 
 def layer_of(states: Tensor) -> ServedLayer | None:

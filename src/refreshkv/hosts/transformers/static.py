@@ -20,6 +20,7 @@ from transformers.cache_utils import StaticLayer
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.static import StaticStore
 from refreshkv.config import RefreshConfig
+from refreshkv.exact import Cycle
 from refreshkv.hosts.transformers.graphs import Graphs
 from refreshkv.hosts.transformers.masks import newest_row
 from refreshkv.hosts.transformers.served import (
@@ -84,8 +85,8 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
             self._newest = keys, values
         return self._updated(self.keys, self.values)
 
-    def begin_exact(self, visible: Tensor | None) -> None:
-        super().begin_exact(visible)
+    def begin_exact(self, visible: Tensor | None, cycle: Cycle) -> None:
+        super().begin_exact(visible, cycle)
         assert self.exact is not None
         self._stay(self.inner.tensors() + self.exact.tensors())
 
@@ -118,6 +119,8 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         self.max_cache_len = capacity
         if self.is_initialized:
             self.inner.grow(capacity)
+            if self.exact is not None:
+                self.exact.grow()
             self.keys, self.values = self.inner.store.dense()
 
     def reset(self) -> None:
