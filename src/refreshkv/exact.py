@@ -1,10 +1,10 @@
 """The exact mode of one layer: cheap steps draft, one full pass over the drafted tokens verifies them (ours).
 
-A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`, in every layer. Drafted tokens are written behind
-the end of their row, where the full pass writes what it computes again, exactly; they stand only once they are
-committed. The pass reads the store once for all its queries. Rows keep different numbers of tokens, so each has its own
-end. Drafts are partial steps, whose next selection the mean of the pass's scores makes, whichever of them were right;
-or mixed ones, which select nothing.
+A cycle is one call of `select`, some of `draft`, one of `verify`, one of `commit`, in every layer. Drafted tokens are
+written behind the end of their row, where the full pass writes what it computes again, exactly; they stand only once
+they are committed. The pass reads the store once for all its queries. Rows keep different numbers of tokens, so each
+has its own end. Drafts are partial steps, whose next selection the mean of the pass's scores makes, whichever of them
+were right; or mixed ones, which select nothing.
 
 Letters: B batch, Hq query heads, Hkv KV heads, T tokens, L positions.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
-from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.config import BLOCK
+from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
 from refreshkv.step import reselect, select_after_prompt
 

@@ -8,19 +8,45 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import PreTrainedModel
-from transformers.generation import StopStringCriteria  # noqa: F401
+from transformers.generation.streamers import BaseStreamer
 
 import refreshkv
 from refreshkv import RefreshConfig, make_config
 from refreshkv.hosts.transformers import captured
+from refreshkv.hosts.transformers.regions import Regions
+from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.stats import RowStats
 from tests.tape import Tape
 
+from ..conftest import build
 from .prompts import greedy, left_padded, tokens
 from .test_equalities import EVERY_OPTION
+
+
+class Collected(BaseStreamer):
+    """What a streamer is given after the prompt."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+def greedy_result(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> Any:
+    """All that `generate` gives."""
+    asked = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 16}
+    return model.generate(ids, do_sample=False, **asked, **options)
+
 
 CONFIGS = {
     "published": RefreshConfig(budget=8, stride=3, threshold=0.5),
@@ -80,9 +106,7 @@ LOSSLESS = {
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_lossless_mode(
-    llama: PreTrainedModel, tape: Tape, name: str, padded: bool
-) -> None:
+def test_the_lossless_mode(llama: PreTrainedModel, tape: Tape, name: str, padded: bool) -> None:
     inputs = left_padded(RAGGED) if padded else tokens(2, 90)
     vanilla = greedy(llama, inputs, new=60)
     with refreshkv.attach(llama, LOSSLESS[name]) as session:
@@ -104,3 +128,153 @@ def test_the_cache_grows(
     with refreshkv.attach(llama, CONFIGS[name]):
         assert torch.equal(greedy(llama, inputs, new=40), grown)
     assert tape.recorded >= 5
+
+
+@pytest.mark.parametrize("name", ["every option", "mixed"])
+def test_sampling_draws_what_the_growing_cache_draws(
+    llama: PreTrainedModel, tape: Tape, name: str
+) -> None:
+    drawn = []
+    for graphs in (False, True):
+        torch.manual_seed(5)
+        with refreshkv.attach(llama, CONFIGS[name], graphs=graphs):
+            options = {"do_sample": True, "top_k": 20, "num_return_sequences": 2}
+            drawn.append(llama.generate(tokens(2, 60), max_new_tokens=12, **options))
+    assert torch.equal(*drawn) and tape.replayed > 5
+
+
+def test_lossless_sampling_draws_likely_tokens(llama: PreTrainedModel, tape: Tape) -> None:
+    """One likely token is left of each distribution, so a draw is the greedy choice."""
+    ids = tokens(2, 90)
+    vanilla = llama.generate(ids, max_new_tokens=24, do_sample=False)
+    with refreshkv.attach(llama, LOSSLESS["default"]):
+        found = llama.generate(ids, max_new_tokens=24, do_sample=True, top_k=1)
+    assert torch.equal(found, vanilla)
+    assert tape.replayed > 5
+
+
+@pytest.mark.parametrize("config", [CONFIGS["published"], LOSSLESS["default"]])
+def test_whatever_generate_gives_and_is_given(
+    llama: PreTrainedModel, tape: Tape, config: RefreshConfig
+) -> None:
+    ids = tokens(1, 80)
+    stop = int(greedy(llama, ids, new=8)[0, -1])
+
+    def call(**graphs: Any) -> tuple[Any, list[int]]:
+        streamed = Collected()
+        with refreshkv.attach(llama, config, **graphs):
+            result = greedy_result(llama, ids, eos_token_id=stop, streamer=streamed)
+        return result, streamed.tokens
+
+    (captured_result, streamed), (plain, expected) = call(), call(graphs=False)
+    assert torch.equal(captured_result.sequences, plain.sequences)
+    assert streamed == expected
+    for ours, theirs in zip(captured_result.scores, plain.scores, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert isinstance(captured_result.past_key_values, StaticRefreshCache)
+
+
+def test_hidden_states_are_those_of_each_pass(llama: PreTrainedModel, tape: Tape) -> None:
+    ids, given = tokens(1, 60), []
+    for graphs in (False, True):
+        with refreshkv.attach(llama, CONFIGS["published"], graphs=graphs):
+            given.append(greedy_result(llama, ids, output_hidden_states=True).hidden_states)
+    for ours, theirs in zip(*given, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gpt-oss", "qwen3"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_beside_ours(architecture: str, padded: bool, tape: Tape) -> None:
+    """A window that is full rolls in a graph; one with padding runs as it is."""
+    model = build(architecture)
+    inputs = left_padded(RAGGED) if padded else tokens(2, 90)
+    with refreshkv.attach(model, CONFIGS["published"], graphs=False):
+        grown = greedy(model, inputs)
+    with refreshkv.attach(model, CONFIGS["published"]):
+        assert torch.equal(greedy(model, inputs), grown)
+    assert padded or tape.replayed > 5
+
+
+def test_a_pass_that_waits_stays_as_it_is_and_says_why(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = Tape()
+    module = sys.modules["refreshkv.hosts.transformers.attach"]
+    monkeypatch.setattr(module, "recorder_for", lambda device: tape)
+    hook = llama.model.norm.register_forward_hook(lambda *given: float(given[-1].sum()) and None)
+    vanilla = greedy(llama, tokens(1, 60))
+    for config in (RefreshConfig(mode="full"), LOSSLESS["default"]):
+        with (
+            refreshkv.attach(llama, config),
+            pytest.warns(UserWarning, match="without CUDA graphs: .* waits for the device"),
+        ):
+            assert torch.equal(greedy(llama, tokens(1, 60)), vanilla)
+    hook.remove()
+    assert tape.replayed == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "call", "why"),
+    [
+        ({}, {"num_beams": 2}, "only greedy search and sampling"),
+        ({"method": "h2o"}, {}, "'h2o' has no static form"),
+        ({"stats": RowStats()}, {}, "RowStats"),
+        ({}, {"disable_compile": True}, "disable_compile"),
+    ],
+)
+def test_what_is_not_captured_runs_and_says_why(
+    llama: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, Any],
+    call: dict[str, Any],
+    why: str,
+) -> None:
+    module = sys.modules["refreshkv.hosts.transformers.attach"]
+    monkeypatch.setattr(module, "recorder_for", lambda device: Tape())
+    with refreshkv.attach(
+        llama, budget=1000, **{"preset": "paper-llama", **how} if "method" not in how else how
+    ):
+        with pytest.warns(UserWarning, match=f"without CUDA graphs: .*{why}"):
+            found = greedy(llama, tokens(1, 60), **call)
+    assert torch.equal(found, greedy(llama, tokens(1, 60), **call))
+
+
+def test_a_cache_of_ones_own_grows_as_ever(llama: PreTrainedModel, tape: Tape) -> None:
+    with refreshkv.attach(llama, CONFIGS["published"]) as session:
+        cache = session.new_cache()
+        first = greedy_result(llama, tokens(1, 60), past_key_values=cache)
+        again = torch.cat([first.sequences, tokens(1, 5, seed=3)], 1)
+        greedy(llama, again, past_key_values=cache)
+    assert tape.replayed == 0
+
+
+class Again:
+    """A recorder that runs the call each time: the compiler does not work under a tape."""
+
+    def watch(self, call: Any) -> tuple[Any, None]:
+        return call(), None
+
+    def record(self, call: Any) -> Any:
+        return call
+
+
+@pytest.mark.parametrize("config", [CONFIGS["published"], CONFIGS["mixed"], LOSSLESS["default"]])
+def test_one_compiled_layer_serves_all(
+    config: RefreshConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["refreshkv.hosts.transformers.attach"]
+    monkeypatch.setattr(module, "recorder_for", lambda device: Again())
+    found = []
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        model = build("llama", num_hidden_layers=layers)
+        ids = tokens(2, 60)
+        with refreshkv.attach(model, config):
+            expected = greedy(model, ids)
+        counter = torch._dynamo.testing.CompileCounter()
+        with refreshkv.attach(model, config) as session:
+            session.regions = Regions(model, backend=counter)
+            assert torch.equal(greedy(model, ids), expected)
+        found.append(counter.frame_count)
+    assert found[0] == found[1] > 0

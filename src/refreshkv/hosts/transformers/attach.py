@@ -25,6 +25,7 @@ from refreshkv.hosts.transformers.captured import (
 )
 from refreshkv.hosts.transformers.fallback import CACHES, say_full
 from refreshkv.hosts.transformers.graphs import Graphs, recorder_for
+from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.support import (
     UnsupportedModelError,
@@ -49,6 +50,7 @@ def attach(
     preset: str | Mapping[str, Any] | None = None,
     stats: Stats | None = None,
     graphs: bool = True,
+    compiled: bool = False,
     **overrides: Any,
 ) -> Session:
     """Run `model.generate` under RefreshKV, or under a method it is compared with.
@@ -64,8 +66,9 @@ def attach(
             its settings; single settings still count.
         preset: a name of `refreshkv.PRESETS`, or the settings of `refreshkv.load_preset`; `None` is "default".
         stats: where decode steps are counted, for example a `RowStats`; `None` is a new `Stats`.
-        graphs: on a GPU `generate` decodes by CUDA graphs, captured after the prompt. What cannot be captured runs as it
-            is, and a warning says why.
+        graphs: on a GPU `generate` decodes by CUDA graphs, captured after the prompt. What cannot be captured runs as
+            it is, and a warning says why.
+        compiled: these graphs are of layers that torch compiles first, one for all, which takes some ten seconds.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be served, with the reason.
@@ -93,7 +96,7 @@ def attach(
         raise UnsupportedModelError(support.reason)
     if support.reason:
         warnings.warn(support.reason, stacklevel=2)
-    return Session(model, settings, method=found, stats=stats, graphs=graphs)
+    return Session(model, settings, method=found, stats=stats, graphs=graphs, compiled=compiled)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -130,6 +133,7 @@ class Session:
         config: the settings; of a compared method its own.
         method: the method, where one was named.
         graphs: whether `generate` decodes by CUDA graphs, where there is a GPU.
+        regions: the layers of the model, where they shall be compiled for these.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
         implementation_below: the attention implementation that serves prefill and the layers that are not ours.
     """
@@ -142,12 +146,14 @@ class Session:
         method: Method | None = None,
         stats: Stats | None = None,
         graphs: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.config = config
         self.method = method
         self.stats = Stats() if stats is None else stats
         self.graphs = graphs
+        self.regions = Regions(model) if compiled else None
         self._key = object()  # marks the caches of this session
         # A captured cache that a call of `generate` has left, for the next one.
         self._left: StaticRefreshCache | None = None
@@ -324,7 +330,7 @@ class Session:
             cache.is_kept = False
             cache.capacity = 0
         cache.reset()
-        under_way.set(CapturedModel(self.model, cache, most))
+        under_way.set(CapturedModel(self.model, cache, most, self.regions))
         return cache
 
     def _check_given(self, cache: Any) -> None:

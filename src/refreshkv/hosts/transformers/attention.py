@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from refreshkv.hosts.transformers.regions import apart
 from refreshkv.hosts.transformers.served import (
     IMPLEMENTATION_PREFIX,
     as_autocast,
@@ -53,6 +54,7 @@ def refresh_mask(*args: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
     return inner(*args, **kwargs)
 
 
+@apart
 def refresh_attention(
     module: nn.Module,
     query: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache, StaticRefreshLayer
 from refreshkv.hosts.transformers.support import exact_reason
 from refreshkv.hosts.transformers.versions import CACHE
@@ -44,10 +46,18 @@ class CapturedModel:
         model: the attached model.
         cache: whose foreign layers, if any, are sliding windows.
         most: the tokens that this call of `generate` may reach.
+        regions: its layers, where they shall be compiled.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: StaticRefreshCache, most: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: StaticRefreshCache,
+        most: int,
+        regions: Regions | None = None,
+    ) -> None:
         self.model, self.cache, self.most = model, cache, most
+        self.regions = regions
         self._foreign = [x for x in cache.layers if not isinstance(x, StaticRefreshLayer)]
         self._length: int | None = None  # tokens in the cache, once the prompt is over
 
@@ -86,12 +96,16 @@ class CapturedModel:
 
     def _pass(self, settings: dict[str, Any]) -> Any:
         def run(**tensors: Tensor) -> Tensor:
-            with self.cache.decoding(), self.cache.without_masks():
+            with self.cache.decoding(), self.cache.without_masks(), self.compiled():
                 output = self.model(**tensors, **settings, **{CACHE: self.cache})
             logits: Tensor = output.logits
             return logits
 
         return run
+
+    def compiled(self) -> AbstractContextManager[None]:
+        """The passes inside run compiled layers, where that was asked for."""
+        return nullcontext() if self.regions is None else self.regions.use()
 
     def _is_plain(self, settings: dict[str, Any]) -> bool:
         """Whether this pass is not for a graph: transformers has to make a mask, or more than logits is asked for."""

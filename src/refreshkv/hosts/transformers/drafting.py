@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-
 class _Verified(NamedTuple):
     """`[B]` tokens that each row keeps, the drafts that stood, the tokens `[B, T]`; logits and scores `[B, T, V]`."""
 
@@ -242,8 +241,7 @@ class _Run:
         rows = torch.tensor(finished, device=self.made.device)
         self.made.copy_(torch.where(rows, self.made.clamp(max=new), self.made))
         self.seen = [
-            min(new, made) if done else made
-            for done, made in zip(finished, self.seen, strict=True)
+            min(new, made) if done else made for done, made in zip(finished, self.seen, strict=True)
         ]
 
     def abandon(self) -> None:
@@ -348,8 +346,12 @@ class _Run:
         ahead_of_prompt = self.made[:, None] + steps
         if self.new is not None:  # a row that drafts less than others may have no such position
             ahead_of_prompt = ahead_of_prompt.clamp(max=self.new - 1)
-        captured = self.call is self.model
-        with self.cache.without_masks() if captured else nullcontext():
+        uncompiled = self.call is self.model
+        captured = None if self.graphs is None else under_way.get()
+        with (
+            self.cache.without_masks() if uncompiled else nullcontext(),
+            nullcontext() if captured is None else captured.compiled(),
+        ):
             output = self.call(
                 input_ids=tokens,
                 position_ids=self.position + ahead_of_prompt,

@@ -195,7 +195,7 @@ class ServedCache:
 
     @contextmanager
     def drafting(self, kind: Literal["draft", "verify"]) -> Iterator[None]:
-        """The pass inside is one of the exact mode; `cycle` says of which rows. Its layers need no masks of the host."""
+        """The pass inside is one of the exact mode; `cycle` says of which rows."""
         assert self.cycle is not None
         self._current.drafting = kind
         if kind == "draft":

@@ -23,6 +23,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.exact import Cycle
 from refreshkv.hosts.transformers.graphs import Graphs
 from refreshkv.hosts.transformers.masks import newest_row
+from refreshkv.hosts.transformers.regions import apart
 from refreshkv.hosts.transformers.served import (
     Pass,
     ServedCache,
@@ -254,5 +255,15 @@ class StaticRefreshCache(ServedCache, StaticCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.update`; raises `RuntimeError` where the model is not attached."""
-        self._check()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        result: tuple[Tensor, Tensor] = _update(
+            self, key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return result
+
+
+@apart
+def _update(
+    cache: StaticRefreshCache, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    cache._check()
+    return StaticCache.update(cache, keys, values, layer, *args, **kwargs)
