@@ -38,8 +38,11 @@ class Backend:
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
     select: Callable[..., Selected]
-    gather: Callable[..., None]
-    insert: Callable[..., Tensor]
+    write: Callable[..., None]
+    push: Callable[..., None]
+    fetch: Callable[..., None]
+    refresh: Callable[..., None]
+    drift: Callable[..., tuple[Tensor, Tensor]]
     encode: Callable[..., None]
 
     @classmethod
