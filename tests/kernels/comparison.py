@@ -17,7 +17,7 @@ from refreshkv.kernels import reference
 from refreshkv.kernels.options import Attended, Scored
 from refreshkv.policy.selection import FREE
 from tests.helpers import relative_rms
-from tests.kernels.cases import QUERIES, SPARE_ROWS, WHOLE, Case
+from tests.kernels.cases import QUERIES, Case
 
 # Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was
 # (output, scores, lse) float32 7.7e-7, 7.2e-7, 2.0e-7: the order of the sums; bfloat16 7.3e-3, 6.7e-3, 2.2e-3 and

@@ -63,7 +63,9 @@ def tally_of(seed: int, gen: torch.Generator) -> Tensor | None:
     if seed % 5 == 4:
         return None
     wide = torch.randint(100, (HEADS, ROWS, 7), generator=gen)
-    return wide.transpose(0, 1)[..., 1:6] if seed % 2 else wide.transpose(0, 1)[..., :5].contiguous()
+    return (
+        wide.transpose(0, 1)[..., 1:6] if seed % 2 else wide.transpose(0, 1)[..., :5].contiguous()
+    )
 
 
 def ring_of(entries: Entries, seed: int, gen: torch.Generator, far: bool) -> dict[str, Any]:

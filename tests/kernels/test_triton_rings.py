@@ -11,9 +11,14 @@ import torch
 from tests.kernels.interpreted import run_there, written_there  # isort: skip  # before any kernel
 from tests.kernels import rings
 from tests.kernels.cases import Case
-from tests.kernels.mutants import Mutant, mutated
 
-MODULES = {"write": "begin", "drift": "begin", "push": "rings", "fetch": "rings", "refresh": "rings"}
+MODULES = {
+    "write": "begin",
+    "drift": "begin",
+    "push": "rings",
+    "fetch": "rings",
+    "refresh": "rings",
+}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -140,7 +140,11 @@ def write_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (blocks of tokens, Hkv, B). The program of the first block counts."""
-    block, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    block, head, row = (
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
     start = tl.load(starts_ptr + row)
     if (tally.counts_ptr is not None) and (block == 0):
         available = start + count - tl.load(hidden_ptr + row)

@@ -225,14 +225,10 @@ def push_kernel(
     position = tl.load(at_ptr + row) - BACK + one
     inside = (one == 0) & (kept >= 0) & (room > 0)
     kept = tl.maximum(kept, 0)
-    key_at, value_at, enters = look_up(
-        store, width, pages, row, kept, head, position, inside, PAGE
-    )
+    key_at, value_at, enters = look_up(store, width, pages, row, kept, head, position, inside, PAGE)
     positions_ptr = ring.positions_ptr + own * ring.position_row + head * ring.position_head
     tl.store(positions_ptr + slot, position.to(tl.int32), mask=enters)
-    put(
-        store, ring, own, head, slot, key_at, value_at, enters, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD
-    )
+    put(store, ring, own, head, slot, key_at, value_at, enters, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD)
 
     pushed += tl.sum(enters.to(tl.int64), 0)
     used = tl.minimum(filled + pushed, room)
@@ -300,9 +296,7 @@ def fetch_kernel(
     # Of more entries than slots the last stay.
     written = enters & (order >= total - room)
     tl.store(positions_ptr + slot, wanted.to(tl.int32), mask=written)
-    put(
-        store, ring, own, head, slot, key_at, value_at, written, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD
-    )
+    put(store, ring, own, head, slot, key_at, value_at, written, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD)
     tl.store(pushed_at, pushed + total)
     used = tl.minimum(filled + pushed + total, room)
     tl.store(counter(ring, own, kv_heads, head, USED), used)
@@ -343,7 +337,11 @@ def refresh_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (blocks of slots, Hkv, B). The program of a ring's first block keeps its books, which no other reads."""
-    block, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    block, head, row = (
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
     kv_heads = tl.num_programs(1)
     if not asked_for(heads_ptr, row, head, kv_heads):
         return
@@ -359,9 +357,7 @@ def refresh_kernel(
     inside = meant & (kept >= 0)
     kept = tl.maximum(kept, 0)
     key_at, value_at, exists = look_up(store, width, pages, row, kept, head, wanted, inside, PAGE)
-    put(
-        store, ring, own, head, slot, key_at, value_at, exists, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD
-    )
+    put(store, ring, own, head, slot, key_at, value_at, exists, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD)
 
     if block == 0:
         filled = tl.load(filled_ptr + row * kv_heads + head)
