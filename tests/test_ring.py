@@ -73,6 +73,27 @@ class Driver:
             self.append(1)
             self.ring.push(self.store.lengths - 1)
 
+    def hold(self, *positions: int) -> None:
+        """Select these in every ring, lowest first."""
+        shape = (self.rows, HEADS)
+        selected = torch.tensor(positions).int().expand(*shape, -1)
+        self.ring.refresh(Selected(selected, torch.full(shape, len(positions))))
+
+    def fetch_after(self, *slots: int) -> None:
+        """What follows the tokens in these slots of every ring."""
+        self.fetch(torch.tensor(slots).expand(self.rows, HEADS, -1))
+
+    def fetch(self, slots: Tensor) -> None:
+        """What follows the tokens in `slots` `[B, Hkv, m]`: they are called the most attended."""
+
+        def best(query: Tensor, options: AttendOptions, count: int) -> tuple[None, Tensor]:
+            return None, slots
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.ring, "_attend", best)
+            end, query = self.store.lengths, torch.zeros(self.rows, HEADS, 4)
+            self.ring.attend(query, AttendOptions(scale=1.0), successor=slots.shape[2], end=end)
+
     def check(self, *expected: list[int]) -> None:
         """Every head of row i holds the positions `expected[i]`, with the store's keys and values."""
         assert held(self.ring) == [[sorted(row)] * HEADS for row in expected]
@@ -189,57 +210,57 @@ def test_rows_keep_their_own_ring(backend: Backend, rows: list[int]) -> None:
     ring.check(*[[[10, 11], [0, 1, 2, 10, 11]][row] for row in rows])
 
 
-def everywhere(ring: Driver, *positions: int) -> Tensor:
-    """What brings `positions` into every ring, `[B, Hkv, m]`."""
-    return torch.tensor(positions, dtype=torch.int32).expand(ring.rows, HEADS, -1)
-
-
-def where(positions: Tensor, wanted: Tensor) -> Tensor:
-    """The wanted ones of `positions`, and no others."""
-    return positions.masked_fill(~wanted, FREE)
-
-
 def test_what_is_fetched_replaces_the_lowest_and_is_no_step(backend: Backend) -> None:
     ring = Driver(backend, [4], 10)
-    ring.refresh(rising=False)  # 3, 2, 1, 0
-    ring.push(1)  # over 3
-    ring.ring.fetch(everywhere(ring, 5, 7))  # over 2 and 1
-    ring.check([0, 5, 7, 10])
+    ring.hold(8, 6, 4, 2)
+    ring.push(1)  # over 8
+    ring.fetch_after(1, 3)  # 7 over 6 and 3 over 4
+    ring.check([2, 3, 7, 10])
     assert ring.ring.steps.tolist() == [[1, 1]]
     assert ring.ring.pushed.tolist() == [[3, 3]]
+    assert ring.ring.fetched.tolist() == [[2, 2]]
     assert ring.ring.newest.tolist() == [[0, 0]]
-    ring.push(1)  # over 0, and then the oldest that came later
+    ring.push(1)  # over 2, and then the oldest that came later
+    assert ring.ring.fetched.tolist() == [[0, 0]]
     ring.push(1)
-    ring.check([5, 7, 11, 12])
+    ring.check([3, 7, 11, 12])
 
 
 def test_what_is_there_is_not_fetched_again(backend: Backend) -> None:
     ring = Driver(backend, [4], 10)
-    ring.refresh(rising=False)
-    ring.ring.fetch(everywhere(ring, 1, 3))
+    ring.refresh(rising=False)  # 3, 2, 1, 0
+    ring.fetch_after(1, 2)
     ring.check([0, 1, 2, 3])
     assert ring.ring.pushed.tolist() == [[0, 0]]
 
 
+def test_what_is_not_there_yet_is_not_fetched(backend: Backend) -> None:
+    ring = Driver(backend, [4], 10)
+    ring.hold(9, 5)
+    ring.fetch_after(0, 2)  # the last token, and a free slot
+    ring.check([5, 9])
+    ring.append(1)
+    ring.fetch_after(0, 2)
+    ring.check([5, 9, 10])
+
+
 def test_each_head_fetches_for_itself(backend: Backend) -> None:
     ring = Driver(backend, [3], 10)
-    ring.refresh(rising=False)  # 2, 1, 0
-    positions = torch.tensor([[[7, 8], [2, 9]]]).int()
-    ring.ring.fetch(where(positions, torch.tensor([[[False, True], [True, True]]])))
-    assert held(ring.ring) == [[[0, 1, 8], [0, 1, 9]]]
-    ring.ring.fetch(where(positions, torch.tensor([[[True, True], [False, False]]])))
-    assert held(ring.ring) == [[[0, 7, 8], [0, 1, 9]]]
+    ring.hold(7, 4, 1)
+    ring.fetch(torch.tensor([[[9, 0], [1, 2]]]))  # there is no slot 9
+    assert held(ring.ring) == [[[1, 4, 8], [1, 2, 5]]]
+    ring.fetch(torch.tensor([[[1, -1], [7, 8]]]))
+    assert held(ring.ring) == [[[1, 5, 8], [1, 2, 5]]]
     ring.push(1)
-    assert held(ring.ring) == [[[7, 8, 10], [0, 9, 10]]]
+    assert held(ring.ring) == [[[5, 8, 10], [2, 5, 10]]]
     ring.check_copies()
 
 
 def test_fetching_fills_free_slots_first(backend: Backend) -> None:
     ring = Driver(backend, [6, 20], 10)
-    four = Selected(torch.tensor([[[3, 2, 1, 0]] * HEADS] * 2).int(), torch.full((2, HEADS), 4))
-    ring.ring.refresh(four)
-    ring.ring.fetch(everywhere(ring, 7, 8, 9))
-    ring.check([0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 7, 8, 9])
+    ring.hold(8, 6, 3, 1)
+    ring.fetch_after(0, 1, 2)
+    ring.check([1, 3, 4, 6, 7, 9], [1, 3, 4, 6, 7, 8, 9])
 
 
 def test_fetching_nothing_changes_nothing(backend: Backend) -> None:
@@ -248,7 +269,7 @@ def test_fetching_nothing_changes_nothing(backend: Backend) -> None:
     ring.push(2)
     names = ("keys", "values", "positions", "filled", "pushed", "steps", "newest", "used")
     before = {name: getattr(ring.ring, name).clone() for name in names}
-    ring.ring.fetch(everywhere(ring, FREE, FREE))
+    ring.fetch_after(40, -1)
     for name, content in before.items():
         held_now = getattr(ring.ring, name)
         assert torch.equal(
@@ -329,17 +350,21 @@ def test_a_ring_is_a_queue_that_starts_sorted(
             at_newest = ring.ring.positions.gather(-1, ring.ring.newest[..., None])
             assert bool((at_newest == count).all())
         elif what == "fetch":
-            tokens = st.integers(0, count - 1)
-            some = st.lists(tokens, unique=True, min_size=min(2, count), max_size=min(2, count))
-            drawn = [(data.draw(some), data.draw(st.booleans())) for _ in pairs]
-            for (row, head), (positions, wanted) in zip(pairs, drawn, strict=True):
-                missing = [p for p in positions if wanted and p not in queues[row][head]]
-                for position in missing:
-                    enter(row, head, position)
-            positions = torch.tensor([positions for positions, _ in drawn]).int()
-            wanted = torch.tensor([wanted for _, wanted in drawn])[:, None].expand_as(positions)
-            shape = (len(budget), HEADS, -1)
-            ring.ring.fetch(where(positions.view(shape), wanted.reshape(shape)))
+            slots = st.integers(0, max(budget) - 1)
+            some = st.lists(
+                slots, unique=True, min_size=min(2, max(budget)), max_size=min(2, max(budget))
+            )
+            drawn = [data.draw(some) for _ in pairs]
+            best = torch.tensor(drawn).view(len(budget), HEADS, -1)
+            before = ring.ring.positions.tolist()
+            for (row, head), chosen in zip(pairs, drawn, strict=True):
+                there = [
+                    before[row][head][slot] for slot in chosen if slot < len(before[row][head])
+                ]
+                after = [place + 1 for place in there if place != FREE]
+                for place in [p for p in after if p < count and p not in queues[row][head]]:
+                    enter(row, head, place)
+            ring.fetch(best)
         else:
             heads = torch.tensor(data.draw(flags)).view(len(budget), HEADS)
             ring.refresh(rising=False, heads=heads)

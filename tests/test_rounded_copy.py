@@ -236,7 +236,7 @@ def test_padding_and_other_rows_never_reach_a_block(poison: float) -> None:
 
 def test_the_fixed_form_makes_the_same_codes_one_block_at_a_time() -> None:
     gen = [torch.zeros(2, HEADS, 260, dim) for dim in (DIM, VALUE_DIM)]
-    fixed = Held.over(StaticStore(*gen, torch.tensor(0)), 2, 230, fixed=True)
+    fixed = Held.over(StaticStore(*gen, torch.zeros(2, dtype=torch.int64)), 2, 230, fixed=True)
     where = [part.data_ptr() for part in fixed.copy.tensors()]
     for ends in range(60, 231, 10):
         fixed.follow([0, 9], ends, most=1)

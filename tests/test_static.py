@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.static import StaticStore
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.kernels.options import AttendOptions
+from refreshkv.policy.triggers import trigger_for
 from refreshkv.stats import RowStats
 from refreshkv.step import begin_decoding, decode_step
 from tests.helpers import Decoder, Tokens, random_tokens
@@ -24,6 +26,7 @@ EVERY = {
     **CONFIGS,
     **OPTIONS,
     "full": RefreshConfig(mode="full"),
+    "score only": replace(CONFIGS["drift of a head"], score_only=True),
     "lse-drop": make_config("lse-drop", budget=8),
 }
 
@@ -41,7 +44,7 @@ class StaticDecoder(Decoder):
         super().__init__(tokens, config, prompt, options=options)
         grown, (rows, heads, length, dim) = self.cache, tokens.keys.shape
         keys, values = (torch.zeros(rows, heads, length + SPARE, dim) for _ in range(2))
-        store = StaticStore(keys, values, torch.tensor(0))
+        store = StaticStore(keys, values, torch.zeros(rows, dtype=torch.int64))
         self.cache = LayerCache(config, store=store, fixed=True)
         self.cache.append(*grown.store.dense())
         self.cache.await_selection(tokens.queries[:, :, :prompt])
@@ -51,7 +54,8 @@ class StaticDecoder(Decoder):
     def next(self) -> Tensor:
         """One step, with the mask of a host whose cache does not grow."""
         now, tokens = int(self.cache.store.lengths[0]), self.tokens
-        self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
+        new = (x[:, :, now : now + 1] for x in (tokens.keys, tokens.values))
+        self.cache.append(*new, decodes=True)
         query = tokens.queries[:, :, now]
         return self.run_step(self.cache, query, self.options, self.mask(now + 1))
 
@@ -76,6 +80,50 @@ def test_it_decodes_as_the_growing_cache_does(name: str) -> None:
     assert_same_counts(static.cache, grown.cache)
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if "drop" not in name])
+def test_a_host_that_knows_the_schedule_changes_nothing(name: str) -> None:
+    grown = Decoder(texts(), EVERY[name], PROMPT)
+    static = StaticDecoder(texts(), EVERY[name], PROMPT)
+    kinds = set()
+    for step in range(1, STEPS + 1):
+        static.cache.due = static.cache.trigger.kind(step)
+        kinds.add(static.cache.due)
+        torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
+    assert_same_counts(static.cache, grown.cache)
+    assert (kinds == {None}) == (name == "every option")
+
+
+def test_what_a_step_will_be() -> None:
+    def kinds(config: RefreshConfig) -> list[str | None]:
+        return [trigger_for(config).kind(step) for step in range(1, 5)]
+
+    assert kinds(CONFIGS["never"]) == ["partial"] * 4
+    assert kinds(CONFIGS["fixed"]) == ["partial"] * 3 + ["full"]
+    assert kinds(CONFIGS["drift of a head"]) == ["partial", "decide"] * 2
+    assert kinds(EVERY["lse-drop"]) == [None] * 4
+
+
+def test_counts_outlive_the_cache_and_a_reset_forgets_them() -> None:
+    static = StaticDecoder(texts(), EVERY["fixed"], PROMPT)
+    stats = static.cache.stats
+    for _ in range(5):
+        static.next()
+    tally = static.cache.tally
+    assert tally is not None and tally.any()
+    assert stats.layers[0].steps == 5 * 3 * 2
+    assert not tally.any()
+    static.next()
+    stats.reset()
+    assert not stats.layers and not tally.any()
+    static.next()
+    del static
+    gc.collect()
+    tally.mul_(2)  # whatever adds to it later
+    assert stats.layers[0].steps == 2 * 3 * 2
+    tally += 1
+    assert stats.layers[0].steps == 2 * 3 * 2
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_with_softcap_and_sinks(name: str) -> None:
     config, attention = EVERY["every option"], ATTENTIONS[name]
@@ -85,7 +133,9 @@ def test_with_softcap_and_sinks(name: str) -> None:
         torch.testing.assert_close(static.next(), grown.step().output, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["every option", "drift of a head", "lse-drop", "full"])
+@pytest.mark.parametrize(
+    "name", ["every option", "drift of a head", "lse-drop", "full", "score only"]
+)
 def test_compiled_it_is_one_graph_that_is_never_made_again(name: str) -> None:
     torch._dynamo.reset()
     grown = Decoder(texts(), EVERY[name], PROMPT)
@@ -143,7 +193,7 @@ def test_what_it_cannot_do_it_says() -> None:
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         static.cache.crop(3)
     keys = torch.zeros(1, 1, 4, 8)
-    store = StaticStore(keys, keys.clone(), torch.tensor(0))
+    store = StaticStore(keys, keys.clone(), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(NotImplementedError, match="RowStats"):
         LayerCache(RefreshConfig(), store=store, fixed=True, stats=RowStats())
 

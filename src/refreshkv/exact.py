@@ -19,6 +19,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.config import BLOCK
 from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
+from refreshkv.stats import COUNTS
 from refreshkv.step import reselect, select_after_prompt
 
 
@@ -31,6 +32,8 @@ class Cycle:
         positions: `[B]` int64, where the token goes that is being drafted.
         counted: `[B]` bool, rows that draft; what others read along with them is not counted.
         counts: `[B]` int64, tokens of each row in the full pass that are real; 0 for a row that sits out.
+        sums: `[B, 5]` int64, what each KV head of each layer counts for the full passes, in the order of `COUNTS`; in
+            caches of the fixed form, where it is counted once for all layers.
         end: where the draft ends in the longest row, in stores that grow.
     """
 
@@ -40,6 +43,7 @@ class Cycle:
         self.positions = ends.clone()
         self.counted = torch.ones_like(ends, dtype=torch.bool)
         self.counts = torch.zeros_like(ends)
+        self.sums = ends.new_zeros(len(ends), len(COUNTS))
         self.end: int | None = None
 
     def begin_draft(self, grows: bool) -> None:
@@ -51,6 +55,18 @@ class Cycle:
     def end_draft(self) -> None:
         """That pass is over."""
         self.ahead += 1
+
+    def counted_pass(self, kept: Tensor, hidden: Tensor) -> Tensor:
+        """`[B, 5]` int64, what a KV head counts for the full pass of which `kept` `[B]` tokens stay, as `sums`.
+
+        `hidden` `[B]`: padding tokens.
+        """
+        verified, before = self.counts > 0, self.ends - hidden
+        # Full attention would have read one entry more with each token.
+        available = kept * before + kept * (kept + 1) // 2
+        read = (before + self.counts).where(verified, 0)
+        counts = {"full": verified.long(), "steps": kept, "read": read, "available": available}
+        return torch.stack([counts.get(name, torch.zeros_like(kept)) for name in COUNTS], 1)
 
     def advance(self, kept: Tensor) -> None:
         """Each row has `kept` `[B]` tokens more, and what was drafted is over."""
@@ -93,9 +109,9 @@ class ExactLayer:
         # [B, Hkv, L], of the last full pass, from which the next cycle selects
         self.votes: Tensor | None = None
         self.voted = False
-        # [B], entries and bytes of codes that the drafts of this cycle read
-        self.read = torch.zeros_like(self.cycle.ends)
-        self.codes = torch.zeros_like(self.read)
+        # [B, Hkv, 5], what the drafts of this cycle read; of the fixed form all that the layer counts
+        heads = cache.rows, cache.kv_heads, len(COUNTS)
+        self.tally = self.ends.new_zeros(heads) if cache.tally is None else cache.tally
         if cache.fixed:
             self.visible = self._seen()
             device = cache.store.device
@@ -131,12 +147,12 @@ class ExactLayer:
         """A partial step, over the token that is in the store by now."""
         cache, ring, cycle = self.cache, self.cache.ring, self.cycle
         assert ring is not None
-        ring.push(cycle.positions)
-        used = ring.used
+        counts = {"tally": self.tally, "counted": cycle.counted}
+        ring.push(cycle.positions, **counts)
         successor = cache.config.successor
-        attended = ring.attend(query, self.options, successor=successor, end=cycle.ends)
-        self.read += ((used + ring.fetched).sum(-1)).where(cycle.counted, 0)
-        return attended.output
+        return ring.attend(
+            query, self.options, successor=successor, end=cycle.ends, **counts
+        ).output
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         """The full pass over the token before the drafts and the drafts.
@@ -173,25 +189,27 @@ class ExactLayer:
 
     def commit(self, kept: Tensor) -> None:
         """The first `kept` `[B]` tokens of the full pass stay, and as many that it gave are part of the text."""
-        cache, verified = self.cache, self.cycle.counts
+        cache, heads = self.cache, self.cache.kv_heads
         assert cache.hidden is not None
-        heads, before = cache.kv_heads, self.ends - cache.hidden
-        # Full attention would have read one entry more with each token.
-        available = (kept * before + kept * (kept + 1) // 2) * heads
-        cache.stats.record(
-            cache.index,
-            kv_heads=heads,
-            entry_bytes=cache.store.entry_bytes,
-            full=(verified > 0) * heads,
-            steps=kept * heads,
-            read=((before + verified) * heads + self.read).where(verified > 0, 0),
-            rounded=self.codes.clone(),
-            available=available,
-        )
-        self.read.zero_()
-        self.codes.zero_()
+        if not cache.fixed:
+            counts = self.cycle.counted_pass(kept, cache.hidden) * heads + self.tally.sum(1)
+            cache.stats.record(
+                cache.index,
+                kv_heads=heads,
+                entry_bytes=cache.store.entry_bytes,
+                **dict(zip(COUNTS, counts.unbind(1), strict=True)),
+            )
+            self.tally.zero_()
+        elif self.alone:
+            self.cycle.sums += self.cycle.counted_pass(kept, cache.hidden)
+            self.settle()
+            self.cycle.sums.zero_()
         if self.alone:
             self.cycle.advance(kept)
+
+    def settle(self) -> None:
+        """What the full passes of a cache of the fixed form counted for all layers, this one counts too."""
+        self.tally += self.cycle.sums[:, None]
 
     def take_back(self, ends: Tensor) -> None:
         """Rows that are longer than `ends` `[B]` forget what they have beyond."""
@@ -243,8 +261,11 @@ class ExactMixedLayer(ExactLayer):
         cache, cycle = self.cache, self.cycle
         ends = cycle.positions + 1
         output, counts = attend_to_copy(cache, query, self.options, self._seen(), ends)
-        self.read += entries_read(cache, counts, ends).where(cycle.counted, 0)
-        self.codes += bytes_of_codes(cache, counts).where(cycle.counted, 0)
+        for name, amount in (
+            ("read", entries_read(cache, counts, ends)),
+            ("rounded", bytes_of_codes(cache, counts)),
+        ):
+            self.tally[:, 0, COUNTS.index(name)] += amount.where(cycle.counted, 0)
         return output
 
 
@@ -279,6 +300,9 @@ class ExactWindowLayer(ExactLayer):
     def commit(self, kept: Tensor) -> None:
         if self.alone:
             self.cycle.advance(kept)
+
+    def settle(self) -> None:
+        pass
 
     def _attend(self, queries: Tensor, starts: Tensor) -> Tensor:
         options = self.options.over(over_heads(self._seen()))

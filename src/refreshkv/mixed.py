@@ -46,10 +46,7 @@ def mixed_step(
     cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
     output, counts = attend_to_copy(cache, query, options, visible)
     heads = cache.kv_heads
-    cache.stats.record(
-        cache.index,
-        kv_heads=heads,
-        entry_bytes=cache.store.entry_bytes,
+    cache.count(
         full=0,
         steps=cache.rows * heads,
         read=entries_read(cache, counts, lengths),

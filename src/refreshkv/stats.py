@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class LayerCounts:
 
 
 COUNTS = ("full", "steps", "read", "rounded", "available")  # of `LayerCounts`, those that grow
+
+
+class _Followed(NamedTuple):
+    """A tally that a layer adds to, and whose it is."""
+
+    layer: int
+    tally: Tensor
+    kv_heads: int
+    entry_bytes: int
+    owner: weakref.ref[object]
 
 
 @dataclass
@@ -73,17 +84,41 @@ class Stats:
     bundled model) and what the CPU reads for heads that did not refresh.
     """
 
-    layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    _layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
+    _followed: list[_Followed] = field(default_factory=list, compare=False)
 
-    def count_on(self, layer: int, device: torch.device) -> list[Tensor]:
-        """From here on the counts of a layer stay where they are, on `device`, and are added to in place."""
-        counts = self.layers[layer]
-        for name in COUNTS:
-            count = getattr(counts, name)
-            if not isinstance(count, Tensor):
-                setattr(counts, name, torch.tensor(count, dtype=torch.int64, device=device))
-        return [getattr(counts, name) for name in COUNTS]
+    @property
+    def layers(self) -> dict[int, LayerCounts]:
+        """The counts of each layer; whoever looks waits for the devices of the tallies that are followed."""
+        self._collect()
+        return self._layers
+
+    def follow(
+        self, layer: int, tally: Tensor, kv_heads: int, entry_bytes: int, owner: object
+    ) -> None:
+        """From here on what a layer counts is what is added to `tally`, while its `owner` lives.
+
+        Args:
+            layer: which layer.
+            tally: `[B, Hkv, 5]` int64, the `COUNTS`, on any device. A CUDA graph may add to it for ever: it is emptied
+                whenever its counts are collected, and never replaced.
+            kv_heads, entry_bytes: as in `LayerCounts`.
+        """
+        self._collect()
+        self._followed.append(_Followed(layer, tally, kv_heads, entry_bytes, weakref.ref(owner)))
+
+    def _collect(self) -> None:
+        """The counts of the tallies move here; one whose owner is gone is followed no longer."""
+        for one in self._followed:
+            sums = one.tally.sum((0, 1)).tolist()
+            if any(sums):
+                counts = self._layers[one.layer]
+                counts.kv_heads, counts.entry_bytes = one.kv_heads, one.entry_bytes
+                for name, count in zip(COUNTS, sums, strict=True):
+                    setattr(counts, name, getattr(counts, name) + count)
+                one.tally.zero_()
+        self._followed = [one for one in self._followed if one.owner() is not None]
 
     def record(
         self,
@@ -101,7 +136,7 @@ class Stats:
 
         Each count is a sum over KV heads: `[B]`, one for each row, or a number, their sum over the rows too.
         """
-        counts = self.layers[layer]
+        counts = self._layers[layer]
         counts.kv_heads = kv_heads
         counts.entry_bytes = entry_bytes
         counts.full += _over_rows(full)
@@ -117,7 +152,7 @@ class Stats:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.layers.clear()
+        self.layers.clear()  # what the tallies hold with it
         self.drafts = DraftCounts()
 
     @property
@@ -228,7 +263,7 @@ class RowStats(Stats):
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
         self._drafts: list[DraftCounts] = []
 
-    def count_on(self, layer: int, device: torch.device) -> list[Tensor]:
+    def follow(self, *_: Any) -> None:
         """Raises `NotImplementedError`: what grows with every step is nothing for a fixed place."""
         raise NotImplementedError("RowStats counts every step by itself, the static cache cannot")
 

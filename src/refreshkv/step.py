@@ -16,7 +16,8 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.ring import Ring
 from refreshkv.kernels.options import AttendOptions, over_heads
 from refreshkv.mixed import begin_mixed, mixed_step
-from refreshkv.policy.selection import FREE, recent_share
+from refreshkv.policy.selection import FREE
+from refreshkv.policy.triggers import QueryDrift
 
 # `(cache, query, options, visible, heads)` -> `[B, Hq, D]`; `heads` as in `full_step`.
 FullStep = Callable[[LayerCache, Tensor, AttendOptions, Tensor | None, Tensor | None], Tensor]
@@ -36,7 +37,7 @@ def decode_step(
         query: `[B, Hq, D]`, after RoPE and QK-norm.
         options: scale, softcap and sinks of the model; how a GQA group agrees is the cache's setting.
         visible: `[B, width]` bool, False for padding; `None` when there is none. The new token is visible in every row.
-        on_full: what a full step does; `None` is `full_step`. An ablation puts its own here.
+        on_full: what a full step does, but in the fixed form; `None` is `full_step`. An ablation puts its own here.
 
     Returns:
         `[B, Hq, D]`.
@@ -51,8 +52,12 @@ def decode_step(
         select_after_prompt(cache, options, visible)
     elif cache.hidden is None:
         count_again(cache, visible)
+    if cache.fixed:
+        if cache.ring is None:  # the only token of a prompt, which is no step
+            return full_step(cache, query, options, visible, None)
+        return _fixed_step(cache, query, options, visible)
     ring, full = cache.ring, _full_at_once(cache, query)
-    if ring is None or (not cache.fixed and bool(full.all())):
+    if ring is None or bool(full.all()):
         output = (on_full or full_step)(cache, query, options, visible, None)
         _count(cache, full=None, partial_read=None)
         if cache.watch is not None:
@@ -69,14 +74,88 @@ def decode_step(
     fired = cache.trigger.after(ring.steps, lse, cache.reference)
     if fired is not None:
         full = full | fired
-    if cache.fixed or bool(full.any()):
-        everything = (on_full or full_step)(cache, query, options, visible, full)
-        per_query_head = full.repeat_interleave(query.shape[1] // full.shape[1], 1)
-        output = torch.where(per_query_head[..., None], everything, output)
+    if bool(full.any()) and on_full is None:
+        output = full_step(cache, query, options, visible, full, into=output)
+    elif bool(full.any()):
+        assert on_full is not None
+        output = _of_heads(full, on_full(cache, query, options, visible, full), output)
     _count(cache, full=full, partial_read=partial_read)
     if cache.watch is not None:
         cache.watch(cache, query, options, visible, attended.masked_fill(full[..., None], FREE))
     return output
+
+
+def _fixed_step(
+    cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None
+) -> Tensor:
+    """A step of the fixed form: heads that are full at once go through their partial cache too, and it counts nothing.
+
+    What the step reads is counted where it is read. `LayerCache.due` leaves out what cannot be.
+    """
+    ring, ends = cache.ring, cache.store.ends
+    assert ring is not None and cache.reference is not None and ends is not None
+    if cache.due == "full":
+        output = _counted_full_step(cache, query, options, visible, None)
+        if cache.watch is not None:
+            cache.watch(cache, query, options, visible, None)
+        return output
+    full = summary = None
+    if cache.due != "partial":
+        full, summary = _decided(cache, query, ring)
+    counts = {"full": full, "tally": cache.tally}
+    ring.push(ends, back=1, **counts)
+    attended = ring.positions if cache.watch is None else ring.positions.clone()
+    # The newest token, which follows no other, is there already.
+    output, lse = ring.attend(query, options, successor=cache.config.successor, end=ends, **counts)
+    if full is not None:
+        fired = cache.trigger.after(ring.steps, lse, cache.reference)
+        if fired is not None:
+            full = full | fired
+        output = _counted_full_step(
+            cache, query, options, visible, full, into=output, summary=summary
+        )
+        attended = attended if cache.watch is None else attended.masked_fill(full[..., None], FREE)
+    if cache.watch is not None:
+        cache.watch(cache, query, options, visible, attended)
+    return output
+
+
+def _decided(cache: LayerCache, query: Tensor, ring: Ring) -> tuple[Tensor, Tensor | None]:
+    """As `_full_at_once`, and what the trigger will remember, where it knows that already."""
+    trigger = cache.trigger
+    if not isinstance(trigger, QueryDrift):
+        return _full_at_once(cache, query), None
+    assert cache.reference is not None
+    return cache.store.backend.drift(
+        query,
+        cache.reference,
+        ring.state,
+        stride=trigger.stride,
+        threshold=trigger.threshold,
+        per_head=trigger.decide == "head",
+    )
+
+
+def _counted_full_step(
+    cache: LayerCache,
+    query: Tensor,
+    options: AttendOptions,
+    visible: Tensor | None,
+    heads: Tensor | None,
+    **known: Tensor | None,
+) -> Tensor:
+    """A full step of the fixed form, which counts with its refresh; without values, what that would not tell."""
+    output = full_step(cache, query, options, visible, heads, counted=True, **known)
+    if cache.config.score_only:
+        full = cache.rows * cache.kv_heads if heads is None else heads.sum(-1)
+        cache.count(full=full, read=_read_without_values(cache, heads))
+    return output
+
+
+def _of_heads(heads: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` `[B, Hq, D]` in the query heads of the KV heads `[B, Hkv]` bool, `old` in the others."""
+    per_query_head = heads.repeat_interleave(new.shape[1] // heads.shape[1], 1)
+    return torch.where(per_query_head[..., None], new, old)
 
 
 def _full_at_once(cache: LayerCache, query: Tensor) -> Tensor:
@@ -111,8 +190,8 @@ def select_after_prompt(cache: LayerCache, options: AttendOptions, visible: Tens
     no_anchors = None
     if cache.anchors is not None:
         no_anchors = cache.anchors.masked_fill(rows[:, None, None], FREE)
-    reselect(cache, scores, visible, heads, ends=prompt, anchors=no_anchors)
-    cache.remember(cache.trigger.reference(queries[:, :, -1], lse[..., -1], cache.kv_heads), heads)
+    summary = cache.trigger.reference(queries[:, :, -1], lse[..., -1], cache.kv_heads)
+    reselect(cache, scores, visible, heads, ends=prompt, anchors=no_anchors, summary=summary)
     if cache.config.anchor:
         assert cache.ring is not None and cache.budget is not None
         # Rounded as in `resolve_budget`: in float32 13 % of 900 would be 116.
@@ -155,24 +234,37 @@ def full_step(
     options: AttendOptions,
     visible: Tensor | None,
     heads: Tensor | None,
+    *,
+    into: Tensor | None = None,
+    summary: Tensor | None = None,
+    counted: bool = False,
 ) -> Tensor:
     """Attention over the full cache; the partial cache and the reference are rebuilt from this query's scores.
 
     With `config.score_only` the keys alone are read, and the step attends to the new partial cache: the paper's
     ablation "no full attention", which costs nothing measurable there.
-    `heads` `[B, Hkv]` bool: the others have done their partial step and keep what they have; `None`: every head.
+
+    Args:
+        cache, query, options, visible: as for `decode_step`.
+        heads: `[B, Hkv]` bool, the others have done their partial step and keep what they have; `None`: every head.
+        into: `[B, Hq, D]`, what their partial step gave, which becomes the output of the step.
+        summary: `[B, Hkv, R]`, what the trigger will remember; `None`: it is asked.
+        counted: as in `LayerCache.refresh`.
     """
     everything = options.over(over_heads(visible), heads=heads)
     if cache.config.score_only:
         scores, lse = cache.store.score(query, everything)
     else:
-        attended, (scores, lse) = cache.store.attend_and_score(query, everything)
-    reselect(cache, scores, visible, heads)
-    cache.remember(cache.trigger.reference(query, lse, cache.kv_heads), heads)
-    if cache.config.score_only:
-        assert cache.ring is not None
-        return cache.ring.attend(query, options).output
-    return attended.output
+        attended, (scores, lse) = cache.store.attend_and_score(query, everything, into)
+    if summary is None:
+        summary = cache.trigger.reference(query, lse, cache.kv_heads)
+    counted = counted and not cache.config.score_only
+    reselect(cache, scores, visible, heads, summary=summary, counted=counted)
+    if not cache.config.score_only:
+        return attended.output
+    assert cache.ring is not None
+    output = cache.ring.attend(query, options).output
+    return output if heads is None or into is None else _of_heads(heads, output, into)
 
 
 def reselect(
@@ -180,26 +272,30 @@ def reselect(
     scores: Tensor,
     visible: Tensor | None,
     heads: Tensor | None = None,
+    *,
     ends: Tensor | None = None,
     anchors: Tensor | None = None,
+    summary: Tensor | None = None,
+    counted: bool = False,
 ) -> None:
     """The partial cache of `heads` (`None`: all) from `scores` `[B, Hkv, width]`.
 
-    `ends` as in `selection.select`; `None`: those of the store. `anchors`: `None` are those of the cache.
+    `ends` as in `selection.select`; `None`: those of the store. `anchors`: `None` are those of the cache. `summary` and
+    `counted` as in `LayerCache.refresh`.
     """
-    assert cache.budget is not None
+    assert cache.budget is not None and cache.recent is not None
     selection = cache.store.backend.select(
         scores,
         cache.budget,
         pool_kernel=cache.config.pool_kernel,
         visible=visible,
         heads=heads,
-        recent=recent_share(cache.budget, cache.config.recent),
+        recent=cache.recent,
         anchors=cache.anchors if anchors is None else anchors,
         ends=cache.store.ends if ends is None else ends,
         slots=cache.slots,
     )
-    cache.refresh(selection, heads)
+    cache.refresh(selection, heads, summary, counted=counted)
 
 
 def _ordinary_step(
@@ -210,7 +306,8 @@ def _ordinary_step(
         cache.count_padding(visible)
     cache.waiting = None
     output = cache.store.attend(query, options.over(over_heads(visible))).output
-    _count(cache, full=None, partial_read=None)
+    if not cache.fixed:  # counted with its token
+        _count(cache, full=None, partial_read=None)
     return output
 
 
@@ -222,21 +319,25 @@ def _count(cache: LayerCache, *, full: Tensor | None, partial_read: Tensor | Non
     available = tokens * cache.kv_heads
     full_heads = None if full is None else full.sum(-1)
     if cache.config.score_only and cache.ring is not None:
-        # Keys only, which are half of an entry, and then the new partial cache.
-        chosen = cache.ring.used if full is None else cache.ring.used.masked_fill(~full, 0)
-        read = (cache.kv_heads if full_heads is None else full_heads) * (tokens + 1) // 2
-        read = read + chosen.sum(-1)
+        read = _read_without_values(cache, full)
     else:
         read = available if full_heads is None else full_heads * tokens
-    cache.stats.record(
-        cache.index,
-        kv_heads=cache.kv_heads,
-        entry_bytes=cache.store.entry_bytes,
+    cache.count(
         full=heads if full_heads is None else full_heads,
         steps=heads,
         read=read if partial_read is None else read + partial_read,
         available=available,
     )
+
+
+def _read_without_values(cache: LayerCache, full: Tensor | None) -> Tensor:
+    """`[B]`: entries that a full step of the heads `full` `[B, Hkv]` (`None`: all) read with `config.score_only`."""
+    assert cache.ring is not None and cache.hidden is not None
+    used, tokens = cache.ring.used, cache.store.lengths - cache.hidden
+    chosen = used if full is None else used.masked_fill(~full, 0)
+    heads = cache.kv_heads if full is None else full.sum(-1)
+    # Keys only, which are half of an entry, and then the new partial cache.
+    return heads * (tokens + 1) // 2 + chosen.sum(-1)
 
 
 class Algorithm:

@@ -20,7 +20,7 @@ from refreshkv.policy.selection import Selected
 SMALL = {"shape": "demo", "dtype": "float32", "context": 96, "batch": 2, "budget": 16, "draft": 3}
 NAMES = [
     *("attend", "attend_and_rank", "attend_at", "attend_full", "attend_and_score"),
-    *("score", "select", "gather", "verify", "attend_mixed", "encode"),
+    *("score", "select", "refresh", "verify", "attend_mixed", "encode"),
 ]
 JOB = Job(**SMALL)
 
@@ -61,9 +61,9 @@ def shifted(*given: Any, **options: Any) -> Selected:
     "name, backend, message",
     [
         (
-            "gather",
-            broken("gather", lambda *given, **ring: None),
-            "gather: differs from the reference",
+            "refresh",
+            broken("refresh", lambda *given, **ring: None),
+            "refresh: differs from the reference",
         ),
         ("select", broken("select", shifted), "select: .* of its indices"),
         (

@@ -17,7 +17,7 @@ from refreshkv.kernels import reference
 from refreshkv.kernels.options import Attended, Scored
 from refreshkv.policy.selection import FREE
 from tests.helpers import relative_rms
-from tests.kernels.cases import QUERIES, SPARE_ROWS, WHOLE, Case
+from tests.kernels.cases import QUERIES, Case
 
 # Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was
 # (output, scores, lse) float32 7.7e-7, 7.2e-7, 2.0e-7: the order of the sums; bfloat16 7.3e-3, 6.7e-3, 2.2e-3 and
@@ -221,30 +221,6 @@ def check_lengths(backend: Any, case: Case) -> None:
                 backend.verify(several, entries, kind, starts=starts)[0], expected[0], case
             )
             check_scored(backend.vote(several, entries, kind, starts=starts), expected[1], case)
-
-
-def check_gather(gather: Callable[..., None], **of_case: Any) -> None:
-    """`gather` writes into the rings it is given."""
-    wanted = torch.tensor([[[3, 29, 0], [7, 7, FREE]], [[1, FREE, FREE], [FREE] * 3]]).int()
-    for layout in WHOLE:
-        case = Case(**{"length": 30, "dim": 8, "value_dim": 16, "layout": layout, **of_case})
-        _, dense, _ = case.dense()
-        _, entries, _ = case.inputs()
-        rows = [0, 1] if entries.rows is None else entries.rows.tolist()
-        for heads in (None, torch.tensor([[True, False], [True, True]])):
-            count = 2 + SPARE_ROWS * (entries.rows is not None)
-            ring_keys, ring_values = (
-                torch.full((count, 2, 5, x.shape[-1]), torch.nan, dtype=case.dtype)
-                for x in (dense.keys, dense.values)
-            )
-            gather(entries, wanted, ring_keys=ring_keys, ring_values=ring_values, heads=heads)
-            for ring, source in ((ring_keys, dense.keys), (ring_values, dense.values)):
-                expected = torch.full_like(ring, torch.nan)
-                for row, head, slot in (wanted != FREE).nonzero().tolist():
-                    if heads is None or heads[row, head]:
-                        position = wanted[row, head, slot]
-                        expected[rows[row], head, slot] = source[row, head, position]
-                assert torch.equal(ring.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def check_select(select: Callable[..., Any]) -> None:

@@ -29,7 +29,8 @@ OPERATIONS = {
     "step": ("attend", "attend_and_score", "attend_and_rank", "score"),
     "verify": ("verify", "vote"),
     "select": ("select",),
-    "rings": ("gather", "insert"),
+    "begin": ("write", "drift"),
+    "rings": ("push", "fetch", "refresh"),
 }
 TARGETS = (80, 90)  # Ampere and Hopper
 DIMS = (64, 80, 128, 256)
@@ -70,7 +71,7 @@ def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, d
     ways = [""]
     if "entries" in wanted:
         ways = ["rows", "pages"]
-    if "entries" in wanted and not {"starts", "wanted"} & {*wanted}:
+    if "entries" in wanted and not {"starts", "ring_keys"} & {*wanted}:
         ways += ["list rows", "list pages rows"]
     for way in ways:
         yield f"everything {way}".strip(), arguments(operation, dim, dtype, way, plain=False)
@@ -120,7 +121,20 @@ def arguments(
         "ring_values": ring_values,
         "ring_positions": torch.zeros(ROWS, KV_HEADS, LENGTH, dtype=torch.int32),
         "filled": per_head,
-        "pushed": per_head,
+        "state": torch.zeros(6, ROWS, KV_HEADS, dtype=torch.int64),
+        "tally": torch.zeros(ROWS, KV_HEADS, 5, dtype=torch.int64),
+        "hidden": per_head[:, 0],
+        "at": per_head[:, 0],
+        "back": 1,
+        "best": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int64),
+        "full": True if "new_keys" in wanted else options.heads,
+        "new_keys": torch.empty(ROWS, KV_HEADS, 1, dim, dtype=dtype),
+        "new_values": torch.empty(ROWS, KV_HEADS, 1, dim, dtype=dtype),
+        "reference": torch.empty(ROWS, KV_HEADS, dim),
+        "summary": torch.empty(ROWS, KV_HEADS, dim),
+        "stride": 10,
+        "threshold": 0.85,
+        "per_head": True,
     }
     if not plain:
         mask = torch.ones(ROWS, 1, entries.count, dtype=torch.bool)
@@ -135,6 +149,10 @@ def arguments(
             "window": 1024,
             "visible": mask[:, 0],
             "recent": 8,
+            "per_head": False,
+            "counted": torch.ones(ROWS, dtype=torch.bool),
+            "new_keys": torch.empty(ROWS, KV_HEADS, LENGTH, dim, dtype=dtype),
+            "new_values": torch.empty(ROWS, KV_HEADS, LENGTH, dim, dtype=dtype),
             "anchors": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int32),
         }
     return {name: value for name, value in typical.items() if name in wanted}

@@ -15,7 +15,7 @@ from refreshkv.kernels.backend import Backend
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE
-from tests.kernels.cases import LAYOUTS, SPARE_ROWS, WHOLE, Case, empty_stores, in_float32, laid_out
+from tests.kernels.cases import LAYOUTS, SPARE_ROWS, Case, empty_stores, in_float32, laid_out
 
 NAN, INF = float("nan"), float("inf")
 FARTHEST = (-(2**63), -(2**31), -7, -1, 2**31, 2**40, 2**63 - 1)
@@ -102,66 +102,6 @@ def check_top_slots(top_slots: Callable[..., Tensor]) -> None:
             assert expected.shape[-1] == max(0, min(count, 9))
             assert bool((expected.sort(-1).values.diff(dim=-1) > 0).all())
             assert torch.equal(top_slots(scores, newest, count), expected)
-
-
-def check_gather(gather: Callable[..., None]) -> None:
-    """`gather` writes into the rings it is given."""
-    for seed in range(6):
-        for layout in WHOLE:
-            entries, _, theirs = rings(seed, layout)
-            wanted = indices((3, 2, 7), 40, torch.Generator().manual_seed(seed))
-            heads = None if seed % 2 else wanted[..., 0] % 2 == 0
-            theirs = {name: theirs[name] for name in ("ring_keys", "ring_values")}
-            ours = {name: ring.clone() for name, ring in theirs.items()}
-            gather(entries, wanted, **ours, heads=heads)
-            reference.gather(entries, wanted, **theirs, heads=heads)
-            for name, ring in theirs.items():
-                assert torch.equal(ours[name], ring), name
-
-
-def rings(seed: int, layout: str = "") -> tuple[Entries, Tensor, dict[str, Tensor]]:
-    """A store of 40, what is wanted from it, and rings of 9 slots, with numbers of any size."""
-    gen = torch.Generator().manual_seed(seed)
-    case = Case(rows=3, length=40, dim=8, value_dim=16, layout=layout)
-    _, entries, _ = case.inputs()
-    kept = 3
-    if entries.rows is not None:
-        kept += SPARE_ROWS
-        entries.rows[seed % 3] = (-1, 5, 2**31 - 1, -(2**31), int(entries.rows[seed % 3]))[seed % 5]
-    if entries.blocks is not None:
-        entries.blocks[0, :2] = torch.tensor([-1, len(entries.keys)])
-    # Distinct ones: the far ones, and others that are there.
-    near = torch.rand(3, 2, 44, generator=gen).argsort(-1)[..., :3] - 2
-    far = torch.tensor((-(2**31), -7, 2**31 - 1, 99))
-    far = far[torch.rand(3, 2, 4, generator=gen).argsort(-1)[..., :2]]
-    ring = {
-        "ring_keys": torch.randn(kept, 2, 9, 8, generator=gen),
-        "ring_values": torch.randn(kept, 2, 9, 16, generator=gen),
-        "ring_positions": indices((kept, 2, 9), 40, gen),
-        "filled": integers((kept, 2), 9, gen),
-        "pushed": integers((kept, 2), 9, gen),
-        "budget": integers((kept,), 9, gen),
-    }
-    return entries, torch.cat([near, far], -1).int(), ring
-
-
-def check_insert(insert: Callable[..., Tensor], count: int = 25) -> None:
-    """`insert` writes into the ring it is given; then into one of positions alone."""
-    entered = 0
-    for seed in range(count):
-        entries, wanted, theirs = rings(seed, WHOLE[seed % len(WHOLE)])
-        ours = {name: tensor.clone() for name, tensor in theirs.items()}
-        alone = {name: tensor.clone() for name, tensor in theirs.items()}
-        expected = reference.insert(entries, wanted, **theirs)
-        entered += int(expected.sum())
-        assert torch.equal(insert(entries, wanted, **ours), expected)
-        for name, tensor in theirs.items():
-            assert torch.equal(ours[name], tensor), name
-        alone |= {"ring_keys": None, "ring_values": None}
-        assert torch.equal(insert(replace(entries, values=None), wanted, **alone), expected)
-        for name in ("ring_positions", "pushed"):
-            assert torch.equal(alone[name], theirs[name]), name
-    assert entered
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -363,19 +303,38 @@ def check_nothing(backend: Backend, dtype: torch.dtype) -> None:
                 voted = backend.vote(several, entries, options, starts=none[:, 0])
                 assert voted.scores.shape == shape and not voted.scores.any()
         if entries.positions is None and (rows == 0 or entries.width == 0):
-            for slots in (0, 3):
-                wanted = torch.zeros(rows, 2, slots, dtype=torch.int32)
-                ring = torch.ones(3, 2, 4, 64).to(dtype)
-                backend.gather(entries, wanted, ring_keys=ring, ring_values=ring.clone())
-                assert bool((ring == 1).all())
             chosen = backend.select(torch.rand(shape), torch.full((rows,), 3))
             assert chosen.positions.numel() == 0 and not chosen.filled.any()
-        for count in (0, 3):
-            _, ring = rings(0)[1:]
-            wanted = torch.zeros(rows, 2, count, dtype=torch.int32)
-            ring = {name: x[:, :, :0] if x.dim() > 2 else x for name, x in ring.items()}
-            ring |= {"ring_keys": None, "ring_values": None}
-            assert not backend.insert(entries, wanted, **ring).any()
+        for slots, count in ((0, 0), (4, 0), (4, 3)):
+            check_rings_of_nothing(backend, entries, rows, slots, count)
+
+
+def check_rings_of_nothing(
+    backend: Backend, entries: Entries, rows: int, slots: int, count: int
+) -> None:
+    """Rings over a store without an entry: what is asked for is not there."""
+    ring = {
+        "ring_keys": None,
+        "ring_values": None,
+        "ring_positions": torch.zeros(3, 2, slots, dtype=torch.int32),
+        "state": torch.ones(6, 3, 2, dtype=torch.int64),
+        "budget": torch.full((3,), 3),
+    }
+    alike = {name: x if x is None else x.clone() for name, x in ring.items()}
+    entries, none = replace(entries, positions=None), torch.zeros(rows, dtype=torch.int64)
+    best = torch.zeros(rows, 2, count, dtype=torch.int64)
+    wanted, filled = best.int(), torch.full((rows, 2), count)
+    for kernels, own in ((backend, ring), (reference, alike)):
+        kernels.push(entries, none, **own)
+        kernels.fetch(entries, best, ends=none + 9, **own)
+        kernels.refresh(entries, wanted, filled, **own)
+        if entries.values is not None:
+            heads = entries.kv_heads
+            new = torch.randn(rows, heads, 1, 64).to(entries.keys.dtype)
+            if rows == 0 or not entries.width:
+                kernels.write(entries, new, new, starts=none)
+    for name in ("ring_positions", "state"):
+        assert torch.equal(ring[name], alike[name])
 
 
 EVERYTHING = replace(PLAIN, sinks=True, hidden="holes")

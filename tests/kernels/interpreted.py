@@ -66,9 +66,13 @@ def written_there(operation: Callable[..., Any]) -> Callable[..., Any]:
     def run(*tensors: Any, **named: Any) -> Any:
         moved = each_tensor(there, named)
         result = run_there(operation)(*tensors, **moved)
-        for name, tensor in named.items():
-            if isinstance(tensor, Tensor):
-                tensor.copy_(moved[name])
+        for name, given in named.items():
+            pairs = [(given, moved[name])]
+            if isinstance(given, Entries):
+                pairs = [(x, getattr(moved[name], field)) for field, x in vars(given).items()]
+            for tensor, written in pairs:
+                if isinstance(tensor, Tensor) and tensor is not written:
+                    tensor.copy_(written)
         return result
 
     return run

@@ -25,8 +25,11 @@ LAUNCHES = {  # at most
     "verify": 3,
     "vote": 3,
     "select": 9,
-    "gather": 1,
-    "insert": 1,
+    "write": 1,
+    "drift": 1,
+    "push": 1,
+    "fetch": 1,
+    "refresh": 1,
 }
 
 slow = pytest.mark.slow

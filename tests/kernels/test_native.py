@@ -36,7 +36,6 @@ from tests.kernels.cases import (
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
     TOLERANCE,
-    check_gather,
     check_lengths,
     check_select,
     check_verify,
@@ -218,8 +217,7 @@ def test_every_number_of_16_bits_goes_in_and_out(name: str) -> None:
 # Selected, for any dtype.
 
 
-def test_gather_and_select_equal_the_reference() -> None:
-    check_gather(native_selection.gather)
+def test_select_equals_the_reference() -> None:
     check_select(native_selection.select)
 
 

@@ -14,7 +14,6 @@ from refreshkv.kernels.options import Entries
 from tests.kernels.cases import CASES, EVERYTHING, LAYOUTS, PER_HEAD, PLAIN, Case, laid_out
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
-    check_gather,
     check_lengths,
     check_select,
 )
@@ -91,10 +90,6 @@ def test_the_heads_asked_for_are_right(backend: Backend) -> None:
     assert torch.equal(some.output[wanted], every.output[wanted])
     assert torch.equal(some.lse[wanted], every.lse[wanted])
     assert torch.equal(some_scored.scores[heads], every_scored.scores[heads])
-
-
-def test_gather_writes_the_filled_slots_and_nothing_else() -> None:
-    check_gather(REFERENCE.gather)
 
 
 def test_select_equals_the_worked_examples() -> None:

@@ -36,11 +36,6 @@ def test_a_selection_is_valid_whatever_the_numbers(backend: Backend) -> None:
         hostile.check_select(backend.select, count=30)
 
 
-def test_tokens_are_copied_from_and_to_places_that_are_there(backend: Backend) -> None:
-    hostile.check_gather(backend.gather)
-    hostile.check_insert(backend.insert, count=8)
-
-
 @pytest.mark.parametrize(("case", "what", "number"), hostile.SPOILED, ids=str)
 def test_nan_in_is_nan_out(backend: Backend, case: Case, what: str, number: float) -> None:
     hostile.check_attention(backend, replace(case, group=2, length=40), what, number)

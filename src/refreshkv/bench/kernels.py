@@ -68,6 +68,8 @@ class Operands:
         self.budget = torch.full((job.batch,), job.budget, device=device)
         self.starts = torch.full_like(self.budget, max(job.context - job.draft - 1, 0))
         self.newest = torch.zeros(job.batch, heads, dtype=torch.int64, device=device)
+        self.state = torch.zeros(6, *self.newest.shape, dtype=torch.int64, device=device)
+        self.ring_positions = torch.zeros_like(self.positions)
         self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
         self.first = torch.zeros_like(self.budget)
         self.finished = torch.full_like(self.budget, job.context // BLOCK)
@@ -182,7 +184,7 @@ def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
             weights * job.context + 2 * weights * job.budget,
             {"torch topk": lambda x: x.scores.topk(job.budget, dim=-1)},
         ),
-        "gather": Case(_gather, 2 * partial, {"torch gather": _torch_gather}),
+        "refresh": Case(_refresh, 2 * partial, {"torch gather": _torch_gather}),
         "verify": Case(
             lambda b, x: b.verify(x.queries, x.full, options, starts=x.starts),
             full + weights * job.context,
@@ -272,9 +274,18 @@ def _matmul_scores(given: Operands) -> Tensor:
     return F.softmax(logits, dim=-1, dtype=torch.float32).amax(2)
 
 
-def _gather(backend: Backend, given: Operands) -> list[Tensor]:
+def _refresh(backend: Backend, given: Operands) -> list[Tensor]:
     keys, values = given.ring
-    backend.gather(given.full, given.positions, ring_keys=keys, ring_values=values)
+    backend.refresh(
+        given.full,
+        given.positions,
+        given.newest,
+        ring_keys=keys,
+        ring_values=values,
+        ring_positions=given.ring_positions,
+        state=given.state,
+        budget=given.budget,
+    )
     return given.ring
 
 

@@ -13,9 +13,9 @@ from refreshkv.cache.rounded import RoundedCopy
 from refreshkv.cache.static import StaticStore
 from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
-from refreshkv.policy.selection import FREE, Selected
-from refreshkv.policy.triggers import trigger_for
-from refreshkv.stats import Stats
+from refreshkv.policy.selection import FREE, Selected, recent_share
+from refreshkv.policy.triggers import Kind, trigger_for
+from refreshkv.stats import COUNTS, Count, Stats
 
 
 class LayerCache:
@@ -43,15 +43,20 @@ class LayerCache:
             keeps them.
         reference: `[B, Hkv, R]`, what the trigger remembers of the last full step.
         budget: `[B]` int64, K of each row; a share is resolved once per prompt.
+        recent: `[B]` int64, how many of the newest tokens a selection keeps.
         hidden: `[B]` int64, padding tokens of each row; `None`: to be counted, by the next step.
+        due: of the fixed form, what the next steps are where the host knows it, as `Trigger.kind` says: "partial" and
+            "full" ones decide nothing on the device; `None`: every step decides.
+        tally: `[B, Hkv, 5]` int64, what the steps of the fixed form counted since somebody looked, as `stats.COUNTS`.
         watch: called after each step that selects, `(cache, query, options, visible, positions)`: those `[B, Hkv, n]`
             it attended to, `FREE` for none, as in a head that read everything; `None` where all heads did.
     """
 
     watch: Callable[..., None] | None = None
+    due: Kind | None = None
 
     # What has a row for each of the batch, beside the store and the ring.
-    ROWS = ("queries", "waiting", "prompt", "anchors", "reference", "budget", "hidden")
+    ROWS = ("queries", "waiting", "prompt", "anchors", "reference", "budget", "recent", "hidden")
 
     def __init__(
         self,
@@ -76,12 +81,16 @@ class LayerCache:
         self.anchors: Tensor | None = None
         self.reference: Tensor | None = None
         self.budget: Tensor | None = None
+        self.recent: Tensor | None = None
         self.hidden: Tensor | None = None
+        self.tally: Tensor | None = None
         self.slots: int | None = None  # of the ring; `None`: as many as the largest budget
         if fixed:
             self.slots = config.resolve_budget(self.store.width)
-            self._keep("budget", torch.full((self.rows,), self.slots, device=self.store.device))
-            self.stats.count_on(index, self.store.device)
+            self._allow(torch.full((self.rows,), self.slots, device=self.store.device))
+            shape = (self.rows, self.kv_heads, len(COUNTS))
+            self.tally = torch.zeros(shape, dtype=torch.int64, device=self.store.device)
+            self.stats.follow(index, self.tally, self.kv_heads, self.store.entry_bytes, self)
             if config.rounds:
                 self.copy = self._new_copy()
 
@@ -100,8 +109,10 @@ class LayerCache:
         """Tokens in the full store, padding included; of the fixed form, how many it has room for."""
         return self.store.width
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, keys: Tensor, values: Tensor, *, decodes: bool = False) -> None:
         """New tokens `[B, Hkv, n, D]` enter the full store; a partial step pushes the newest into the ring itself.
+
+        `decodes`: they are the token of a decode step, which the fixed form counts with it.
 
         Raises:
             ValueError: keys and values that do not fit each other or what the cache holds.
@@ -110,7 +121,27 @@ class LayerCache:
             self.store.check(keys, values)
         except ValueError as error:
             raise ValueError(f"layer {self.index}: {error}") from None
-        self.store.append(keys, values)
+        if not decodes or self.tally is None:
+            self.store.append(keys, values)
+            return
+        # Other modes read as they go.
+        full = self.config.mode not in ("refresh", "mixed")
+        self.store.append(keys, values, tally=self.tally, hidden=self.hidden, full=full)
+
+    def count(self, **counts: Count) -> None:
+        """Record a decode step, as `Stats.record`; of the fixed form, what `append` has not counted yet.
+
+        Each count is a sum over KV heads, `[B]`, or a number for all rows. A tally has it at the first KV head.
+        """
+        if self.tally is None:
+            about = {"kv_heads": self.kv_heads, "entry_bytes": self.store.entry_bytes}
+            self.stats.record(self.index, **about, **counts)
+            return
+        for place, name in enumerate(COUNTS):
+            if name in counts and name not in ("steps", "available"):
+                count = counts[name]
+                into = self.tally[:, 0, place]
+                (into if isinstance(count, Tensor) else into[:1]).add_(count)
 
     def await_selection(self, queries: Tensor, rows: Tensor | None = None) -> None:
         """A prompt, or a chunk of it, ended with `queries` `[B, Hq, T, D]`: the next decode step selects from them.
@@ -163,10 +194,7 @@ class LayerCache:
         budget = torch.tensor(shares, dtype=torch.int64, device=self.store.device)
         if rows is not None and self.budget is not None:
             budget = torch.where(rows, budget, self.budget)
-        self._keep("budget", budget)
-        if self.ring is not None:
-            assert self.budget is not None
-            self.ring.allow(self.budget)
+        self._allow(budget)
 
     def count_padding(self, visible: Tensor | None) -> Tensor:
         """Set and return `hidden`, from the visible tokens `[B, width]`; the rounded copy learns where rows begin."""
@@ -184,19 +212,35 @@ class LayerCache:
             self.copy.begin_at(self.store, first)
         return hidden
 
-    def refresh(self, selection: Selected, heads: Tensor | None = None) -> None:
-        """Rebuild the partial cache of `heads` (`[B, Hkv]` bool; `None` is all)."""
+    def refresh(
+        self,
+        selection: Selected,
+        heads: Tensor | None = None,
+        summary: Tensor | None = None,
+        *,
+        counted: bool = False,
+    ) -> None:
+        """Rebuild the partial cache of `heads` (`[B, Hkv]` bool; `None` is all).
+
+        Args:
+            selection: what they hold from here on.
+            heads: the others stay as they are.
+            summary: `[B, Hkv, R]`, the new reference of these heads; `None`: they keep theirs.
+            counted: it is a full step of these heads, which the fixed form counts here.
+        """
         if self.ring is None:
             if self.budget is None:
                 raise RuntimeError(f"layer {self.index}: resolve_budget before the first refresh")
             self.ring = RINGS[self.config.ring](self.store, self.budget, self.slots)
-        self.ring.refresh(selection, heads)
-
-    def remember(self, reference: Tensor, heads: Tensor | None) -> None:
-        """The reference of `heads` (`[B, Hkv]` bool; `None` is all) becomes `[B, Hkv, R]`."""
-        if heads is not None and self.reference is not None:
-            reference = torch.where(heads[..., None], reference, self.reference)
-        self._keep("reference", reference)
+        more: dict[str, Tensor | None] = {}
+        if summary is not None:
+            if self.reference is None:
+                self.reference = summary.new_zeros(summary.shape)
+            if summary.shape[2]:
+                more |= {"reference": self.reference, "summary": summary}
+        if counted and self.tally is not None:
+            more |= {"ends": self.store.ends, "hidden": self.hidden, "tally": self.tally}
+        self.ring.refresh(selection, heads, **more)
 
     def anchor(self, anchors: Tensor, rows: Tensor) -> None:
         """`[B, Hkv, A]` stay in every selection of `rows` `[B]` bool until their next prompt."""
@@ -256,7 +300,7 @@ class LayerCache:
             self.copy.reset()
         if not self.fixed:
             self.ring = self.queries = None
-            self.anchors = self.reference = self.budget = self.hidden = None
+            self.anchors = self.reference = self.budget = self.recent = self.hidden = None
 
     def grow(self, width: int) -> None:
         """Room for `width` tokens a row in a cache of the fixed form; what is kept stays, elsewhere in memory."""
@@ -270,11 +314,20 @@ class LayerCache:
             self.ring.hold(self.slots)
 
     def tensors(self) -> list[Tensor]:
-        """All that a decode step reads and writes, beside the store and its length."""
-        state = [self.anchors, self.reference, self.budget, self.hidden]
+        """All that a decode step reads and writes, beside the store."""
+        state = [self.anchors, self.reference, self.budget, self.recent, self.hidden, self.tally]
         ring = [] if self.ring is None else self.ring.tensors()
         copy = [] if self.copy is None else self.copy.tensors()
         return ring + copy + [tensor for tensor in state if tensor is not None]
+
+    def _allow(self, budget: Tensor) -> None:
+        """K of each row, `[B]` int64, and what follows from it."""
+        self._keep("budget", budget)
+        recent = recent_share(budget, self.config.recent)
+        self._keep("recent", recent if isinstance(recent, Tensor) else torch.zeros_like(budget))
+        if self.ring is not None:
+            assert self.budget is not None
+            self.ring.allow(self.budget)
 
     def _new_copy(self) -> RoundedCopy:
         bits = self.config.key_bits, self.config.value_bits

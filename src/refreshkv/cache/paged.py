@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ class PagedStore(Store):
     def entries(self) -> Entries:
         return Entries(*self._buffers(), blocks=self._blocks)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, keys: Tensor, values: Tensor, **_: Any) -> None:
         if self._held is None:
             self._allocate(keys, values)
         assert self.ends is not None
@@ -48,10 +50,7 @@ class PagedStore(Store):
         if self._held is None:
             self._allocate(keys, values)
         self._reserve((starts + keys.shape[2]).tolist())
-        positions = starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
-        page = self._blocks.long().gather(1, positions // self.page)
-        for pages, new in zip(self._buffers(), (keys, values), strict=True):
-            pages[page, :, positions % self.page] = new.transpose(1, 2)
+        self.backend.write(self.entries(), keys, values, starts=starts)
 
     def level(self, length: int) -> None:
         self.crop(length)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refreshkv.cache.store import Store
 from refreshkv.kernels.options import Attended, AttendOptions, Entries
+from refreshkv.kernels.reference.rings import STATE
 from refreshkv.policy.selection import FREE, Selected
 
 _SPARE = 64  # slots of head room when a ring grows towards its budget
@@ -27,7 +28,7 @@ class Ring(ABC):
     lowest, and so on. So after j partial steps a full ring holds the K-j best of the last refresh and the j
     newest tokens. Attention does not care about the order of slots, because RoPE is already applied.
 
-    Entries that follow the most attended ones may be fetched in between (`fetch`); they too push out the lowest.
+    Entries that follow the most attended ones may be fetched in between; they too push out the lowest.
 
     Args:
         store: the full cache.
@@ -37,15 +38,17 @@ class Ring(ABC):
 
     Attributes:
         positions: `[B, Hkv, C]` int32, the position of each entry in the full store, `FREE` where there is none.
+        state: `[6, B, Hkv]` int64, the counters that follow, in the order of `reference.rings.STATE`.
         filled: `[B, Hkv]` int64, n at the last refresh; 0 where nothing was selected yet, or it is void.
         pushed: `[B, Hkv]` int64, entries pushed since then, fetched ones included.
         steps: `[B, Hkv]` int64, partial steps since then.
         newest: `[B, Hkv]` int64, the slot of the token pushed last.
+        used: `[B, Hkv]` int64, how many slots hold a token.
         fetched: `[B, Hkv]` int64, entries fetched in the last step.
     """
 
-    # What has a row for each of the batch, but for the budget, which is the cache's.
-    ROWS: tuple[str, ...] = ("positions", "filled", "pushed", "steps", "newest", "fetched")
+    # What has a row for each of the batch, beside the state, but for the budget, which is the cache's.
+    ROWS: tuple[str, ...] = ("positions",)
 
     def __init__(self, store: Store, budget: Tensor, slots: int | None = None) -> None:
         self._store = store
@@ -54,11 +57,7 @@ class Ring(ABC):
         self.positions = torch.full(
             (rows, heads, slots or 0), FREE, dtype=torch.int32, device=device
         )
-        self.filled = torch.zeros(rows, heads, dtype=torch.int64, device=device)
-        self.pushed = torch.zeros_like(self.filled)
-        self.steps = torch.zeros_like(self.filled)
-        self.newest = torch.zeros_like(self.filled)
-        self.fetched = torch.zeros_like(self.filled)
+        self.state = torch.zeros(len(STATE), rows, heads, dtype=torch.int64, device=device)
         self.allow(budget)
         self._most = 0  # no row uses more slots than this; known without asking the device
 
@@ -74,35 +73,46 @@ class Ring(ABC):
             self._grow(slots)
 
     @property
+    def filled(self) -> Tensor:
+        return self.state[0]
+
+    @property
+    def pushed(self) -> Tensor:
+        return self.state[1]
+
+    @property
+    def steps(self) -> Tensor:
+        return self.state[2]
+
+    @property
+    def newest(self) -> Tensor:
+        return self.state[3]
+
+    @property
     def used(self) -> Tensor:
-        """`[B, Hkv]` int64, how many slots hold a token."""
-        return torch.minimum(self.filled + self.pushed, self.budget[:, None])
+        return self.state[4]
 
-    def refresh(self, selection: Selected, heads: Tensor | None = None) -> None:
-        """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store."""
-        slots = selection.positions.shape[-1]
-        self._reserve(max(slots, self._most))
-        new = F.pad(selection.positions, (0, self.positions.shape[2] - slots), value=FREE)
-        if heads is None:
-            self.filled.copy_(selection.filled)
-            self.pushed.zero_()
-            self.steps.zero_()
-            self.positions.copy_(new)
-        else:
-            self.filled.copy_(torch.where(heads, selection.filled, self.filled))
-            self.pushed.masked_fill_(heads, 0)
-            self.steps.masked_fill_(heads, 0)
-            self.positions.copy_(torch.where(heads[..., None], new, self.positions))
-        self._copy(selection.positions, heads)
+    @property
+    def fetched(self) -> Tensor:
+        return self.state[5]
 
-    def push(self, positions: Tensor) -> None:
-        """The token being decoded, at `positions` `[B]`, enters: over the lowest entry if no slot is free."""
+    def refresh(
+        self, selection: Selected, heads: Tensor | None = None, **more: Tensor | None
+    ) -> None:
+        """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store.
+
+        `more`: what the trigger remembers, and what is counted; see `reference.refresh`.
+        """
+        self._reserve(max(selection.positions.shape[-1], self._most))
+        self._store.refresh(*selection, **self._own(), heads=heads, **more)
+
+    def push(self, positions: Tensor, back: int = 0, **counts: Tensor | None) -> None:
+        """The token being decoded, at `positions - back` `[B]`, enters: over the lowest entry if no slot is free.
+
+        `counts`: what is counted; see `reference.push`.
+        """
         self._reserve(self._most + 1)
-        self.newest.copy_((self.filled + self.pushed) % self.budget[:, None])
-        wanted = positions.int()[:, None, None].expand(*self.newest.shape, 1)
-        self._insert(wanted)
-        self.steps += 1
-        self.fetched.zero_()
+        self._store.push(positions, back=back, **self._own(), **counts)
 
     def attend(
         self,
@@ -111,43 +121,37 @@ class Ring(ABC):
         *,
         successor: int = 0,
         end: Tensor | None = None,
+        **counts: Tensor | None,
     ) -> Attended:
         """Attention `[B, Hq, D]` over the ring; then what follows the most attended entries is fetched.
+
+        With m fetched a step a ring has turned over after K / (m + 1) steps without a refresh.
 
         Args:
             query: `[B, Hq, D]`, of the token pushed last.
             options: of the model.
             successor: how many entries fetch the token after them (ours; paper: 0).
             end: `[B]` int64, tokens from there on are not fetched. Without `successor` there is none.
+            counts: what is counted; see `reference.fetch`.
         """
         attended, best = self._attend(query, options.over(lengths=self.used), successor)
         if successor:
             assert end is not None
-            held = self.positions.gather(-1, best)
-            after = (held != FREE) & (held + 1 < end[:, None, None])
-            self.fetch(torch.where(after, held + 1, FREE))
+            self._reserve(self._most + best.shape[2])
+            self._store.fetch(best, ends=end, **self._own(), **counts)
         return attended
-
-    def fetch(self, positions: Tensor) -> None:
-        """Tokens of the store enter as pushed ones do, but those that are there already. It is not a step.
-
-        `positions` `[B, Hkv, m]` int32, distinct in a ring, `FREE` for none. With m fetched a step a ring has turned
-        over after K / (m + 1) steps without a refresh.
-        """
-        self._reserve(self._most + positions.shape[2])
-        self.fetched.copy_(self._insert(positions))
 
     def void(self) -> None:
         """What was selected is no longer true: the next step of every row is full."""
-        self.filled.zero_()
-        self.pushed.zero_()
+        for counter in (self.filled, self.pushed, self.used):
+            counter.zero_()
         self.positions.fill_(FREE)
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the old row `rows[i]`, `[B']` int64; `allow` says what K they have."""
-        for name in self.ROWS:
+        for name in (*self.ROWS, "state"):
             old = getattr(self, name)
-            new = old.index_select(0, rows)
+            new = old.index_select(1 if name == "state" else 0, rows)
             if self._slots is None:
                 setattr(self, name, new)
             else:
@@ -155,31 +159,26 @@ class Ring(ABC):
 
     def tensors(self) -> list[Tensor]:
         """All that a step reads and writes, but for the budget."""
-        return [getattr(self, name) for name in self.ROWS]
+        return [*(getattr(self, name) for name in self.ROWS), self.state]
 
     @abstractmethod
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
         """Attention, and the slots of the `count` most attended entries but the newest, `[B, Hkv, count]` int64."""
 
-    def _insert(self, wanted: Tensor) -> Tensor:
-        """Tokens at `wanted` `[B, Hkv, m]` int32 enter, but those that are there; how many did, `[B, Hkv]`."""
+    def _own(self) -> dict[str, Tensor | None]:
+        """What the operations on rings call it."""
         keys, values = self._copies()
-        return self._store.insert(
-            wanted,
-            ring_keys=keys,
-            ring_values=values,
-            ring_positions=self.positions,
-            filled=self.filled,
-            pushed=self.pushed,
-            budget=self.budget,
-        )
+        return {
+            "ring_keys": keys,
+            "ring_values": values,
+            "ring_positions": self.positions,
+            "state": self.state,
+            "budget": self.budget,
+        }
 
     def _copies(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of the entries, where the ring has its own."""
         return None, None
-
-    def _copy(self, positions: Tensor, heads: Tensor | None) -> None:  # noqa: B027
-        """Entries to slots 0 .. after a refresh; a ring of positions has none."""
 
     def _reserve(self, slots: int) -> None:
         """Room for `slots` slots, at most the largest budget."""
@@ -208,10 +207,6 @@ class CopiedRing(Ring):
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
         entries = Entries(self.keys, self.values)
         return self._store.attend_and_rank(query, entries, options, newest=self.newest, count=count)
-
-    def _copy(self, positions: Tensor, heads: Tensor | None) -> None:
-        ring = {"ring_keys": self.keys, "ring_values": self.values}
-        self._store.gather(positions, **ring, heads=heads)
 
     def _copies(self) -> tuple[Tensor | None, Tensor | None]:
         return self.keys, self.values

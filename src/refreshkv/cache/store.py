@@ -68,8 +68,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens, `[B, Hkv, n, D]`, at the end of every row."""
+    def append(self, keys: Tensor, values: Tensor, **counts: Any) -> None:
+        """Add tokens, `[B, Hkv, n, D]`, at the end of every row.
+
+        `counts`: a static store counts with them what they are a step of; see `reference.write`.
+        """
 
     @abstractmethod
     def crop(self, length: int) -> None:
@@ -166,9 +169,12 @@ class Store(ABC):
         """The attention that each token receives from one query a row, without touching the values."""
         return self.backend.score(query, self.entries(), self._within(options))
 
-    def attend_and_score(self, query: Tensor, options: AttendOptions) -> tuple[Attended, Scored]:
-        """Both, from one pass."""
-        return self.backend.attend_and_score(query, self.entries(), self._within(options))
+    def attend_and_score(
+        self, query: Tensor, options: AttendOptions, into: Tensor | None = None
+    ) -> tuple[Attended, Scored]:
+        """Both, from one pass; see `reference.attend_and_score`."""
+        within = self._within(options)
+        return self.backend.attend_and_score(query, self.entries(), within, into=into)
 
     def verify(
         self,
@@ -240,21 +246,17 @@ class Store(ABC):
             return self.backend.attend(query, entries, options), none
         return self.backend.attend_and_rank(query, entries, options, newest=newest, count=count)
 
-    def gather(
-        self,
-        wanted: Tensor,
-        *,
-        ring_keys: Tensor,
-        ring_values: Tensor,
-        heads: Tensor | None = None,
-    ) -> None:
-        """Copies of the tokens at the positions `wanted` for a ring; see `reference.gather`."""
-        ring = {"ring_keys": ring_keys, "ring_values": ring_values, "heads": heads}
-        self.backend.gather(self.entries(), wanted, **ring)
+    def push(self, at: Tensor, **ring: Any) -> None:
+        """The newest token enters a ring; see `reference.push`."""
+        self.backend.push(self.entries(), at, **ring)
 
-    def insert(self, wanted: Tensor, **ring: Tensor | None) -> Tensor:
-        """Tokens enter a ring, but those that are there already; see `reference.insert`."""
-        return self.backend.insert(self.entries(), wanted, **ring)
+    def fetch(self, best: Tensor, **ring: Any) -> None:
+        """What follows the best slots of a ring enters it; see `reference.fetch`."""
+        self.backend.fetch(self.entries(), best, **ring)
+
+    def refresh(self, wanted: Tensor, filled: Tensor, **ring: Any) -> None:
+        """A selection replaces what a ring holds; see `reference.refresh`."""
+        self.backend.refresh(self.entries(), wanted, filled, **ring)
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         if self._held is None:
@@ -297,7 +299,7 @@ class DenseStore(Store):
     def entries(self) -> Entries:
         return Entries(*(buffer[:, :, : self.length] for buffer in self._buffers()))
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, keys: Tensor, values: Tensor, **_: Any) -> None:
         end = self.length + keys.shape[2]
         for buffer, new in zip(self._with_room(keys, values, end), (keys, values), strict=True):
             buffer[:, :, self.length : end] = new
@@ -310,8 +312,8 @@ class DenseStore(Store):
         for buffer in buffers:
             # A kernel may multiply a hidden entry by zero, and unused room may hold NaN.
             buffer[:, :, self.length : end] = 0
-        scatter(buffers, (keys, values), starts)
         self.length = max(self.length, end)
+        self.backend.write(self.entries(), keys, values, starts=starts)
 
     def crop(self, length: int) -> None:
         if length < 0:
@@ -348,14 +350,6 @@ class DenseStore(Store):
         for target, source in enumerate(rows.tolist()):  # only the used part is copied, once
             new[target, :, : self.length] = buffer[source, :, : self.length]
         return new
-
-
-def scatter(buffers: tuple[Tensor, Tensor], tokens: tuple[Tensor, Tensor], starts: Tensor) -> None:
-    """Keys and values `[B, Hkv, n, D]` go to the positions `starts[i]` and after of the buffers `[B, Hkv, C, D]`."""
-    rows = torch.arange(len(starts), device=starts.device)[:, None]
-    positions = starts[:, None] + torch.arange(tokens[0].shape[2], device=starts.device)
-    for buffer, new in zip(buffers, tokens, strict=True):
-        buffer[rows, :, positions] = new.transpose(1, 2)
 
 
 def is_identity(rows: Tensor, count: int) -> bool:

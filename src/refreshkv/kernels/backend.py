@@ -38,8 +38,11 @@ class Backend:
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
     select: Callable[..., Selected]
-    gather: Callable[..., None]
-    insert: Callable[..., Tensor]
+    write: Callable[..., None]
+    push: Callable[..., None]
+    fetch: Callable[..., None]
+    refresh: Callable[..., None]
+    drift: Callable[..., tuple[Tensor, Tensor]]
     encode: Callable[..., None]
 
     @classmethod
@@ -92,9 +95,9 @@ def _has_triton() -> bool:
 @functools.cache
 def triton_backend() -> Backend:
     """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
-    from refreshkv.kernels.triton import rings, select, step, verify
+    from refreshkv.kernels.triton import begin, rings, select, step, verify
 
-    return Backend.of("triton", step, verify, select, rings, reference)
+    return Backend.of("triton", step, verify, select, begin, rings, reference)
 
 
 def available() -> dict[str, str]:

@@ -19,12 +19,18 @@ from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
 from refreshkv.policy.selection import Selected
 
 # The fields of `Entries` and `AttendOptions`, in their order.
-_ENTRIES = "Tensor keys, Tensor? values, Tensor? blocks, Tensor? positions, Tensor? rows"
+_INDICES = "Tensor? blocks, Tensor? positions, Tensor? rows"
+_ENTRIES = f"Tensor keys, Tensor? values, {_INDICES}"
 _OPTIONS = (
     "float scale, float? softcap, Tensor? sinks, str reduction, Tensor? visible, Tensor? lengths,"
     " Tensor? heads"
 )
 _CODES = "Tensor code_keys, Tensor key_grids, Tensor code_values, Tensor value_grids, Tensor? code_blocks"
+_RING = (
+    "Tensor(a!)? ring_keys, Tensor(b!)? ring_values, Tensor(c!) ring_positions, Tensor(d!) state,"
+    " Tensor budget"
+)
+_RING_WRITES = ("ring_keys", "ring_values", "ring_positions", "state", "tally")
 _ATTEND = f"Tensor query, {_ENTRIES}, {_OPTIONS}"
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entries))
 _CODE_FIELDS = tuple(argument.split()[-1] for argument in _CODES.split(", "))
@@ -60,11 +66,14 @@ def _operator(
         if "scale" in every:
             options = {field: every.pop(field) for field in _OPTION_FIELDS}
             arguments.append(AttendOptions(**options))
+        written = [flat[names.index(argument)] for argument in writes]
         result = getattr(backend_for(flat[0].device), name)(*arguments, **every)
         if results == 0:
             return None
         tensors = _distinct(result)
         assert len(tensors) == results, f"{name} gave {len(tensors)} tensors"  # torch would crash
+        # What an operator writes into it may not return; whoever called it has that.
+        tensors = [x.new_empty(0) if any(x is into for into in written) else x for x in tensors]
         return tensors[0] if results == 1 else tuple(tensors)
 
     operator = torch.library.custom_op(
@@ -113,7 +122,15 @@ def _selected(scores: Tensor, slots: int, **_: Any) -> tuple[Tensor, Tensor]:
 
 _attend = _operator("attend", _ATTEND, 2, _attended)
 _attend_and_score = _operator(
-    "attend_and_score", _ATTEND, 3, lambda **given: (*_attended(**given), _scores(**given))
+    "attend_and_score",
+    f"{_ATTEND}, Tensor(a!)? into",
+    3,
+    lambda into, **given: (
+        _attended(**given)[0] if into is None else into.new_empty(0),
+        _attended(**given)[1],
+        _scores(**given),
+    ),
+    writes=("into",),
 )
 _attend_and_rank = _operator(
     "attend_and_rank",
@@ -152,20 +169,44 @@ _select = _operator(
     2,
     _selected,
 )
-_gather = _operator(
-    "gather",
-    f"{_ENTRIES}, Tensor wanted, Tensor(a!) ring_keys, Tensor(b!) ring_values, Tensor? heads",
+_write = _operator(
+    "write",
+    f"Tensor(a!) keys, Tensor(b!)? values, {_INDICES}, Tensor new_keys, Tensor new_values, Tensor starts,"
+    " Tensor(c!)? tally, Tensor? hidden, bool full",
     0,
     lambda **_: None,
-    writes=("ring_keys", "ring_values"),
+    writes=("keys", "values", "tally"),
 )
-_insert = _operator(
-    "insert",
-    f"{_ENTRIES}, Tensor wanted, Tensor(a!)? ring_keys, Tensor(b!)? ring_values,"
-    " Tensor(c!) ring_positions, Tensor filled, Tensor(d!) pushed, Tensor budget",
-    1,
-    lambda wanted, pushed, **_: pushed.new_empty(wanted.shape[:2]),
-    writes=("ring_keys", "ring_values", "ring_positions", "pushed"),
+_push = _operator(
+    "push",
+    f"{_ENTRIES}, Tensor at, int back, {_RING}, Tensor? full, Tensor(e!)? tally, Tensor? counted",
+    0,
+    lambda **_: None,
+    writes=_RING_WRITES,
+)
+_fetch = _operator(
+    "fetch",
+    f"{_ENTRIES}, Tensor best, Tensor ends, {_RING}, Tensor? full, Tensor(e!)? tally, Tensor? counted",
+    0,
+    lambda **_: None,
+    writes=_RING_WRITES,
+)
+_refresh = _operator(
+    "refresh",
+    f"{_ENTRIES}, Tensor wanted, Tensor filled, {_RING}, Tensor? heads, Tensor(f!)? reference, Tensor? summary,"
+    " Tensor? ends, Tensor? hidden, Tensor(e!)? tally, Tensor? counted",
+    0,
+    lambda **_: None,
+    writes=(*_RING_WRITES, "reference"),
+)
+_drift = _operator(
+    "drift",
+    "Tensor query, Tensor reference, Tensor state, int stride, float threshold, bool per_head",
+    2,
+    lambda query, reference, state, **_: (
+        query.new_empty(state.shape[1:], dtype=torch.bool),
+        reference.new_empty(*state.shape[1:], query.shape[-1]),
+    ),
 )
 _encode = _operator(
     "encode",
@@ -199,11 +240,11 @@ def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
 
 
 def attend_and_score(
-    query: Tensor, entries: Entries, options: AttendOptions
+    query: Tensor, entries: Entries, options: AttendOptions, *, into: Tensor | None = None
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
-    output, lse, scores = _attend_and_score(query, *_entries(entries), *_options(options))
-    return Attended(output, lse), Scored(scores, lse)
+    output, lse, scores = _attend_and_score(query, *_entries(entries), *_options(options), into)
+    return Attended(output if into is None else into, lse), Scored(scores, lse)
 
 
 def attend_and_rank(
@@ -289,32 +330,94 @@ def select(
     return Selected(*_select(scores, budget, pool_kernel, *rules, slots))
 
 
-def gather(
+def write(
     entries: Entries,
-    wanted: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
     *,
-    ring_keys: Tensor,
-    ring_values: Tensor,
-    heads: Tensor | None = None,
+    starts: Tensor,
+    tally: Tensor | None = None,
+    hidden: Tensor | None = None,
+    full: bool = False,
 ) -> None:
-    """See `reference.gather`."""
-    _gather(*_entries(entries), wanted, ring_keys, ring_values, heads)
+    """See `reference.write`."""
+    _write(*_entries(entries), new_keys, new_values, starts, tally, hidden, full)
 
 
-def insert(
+def push(
+    entries: Entries,
+    at: Tensor,
+    *,
+    back: int = 0,
+    ring_keys: Tensor | None,
+    ring_values: Tensor | None,
+    ring_positions: Tensor,
+    state: Tensor,
+    budget: Tensor,
+    full: Tensor | None = None,
+    tally: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> None:
+    """See `reference.push`."""
+    ring = ring_keys, ring_values, ring_positions, state, budget
+    _push(*_entries(entries), at, back, *ring, full, tally, counted)
+
+
+def fetch(
+    entries: Entries,
+    best: Tensor,
+    *,
+    ends: Tensor,
+    ring_keys: Tensor | None,
+    ring_values: Tensor | None,
+    ring_positions: Tensor,
+    state: Tensor,
+    budget: Tensor,
+    full: Tensor | None = None,
+    tally: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> None:
+    """See `reference.fetch`."""
+    ring = ring_keys, ring_values, ring_positions, state, budget
+    _fetch(*_entries(entries), best, ends, *ring, full, tally, counted)
+
+
+def refresh(
     entries: Entries,
     wanted: Tensor,
+    filled: Tensor,
     *,
     ring_keys: Tensor | None,
     ring_values: Tensor | None,
     ring_positions: Tensor,
-    filled: Tensor,
-    pushed: Tensor,
+    state: Tensor,
     budget: Tensor,
-) -> Tensor:
-    """See `reference.insert`."""
-    ring = ring_keys, ring_values, ring_positions, filled, pushed, budget
-    return _insert(*_entries(entries), wanted, *ring)
+    heads: Tensor | None = None,
+    reference: Tensor | None = None,
+    summary: Tensor | None = None,
+    ends: Tensor | None = None,
+    hidden: Tensor | None = None,
+    tally: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> None:
+    """See `reference.refresh`."""
+    ring = ring_keys, ring_values, ring_positions, state, budget
+    more = heads, reference, summary, ends, hidden, tally, counted
+    _refresh(*_entries(entries), wanted, filled, *ring, *more)
+
+
+def drift(
+    query: Tensor,
+    reference: Tensor,
+    state: Tensor,
+    *,
+    stride: int,
+    threshold: float,
+    per_head: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.drift`."""
+    full, summary = _drift(query, reference, state, stride, threshold, per_head)
+    return full, summary
 
 
 def encode(
@@ -342,7 +445,10 @@ OPERATORS = Backend(
     verify=verify,
     vote=vote,
     select=select,
-    gather=gather,
-    insert=insert,
+    write=write,
+    push=push,
+    fetch=fetch,
+    refresh=refresh,
+    drift=drift,
     encode=encode,
 )

@@ -11,12 +11,15 @@ Letters: B batch, Hq query heads, Hkv KV heads, D head dim, S stride. Source: Re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refreshkv.config import Decide, Schedule
+
+Kind = Literal["partial", "full", "decide"]
 
 
 class Trigger:
@@ -47,9 +50,19 @@ class Trigger:
         """
         return None
 
+    def kind(self, step: int) -> Kind | None:
+        """What the `step`-th step (1, 2, ...) after a selection of every head is; `None`: that depends on the device.
+
+        "partial" and "full" are so for every head, in "decide" the query of the step tells (`before`).
+        """
+        return None
+
 
 class Never(Trigger):
     """No refresh: SnapKV with observation window 1."""
+
+    def kind(self, step: int) -> Kind:
+        return "partial"
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,9 @@ class FixedStride(Trigger):
 
     def due(self, step: Tensor) -> Tensor:
         return step % self.stride == 0
+
+    def kind(self, step: int) -> Kind:
+        return "partial" if step % self.stride else "full"
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,10 @@ class QueryDrift(FixedStride):
         cosine = F.cosine_similarity(self._summary(query, step.shape[1]), reference, dim=-1)
         # Rounding can lift the cosine of a vector with itself above 1; threshold 1 must mean "always".
         return self.due(step) & (cosine.clamp(max=1.0) <= self.threshold)
+
+    def kind(self, step: int) -> Kind:
+        # A head that stays partial where it may be full has its next chance when the others do.
+        return "partial" if step % self.stride else "decide"
 
     def _summary(self, query: Tensor, kv_heads: int) -> Tensor:
         """`[B, Hq, D]` -> `[B, Hkv, D]`: the mean query of the layer, the same for all heads, or of each GQA group."""

@@ -247,6 +247,8 @@ class _Run:
     def abandon(self) -> None:
         """After an error: a cache that somebody holds on to keeps what every row has."""
         layers = [layer for layer in self.cache.served if layer.exact is not None]
+        if layers:
+            self.cache.settle()
         if self.cache.is_kept and layers:
             shortest = int(layers[0].exact.ends.min())
             for layer in layers:
@@ -256,6 +258,7 @@ class _Run:
         """What `generate` returns, and the cache as an ordinary loop leaves it where the caller keeps it."""
         if streamer is not None:
             streamer.end()
+        self.cache.settle()
         as_dict = self.config.return_dict_in_generate
         if as_dict or self.cache.is_kept:
             self._even_out(sequences)

@@ -217,11 +217,24 @@ class ServedCache:
     def commit(self, kept: Tensor) -> None:
         """Each row keeps the first `kept` `[B]` tokens of the full pass: the end of a cycle."""
         assert self.cycle is not None
+        first = self.served[0].inner
         with without_autocast(kept.device):
-            for layer in self.served:
-                assert layer.exact is not None
-                layer.exact.commit(kept)
+            if first.fixed:
+                assert first.hidden is not None
+                self.cycle.sums += self.cycle.counted_pass(kept, first.hidden)
+            else:
+                for layer in self.served:
+                    assert layer.exact is not None
+                    layer.exact.commit(kept)
             self.cycle.advance(kept)
+
+    def settle(self) -> None:
+        """What full passes counted for all layers goes to each: before somebody looks at the statistics."""
+        assert self.cycle is not None
+        for layer in self.served:
+            if layer.exact is not None:
+                layer.exact.settle()
+        self.cycle.sums.zero_()
 
     def _check(self) -> None:
         """Raises `RuntimeError` before an update that our attention function would not learn of."""

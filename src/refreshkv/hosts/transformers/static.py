@@ -65,12 +65,14 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
         self.keys, self.values = other.keys, other.values
         self.device = other.device
-        self.cumulative_length = other.cumulative_length.clone()
         self.is_initialized = True
         self._allocate()
+        self.inner.store.level(int(other.get_seq_length()))
 
     def _allocate(self) -> None:
-        store = StaticStore(self.keys, self.values, self.cumulative_length)
+        ends = torch.zeros(len(self.keys), dtype=torch.int64, device=self.keys.device)
+        store = StaticStore(self.keys, self.values, ends)
+        self._stay([ends])
         self.inner = LayerCache(
             self._refresh, index=self._index, stats=self._stats, store=store, fixed=True
         )
@@ -80,11 +82,18 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
     ) -> tuple[Tensor, Tensor]:
         """See `StaticLayer`; the result is tagged. In the exact mode the algorithm decides what is written."""
         keys, values = as_autocast(key_states), as_autocast(value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
         if self.exact is None:
-            super().update(keys, values, *args, **kwargs)
+            one = keys.shape[2] == 1 and not self.current.prompt and self._prompt is None
+            self.inner.append(keys, values, decodes=one and self.inner.hidden is not None)
         else:
             self._newest = keys, values
         return self._updated(self.keys, self.values)
+
+    def get_seq_length(self) -> Any:
+        """Tokens of the first row: an int64 scalar on the device, or 0."""
+        return self.inner.store.lengths[0] if self.is_initialized else 0
 
     def begin_exact(self, visible: Tensor | None, cycle: Cycle) -> None:
         super().begin_exact(visible, cycle)
@@ -106,7 +115,7 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         options, visible = self._prompt
         with without_autocast(self.keys.device):
             begin_decoding(self.inner, options, visible)
-        self._stay(self.inner.tensors() + self._stats.count_on(self.index, self.keys.device))
+        self._stay(self.inner.tensors())
         self._prompt = None
 
     @staticmethod
@@ -195,6 +204,7 @@ class StaticRefreshCache(ServedCache, StaticCache):
         self._steps = 0
         for layer in self.served:
             assert isinstance(layer, StaticRefreshLayer)
+            layer.inner.due = None
             layer.begin_decoding()
 
     @property
@@ -234,7 +244,11 @@ class StaticRefreshCache(ServedCache, StaticCache):
     def next_step(self) -> str | None:
         """A decode step begins: its kind, as far as the host knows the schedule; `None`: each is like the others."""
         self._steps += 1
-        return None
+        first = self.served[0].inner
+        kind = first.trigger.kind(self._steps) if self.refresh.mode == "refresh" else None
+        for layer in self.served:
+            layer.inner.due = kind
+        return kind
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` tokens a row. What a graph has captured is elsewhere then, so each is made anew."""

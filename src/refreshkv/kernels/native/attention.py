@@ -14,7 +14,7 @@ from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.kernels.native.entries import numbers, pointers
 from refreshkv.kernels.native.selection import top_slots
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored, window_within
-from refreshkv.kernels.reference.attention import without_list
+from refreshkv.kernels.reference.attention import without_list, written_into
 
 KINDS = torch.bfloat16, torch.float16, torch.float32  # as `refreshkv_attend` numbers them
 WIDEST = 512  # of a head
@@ -57,12 +57,13 @@ def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
 
 
 def attend_and_score(
-    query: Tensor, entries: Entries, options: AttendOptions
+    query: Tensor, entries: Entries, options: AttendOptions, *, into: Tensor | None = None
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
     output, lse, scores = run(query[:, :, None], entries, options)
     lse = lse.squeeze(2)
-    return Attended(output.squeeze(2), lse), Scored(scores, lse)
+    attended = written_into(into, Attended(output.squeeze(2), lse), options)
+    return attended, Scored(scores, lse)
 
 
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:

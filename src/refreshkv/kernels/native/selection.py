@@ -94,45 +94,6 @@ def select(
     return Selected(positions, filled)
 
 
-def gather(
-    entries: options.Entries,
-    wanted: Tensor,
-    *,
-    ring_keys: Tensor,
-    ring_values: Tensor,
-    heads: Tensor | None = None,
-) -> None:
-    """See `reference.gather`."""
-    where = Entries(entries)
-    ring = Ring(len(ring_keys), ring_keys.shape[2], ring_keys, ring_values)
-    wanted, heads = whole(wanted, torch.int32), whole(heads)
-    count, threads = wanted.shape[2], torch.get_num_threads()
-    job = Gather(where, ring, *map(address, (wanted, heads)), len(wanted), count, threads)
-    compiled().refreshkv_gather(ctypes.byref(job))
-
-
-def insert(
-    entries: options.Entries,
-    wanted: Tensor,
-    *,
-    ring_keys: Tensor | None,
-    ring_values: Tensor | None,
-    ring_positions: Tensor,
-    filled: Tensor,
-    pushed: Tensor,
-    budget: Tensor,
-) -> Tensor:
-    """See `reference.insert`."""
-    where = Entries(entries)
-    ring = Ring(len(ring_positions), ring_positions.shape[2], ring_keys, ring_values)
-    wanted, filled, budget = whole(wanted, torch.int32), whole(filled), whole(budget)
-    entered = torch.empty(wanted.shape[:2], dtype=torch.int64)
-    tensors = wanted, ring_positions, filled, pushed, budget, entered
-    job = Insert(where, ring, *map(address, tensors), len(wanted), wanted.shape[2])
-    compiled().refreshkv_insert(ctypes.byref(job))
-    return entered
-
-
 def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
     """See `reference.top_slots`."""
     *parts, slots = scores.shape

@@ -10,7 +10,7 @@ from refreshkv.kernels.reference.attention import (
     vote,
 )
 from refreshkv.kernels.reference.mixed import attend_mixed, encode
-from refreshkv.kernels.reference.rings import gather, insert
+from refreshkv.kernels.reference.rings import drift, fetch, push, refresh, write
 from refreshkv.policy.selection import select
 
 __all__ = [
@@ -18,12 +18,15 @@ __all__ = [
     "attend_and_rank",
     "attend_and_score",
     "attend_mixed",
+    "drift",
     "encode",
-    "gather",
-    "insert",
+    "fetch",
+    "push",
+    "refresh",
     "score",
     "select",
     "top_slots",
     "verify",
     "vote",
+    "write",
 ]

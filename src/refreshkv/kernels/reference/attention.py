@@ -33,11 +33,26 @@ def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
 
 
 def attend_and_score(
-    query: Tensor, entries: Entries, options: AttendOptions
+    query: Tensor, entries: Entries, options: AttendOptions, *, into: Tensor | None = None
 ) -> tuple[Attended, Scored]:
-    """The full step: attention over everything, and the scores from which the partial cache is rebuilt."""
-    attended = attend(query, entries, options)
+    """The full step: attention over everything, and the scores from which the partial cache is rebuilt.
+
+    `into` `[B, Hq, D]`, contiguous, is the output where it is given: that of the heads asked for is written there, and
+    what it holds of the others stays.
+    """
+    attended = written_into(into, attend(query, entries, options), options)
     return attended, Scored(score(query, entries, options).scores, attended.lse)
+
+
+def written_into(into: Tensor | None, attended: Attended, options: AttendOptions) -> Attended:
+    """`attended` with the output of the heads asked for in `into`, where that is given."""
+    if into is None:
+        return attended
+    output = attended.output
+    if options.heads is not None:
+        wanted = options.heads.repeat_interleave(into.shape[1] // options.heads.shape[1], 1)
+        output = torch.where(wanted[..., None], output, into)
+    return Attended(into.copy_(output), attended.lse)
 
 
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:

@@ -161,6 +161,7 @@ def merge(
     dtype: torch.dtype,
     sinks: Tensor | None,
     heads: Tensor | None,
+    into: Tensor | None = None,
 ) -> Attended:
     """The attention of each query from that of its splits.
 
@@ -170,11 +171,13 @@ def merge(
         shape: of the result, `[B, Hq]` or `[B, Hq, Q]`; the output has D more.
         dtype: of the output.
         sinks: `[Hq]`; heads: `[B, Hkv]` bool.
+        into: contiguous, the output where it is given.
     """
     rows, count, splits = partial_lse.shape
     lse = partial_lse.new_empty(shape)
     dim = 1 if partial is None else partial.shape[-1]
-    output = lse.new_empty(*shape, dim, dtype=dtype)
+    output = lse.new_empty(*shape, dim, dtype=dtype) if into is None else into
+    assert output.is_contiguous() and output.shape == (*shape, dim)
     merge_kernel[(count, rows)](
         partial,
         partial_lse,

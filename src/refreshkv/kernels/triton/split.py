@@ -78,10 +78,11 @@ def attend_in_splits(
     counts: Tensor | None = None,
     window: int | None = None,
     keep_logits: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[Attended, Tensor | None]:
     """`reference.attend`, or with `starts` that of `reference.verify`; and logits `[B, Hq, n]` if kept.
 
-    Without values the log-sum-exp alone.
+    Without values the log-sum-exp alone. `into` as in `reference.attend_and_score`.
     """
     query = contiguous_rows(query)
     (rows, heads, *several), dim = query.shape[:-1], query.shape[-1]
@@ -135,6 +136,7 @@ def attend_in_splits(
         dtype=query.dtype if values is None else values.dtype,
         sinks=options.sinks,
         heads=how.heads_ptr,
+        into=into,
     )
     return attended, logits
 

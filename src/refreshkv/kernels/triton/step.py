@@ -32,10 +32,10 @@ def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
 
 @on_its_device
 def attend_and_score(
-    query: Tensor, entries: Entries, options: AttendOptions
+    query: Tensor, entries: Entries, options: AttendOptions, *, into: Tensor | None = None
 ) -> tuple[Attended, Scored]:
     """See `reference.attend_and_score`."""
-    attended, logits = attend_in_splits(query, entries, options, keep_logits=True)
+    attended, logits = attend_in_splits(query, entries, options, keep_logits=True, into=into)
     rows, kv_heads = len(query), entries.kv_heads
     scores = attended.lse.new_empty(rows, kv_heads, entries.count)
     score_kernel[(triton.cdiv(entries.count, SCORES.block), kv_heads, rows)](

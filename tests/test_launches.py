@@ -1,0 +1,117 @@
+"""What one decode step of a layer would launch on a GPU, by name: there a small step is as long as its launches."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import device  # isort: skip  # before any kernel
+from refreshkv.config import RefreshConfig
+from refreshkv.kernels.backend import triton_backend
+from refreshkv.kernels.options import AttendOptions
+from refreshkv.step import decode_step
+from tests.helpers import random_tokens
+from tests.kernels.launches import counting
+from tests.test_static import StaticDecoder
+from tests.test_step import CONFIGS, FIXED, NEVER
+
+PROMPT, STEPS = 24, 4
+WRITE = ["write_kernel", "aten::add_"]
+ATTEND = ["attend_kernel", "merge_kernel"]
+SCORE = [*ATTEND, "score_kernel"]
+SELECT = 3  # kernels of a selection
+DRIFT = CONFIGS["drift of a head"]  # decides in every second step
+RECENT = replace(DRIFT, recent=2, budget=10)
+
+pytestmark = pytest.mark.skipif(
+    device().type == "cuda", reason="counted in the interpreter, over tensors of the CPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators run the Triton kernels."""
+    operators = importlib.import_module("refreshkv.kernels.operators")
+    monkeypatch.setattr(operators, "backend_for", lambda device: triton_backend())
+
+
+def launched(config: RefreshConfig, step: int, *, known: bool = True) -> list[str]:
+    """What the `step`-th step (1, 2, ...) of a cache of the fixed form launches; `known`: its host knows what it is.
+
+    The tokens, the mask and what a host makes of them are there before.
+    """
+    tokens = random_tokens(length=PROMPT + STEPS, rows=2, pads=(0, 3), dim=16)
+    static = StaticDecoder(tokens, config, PROMPT, options=AttendOptions(scale=0.25))
+    cache, seen = static.cache, []
+
+    def counted(*given: object) -> torch.Tensor:
+        with counting() as launches:
+            output = decode_step(*given)
+        seen.append(launches.names)
+        return output
+
+    static.run_step = counted
+    written: list[list[str]] = []
+    append = cache.append
+
+    def append_counted(*given: torch.Tensor, **named: bool) -> None:
+        with counting() as launches:
+            append(*given, **named)
+        written.append(launches.names)
+
+    cache.append = append_counted  # type: ignore[method-assign]
+    for now in range(1, step + 1):
+        if known and config.mode == "refresh":
+            cache.due = cache.trigger.kind(now)
+        static.next()
+    return written[-1] + seen[-1]
+
+
+def without_selection(names: list[str]) -> list[str]:
+    """All but the selection, the kernels between the scores and the refresh, which are no more than they may be."""
+    first, last = names.index("score_kernel") + 1, names.index("refresh_kernel")
+    selection = names[first:last]
+    assert 0 < len(selection) <= SELECT and not [x for x in selection if "::" in x], selection
+    return names[:first] + names[last:]
+
+
+def test_a_dense_step() -> None:
+    assert launched(RefreshConfig(mode="full"), 2) == [*WRITE, *ATTEND]
+
+
+@pytest.mark.parametrize("config", [NEVER, FIXED, DRIFT, RECENT], ids=lambda c: str(c.stride))
+def test_a_partial_step_is_one_more(config: RefreshConfig) -> None:
+    assert launched(config, 3) == [*WRITE, "push_kernel", *ATTEND]
+
+
+def test_what_follows_the_best_is_fetched_in_one() -> None:
+    names = launched(replace(NEVER, successor=2), 2)
+    assert names[:5] == [*WRITE, "push_kernel", *ATTEND] and names[-1] == "fetch_kernel"
+    assert (
+        len(names) <= len(WRITE) + 1 + len(ATTEND) + 2
+    )  # ranks, of one kernel where a block holds the ring
+
+
+@pytest.mark.xfail(strict=False, reason="a selection takes three kernels once `select` is merged")
+def test_a_full_step() -> None:
+    assert without_selection(launched(FIXED, 4)) == [*WRITE, *SCORE, "refresh_kernel"]
+
+
+@pytest.mark.xfail(strict=False, reason="a selection takes three kernels once `select` is merged")
+@pytest.mark.parametrize("config", [DRIFT, RECENT], ids=["plain", "recent"])
+def test_a_step_that_decides_by_its_query(config: RefreshConfig) -> None:
+    steps = [*WRITE, "drift_kernel", "push_kernel", *ATTEND, *SCORE, "refresh_kernel"]
+    assert without_selection(launched(config, 2)) == steps
+    assert without_selection(launched(config, 3, known=False)) == steps
+
+
+def test_a_step_that_its_partial_attention_decides_is_a_few_more() -> None:
+    config = RefreshConfig(trigger="lse-drop", drop=1.0, budget=6)
+    names = Counter(launched(config, 2))
+    assert names["attend_kernel"] == names["merge_kernel"] == 2
+    assert names["push_kernel"] == names["refresh_kernel"] == names["score_kernel"] == 1
+    assert sum(count for name, count in names.items() if "::" in name) <= 20
