@@ -23,7 +23,7 @@ from refreshkv.bench.cycle import Exact
 from refreshkv.bench.job import Job
 from refreshkv.bench.report import LEFT_OUT, report
 from refreshkv.bench.shapes import build, config_of, outline
-from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, read_bandwidth, take_turns
+from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, forget, read_bandwidth, take_turns
 from refreshkv.bench.yardstick import Passed, Yardstick
 from refreshkv.config import check_names
 from refreshkv.hosts.transformers.fallback import CACHES
@@ -129,7 +129,7 @@ class _Turns:
             parts = self.exact.timed()
 
         def failed(name: str, error: Exception) -> None:
-            variants.forget("exact" if name in parts else name, error, self.notes, device)
+            forget("exact" if name in parts else name, error, self.notes, device)
 
         return take_turns(timed | parts, device, progress, failed)
 
@@ -144,7 +144,7 @@ class _Turns:
             if name == "exact":
                 self.exact = None
             del self.caches[name]
-            variants.forget(name, error, self.notes, self.job.device)
+            forget(name, error, self.notes, self.job.device)
             return None
 
     def _is_ours(self, name: str) -> bool:

@@ -46,6 +46,13 @@ class Timed:
         return graph is not None
 
 
+def forget(name: str, error: Exception, notes: dict[str, str], device: torch.device) -> None:
+    """What cannot run is left out: why, in `notes`; what it held is free for others."""
+    notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def take_turns(
     timed: Mapping[str, Timed],
     device: torch.device,

@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.shapes import random_states
-from refreshkv.bench.timing import OUT_OF_MEMORY, Timed
+from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, forget
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.hosts.transformers import RefreshCache
@@ -148,13 +148,6 @@ def caches(
             except OUT_OF_MEMORY as error:
                 forget(name, error, {} if notes is None else notes, job.device)
     return made
-
-
-def forget(name: str, error: Exception, notes: dict[str, str], device: torch.device) -> None:
-    """A variant that cannot run is left out: why, in `notes`; what it held is free for others."""
-    notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _ours(

@@ -71,8 +71,9 @@ class Yardstick:
     ) -> None:
         self.model, self.implementation = model, implementation
         self.held, self.tokens, self.inputs = held, tokens, list[Tensor]()
-        self.truth = self._pass(WIDER[model.dtype])
-        self.unit = self._pass(model.dtype).errors(self.truth)
+        with self._theirs():
+            self.truth = self._pass(WIDER[model.dtype])
+            self.unit = self._pass(model.dtype).errors(self.truth)
 
     @contextmanager
     def pinned(self) -> Iterator[list[Tensor]]:
@@ -105,7 +106,7 @@ class Yardstick:
         for index, layer in enumerate(decoder.layers):
             if index == len(self.inputs):
                 self.inputs.append(hidden.to(self.model.dtype))
-            wide = self._as(layer, dtype)
+            wide = _as(layer, dtype)
             pinned = wide.input_layernorm(self.inputs[index].to(dtype))
             rows, given = [], []
             # A row at a time: its keys and values are larger in the wider dtype.
@@ -115,17 +116,25 @@ class Yardstick:
                 given.append(wide.self_attn(pinned[row : row + 1], **about, **cache)[0])
             hidden = torch.cat(rows)
             attended.append(torch.cat(given))
-        norm, head = (self._as(part, dtype) for part in (decoder.norm, self.model.lm_head))
+        norm, head = (_as(part, dtype) for part in (decoder.norm, self.model.lm_head))
         return Passed(head(norm(hidden)), attended)
 
-    def _as(self, part: torch.nn.Module, dtype: torch.dtype) -> Any:
-        """A copy of the part in a dtype, whose attention is not ours."""
-        made = copy.deepcopy(part).to(dtype)
-        for module in made.modules():
-            if hasattr(module, "config"):
-                module.config = copy.copy(module.config)
-                module.config._attn_implementation_internal = self.implementation
-        return made
+    @contextmanager
+    def _theirs(self) -> Iterator[None]:
+        """Inside, attention of the model is not ours."""
+        config = self.model.config
+        attached = config._attn_implementation_internal
+        config._attn_implementation_internal = self.implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation_internal = attached
+
+
+def _as(part: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """The part itself, or a copy in another dtype, with the config it has now."""
+    same = all(parameter.dtype == dtype for parameter in part.parameters())
+    return part if same else copy.deepcopy(part).to(dtype)
 
 
 class _Row:
