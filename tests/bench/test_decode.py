@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import refreshkv
@@ -123,6 +124,39 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
             found[static] = torch.cat([*drafts, verified], 1)
             assert not exact.capture()  # of a GPU
     torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
+
+
+class NoWait(TorchDispatchMode):
+    """Raises where Python asks for a number in a tensor, which on a GPU waits for all that was launched."""
+
+    ASKS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, call: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        if call.__name__.split(".")[0] in self.ASKS:
+            raise RuntimeError(f"{call} waits")
+        return call(*given, **(named or {}))
+
+
+def test_no_timed_pass_of_ours_waits_for_the_device() -> None:
+    """So that each can be a CUDA graph."""
+    model, job = build("demo", JOB.device, JOB.dtype), replace(JOB, static=True)
+    with torch.no_grad(), refreshkv.attach(model) as session:
+        below, context = session.implementation_below, variants.Context(model, job)
+        made = variants.caches(model, context, ("default",))
+        exact = Exact(model, below, made.pop("exact"), job)
+        exact.begin()
+        exact.take_back()
+        passes = {
+            name: variants.step(model, below, name, cache, context) for name, cache in made.items()
+        }
+        passes |= {"draft": exact.draft.timed, "verify": exact.verify.timed}
+        assert len(passes) == 9
+        for one in passes.values():
+            with NoWait():
+                one.call()
+            one.after()
+        with pytest.raises(RuntimeError, match="waits"), NoWait():
+            bool(torch.ones(()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -44,6 +44,8 @@ def test_the_bundled_model_on_prompts_of_its_own() -> None:
     assert list(found["variants"]) == ["dynamic", "full", "lossless"]
     assert {one["same_tokens"] for one in found["variants"].values()} == {12}
     assert found["shape"] == "bundled"
+    with pytest.raises(ValueError, match=r"need \d+ positions, the bundled model has"):
+        endtoend.run(**{**given, "new": 10**6})
 
 
 def test_rows_are_there_when_a_run_is_cut_off(

@@ -199,13 +199,14 @@ def _bundled(job: Job, new: int) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The bundled model, and prompts whose answers are long, padded on the left."""
     from refreshkv import demo
     from refreshkv.demo.prompts import make_prompt
-    from refreshkv.evals.encoding import encode_all
 
     model, tokenizer = demo.load(job.dtype)
     seeds = range(job.batch)
     prompts = [make_prompt("html-to-tsv", seed, job.context).prompt for seed in seeds]
-    encode_all(model, tokenizer, prompts, [new] * job.batch)  # that they fit
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(job.device)
+    needed, most = inputs["input_ids"].shape[1] + new, model.config.max_position_embeddings
+    if needed > most:
+        raise ValueError(f"prompt and answer need {needed} positions, the bundled model has {most}")
     names = ("input_ids", "attention_mask")
     return model.to(job.device), {name: inputs[name] for name in names}

@@ -171,15 +171,23 @@ def forward(
     cache: Cache,
     tokens: Tensor,
     positions: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
+    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named.
+
+    `mask`: as `attention_mask` of the model.
+    """
     config = model.config
     attached = config._attn_implementation_internal
     if not isinstance(cache, CACHES):
         config._attn_implementation_internal = implementation
     try:
         return model(
-            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            **{CACHE: cache},
         ).logits
     finally:
         config._attn_implementation_internal = attached
