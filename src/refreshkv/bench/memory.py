@@ -81,6 +81,8 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
     votes = 4 * job.batch * heads * job.room * layers  # float32, of each layer
     # With a mask torch repeats the keys and values of a layer for every query head.
     repeated = group * store // layers
+    # What is captured keeps that.
+    static = Need(repeated) if job.device.type == "cuda" else Need(0, repeated)
     # One layer and the head, and one row's keys and values, twice as they are and twice repeated.
     wide = WIDER[job.dtype].itemsize
     row = wide * job.room * sizes.entry // (layers * sizes.itemsize)
@@ -95,7 +97,7 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
             **dict.fromkeys(("partial", "full"), Need(kept)),
             "exact": Need(kept + votes),
             "mixed": Need(codes),
-            "static": Need(0, repeated),
+            "static": static,
             # Every step copies the whole cache to append to it.
             **dict.fromkeys(("default", "flash"), Need(0, store + repeated)),
         },
