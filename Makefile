@@ -68,12 +68,12 @@ format: $(STAMP)  ## rewrite the files as the linter wants them
 bench: $(STAMP)  ## decode timing on a small shape
 	$(BIN)/refreshkv bench decode --shape demo --context 4096 --budget 512 --stride 5 --device cpu --no-record
 
-# The CPU rows, and the tables of README.md and docs/bench.md from them. Each command takes less than four minutes on two cores.
+# The CPU rows, and the tables of README.md and docs/bench.md from them. Each command takes some minutes on two cores.
 ON_CPU := --shape llama-3.2-1b --device cpu --dtype bfloat16 --threads 2
 DECODE_CPU := $(BIN)/refreshkv bench decode $(ON_CPU) --budget 1024 --stride 10 --draft 8 --acceptance 0.85
 # The mixed mode at the K of the preset "fast", beside full attention.
 FAST_CPU := $(BIN)/refreshkv bench decode $(ON_CPU) --budget 0.05 --skip default,snapkv,partial,full,exact
-bench-cpu: $(STAMP)  ## the CPU rows of README.md and docs/bench.md (about 20 minutes)
+bench-cpu: $(STAMP)  ## the CPU rows of README.md and docs/bench.md (about 30 minutes)
 	$(DECODE_CPU) --sizes 1x8192,1x16384 --steps 12
 	$(DECODE_CPU) --sizes 1x32768 --steps 12
 	$(DECODE_CPU) --sizes 1x65536 --steps 12 --skip default

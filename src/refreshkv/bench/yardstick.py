@@ -111,7 +111,8 @@ class Yardstick:
             rows, given = [], []
             # A row at a time: its keys and values are larger in the wider dtype.
             for row in range(len(hidden)):
-                cache = {CACHE: _Row(*(part[row : row + 1] for part in self.held[index]))}
+                keys, values = (part[row : row + 1].to(dtype) for part in self.held[index])
+                cache = {CACHE: _Row(keys, values)}
                 rows.append(wide(hidden[row : row + 1], **about, **cache))
                 given.append(wide.self_attn(pinned[row : row + 1], **about, **cache)[0])
             hidden = torch.cat(rows)
@@ -144,9 +145,6 @@ class _Row:
         self.held = keys, values
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Both, in the dtype of the new ones."""
-        new = keys, values
-        first, second = (
-            torch.cat([a.to(b.dtype), b], 2) for a, b in zip(self.held, new, strict=True)
-        )
-        return first, second
+        """Both; the next call gets the same without these."""
+        old_keys, old_values = self.held
+        return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
