@@ -8,6 +8,7 @@ rewrites what stands between the two markers: a few rows in README.md, all of th
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ _KERNEL = {
     "the fastest of others": Column("rival"),
     "its µs": Column("rival_ms", _three, 1e3),
 }
+_GENERATE = {
+    "variant": Column("variant"),
+    "new tokens": Column("new_tokens"),
+    "prompt, s": Column("prefill_s", _three),
+    "tokens/s": Column("tokens_per_s", _three),
+    "of the second half": Column("later_tokens_per_s", _three),
+    "as vanilla": Column("same_tokens"),
+}
 _MACHINE = ("shape", "dtype", "device", "threads", "versions.kernels")
 _SIZE = (*_MACHINE, "batch", "context", "budget", "stride", "draft", "acceptance")
 
@@ -90,7 +99,7 @@ def summary(results: Path) -> str:
 
 def section(results: Path) -> str:
     """What stands between the markers in docs/bench.md: every newest row."""
-    return _places(results, _decode, {"kernels": _kernels})
+    return _places(results, _decode, {"kernels": _kernels, "generate": _generate})
 
 
 DOCUMENTS = {"README.md": summary, "docs/bench.md": section}
@@ -127,7 +136,7 @@ def _places(results: Path, decode: Parts, more: dict[str, Parts]) -> str:
             file = f"{name}-{kind}.csv"
             rows = [row for row in read(results / file) if row["shape"] != "demo"]
             groups: dict[tuple[Any, ...], list[Row]] = {}
-            for row in newest(rows, (*_SIZE, "kernel")):
+            for row in newest(_over_turns(rows), (*_SIZE, "kernel", "new", "variant")):
                 groups.setdefault(tuple(row[name] for name in _MACHINE), []).append(row)
             for group in groups.values():
                 parts += write(group, file)
@@ -171,11 +180,39 @@ def _kernels(rows: list[Row], file: str) -> list[str]:
     ]
 
 
+def _generate(rows: list[Row], file: str) -> list[str]:
+    return [
+        f"`generate` from the prompt on, {_about(rows[0], file)}. Tokens per second of all rows, after the first token;"
+        " the second half is without what warms up. The last column counts tokens from the first on that are those of"
+        " transformers' `DynamicCache`:",
+        _table("rows x prompt", rows, _GENERATE),
+    ]
+
+
+def _over_turns(rows: list[Row]) -> list[Row]:
+    """Rows of `bench generate`: those of the turns of a run become one of median times."""
+    runs: dict[tuple[Any, ...], list[Row]] = {}
+    for number, row in enumerate(rows):
+        run = (row["time"], row["variant"]) if "turn" in row else (number,)
+        runs.setdefault(run, []).append(row)
+    found = []
+    for turns in runs.values():
+        times = {}
+        for name in ("prefill_s", "tokens_per_s", "later_tokens_per_s") if len(turns) > 1 else ():
+            values = [turn[name] for turn in turns if turn[name] is not None]
+            times[name] = statistics.median(values) if values else None
+        found.append({**turns[-1], **times})
+    return found
+
+
 def _about(row: Row, file: str) -> str:
     """The settings that all rows of a table share, and how they were made."""
     threads = f", {row['threads']} threads" if "CPU" in row["device"] else ""
+    model = f"shape of {row['shape']} (random weights)"
+    if row["shape"] == "bundled":
+        model = "the bundled model"
     return (
-        f"shape of {row['shape']} (random weights), {row['dtype']}, {row['device']}{threads}, kernels in"
+        f"{model}, {row['dtype']}, {row['device']}{threads}, kernels in"
         f" {row['versions.kernels']} (`refreshkv bench {file.split('-')[0]}`, `benchmarks/results/{file}`)"
     )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from refreshkv.bench import decode, kernels
+from refreshkv.bench import decode, endtoend, kernels, memory
+from refreshkv.bench.shapes import build
 from refreshkv.bench.timing import Timed, copies_for, milliseconds
 
 from .conftest import SMALL
@@ -38,11 +37,40 @@ def test_operands_leave_the_second_level_cache() -> None:
     assert copies_for(size, size, torch.device("cuda")) >= 2
 
 
-def test_decode_and_kernels() -> None:
-    given: dict[str, Any] = {**SMALL, "device": "cuda", "dtype": "bfloat16"}
-    found = decode.run(**given)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decode(dtype: str) -> None:
+    found = decode.run(**{**SMALL, "device": "cuda", "dtype": dtype})
     assert found["ms"]["static"] > 0 and found["ms"]["exact"] > 0
-    assert "CUDA graphs" in found["notes"]["exact"] and found["notes"]["partial"] == "CUDA graph"
-    names = ("shape", "context", "batch", "budget", "draft", "device", "dtype", "progress")
-    layer = kernels.run(**{name: given[name] for name in names}, steps=1)
-    assert len(layer["kernels"]) == 9  # those that Triton has
+    ours = ("own_dense", "full", "mixed", "partial", "empty", "snapkv")
+    assert {found["notes"][name] for name in ours} == {"CUDA graph"}
+    assert found["notes"]["exact"] == "CUDA graphs of a draft and of a full pass"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_kernels(dtype: str) -> None:
+    names = ("shape", "context", "batch", "budget", "draft", "progress")
+    given = {name: SMALL[name] for name in names}
+    found = kernels.run(**given, device="cuda", dtype=dtype, steps=1)
+    timed = {one["kernel"]: one["cuda_graph"] for one in found["kernels"]}
+    assert {"attend_full", "select", "gather", "verify"} <= set(timed) and all(timed.values())
+
+
+def test_generate() -> None:
+    given = {"shape": "bundled", "context": 256, "batch": 2, "new": 24, "turns": 1}
+    found = endtoend.run(**given, device="cuda", dtype="float32", progress=False)
+    assert set(found["variants"]) == set(endtoend.MODES)
+    assert found["variants"]["lossless"]["same_tokens"] == 24
+
+
+def test_memory_is_what_the_estimate_says() -> None:
+    """Without the caches of others, whose steps are theirs: never more than was counted."""
+    sizes = {"shape": "llama-3.2-1b", "context": 32768, "batch": 4, "budget": 0.1}
+    given = {**SMALL, **sizes, "device": "cuda", "dtype": "bfloat16"}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = decode.run(**given, skip=("static", "default", "flash"))
+    names = ("weights", "store", "checks", "exact", "mixed", "partial", "full")
+    expected = sum(found["memory"][name] for name in names)
+    assert torch.cuda.max_memory_allocated() - before < expected + memory._SPARE
+    build.cache_clear()

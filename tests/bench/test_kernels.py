@@ -97,6 +97,75 @@ def test_a_wrong_kernel_is_found(name: str, backend: Backend, message: str) -> N
         kernels.check(name, case, backend, given, torch.float32)
 
 
+def test_rows_are_written_as_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off at the fourth kernel, as by a time limit: three rows are there."""
+    path, right, calls = tmp_path / "kernels.csv", kernels.take_turns, []
+
+    def turns(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return right(*given)
+
+    monkeypatch.setattr(kernels, "take_turns", turns)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run(**SMALL, steps=1, results=path, progress=False)
+    assert [row["kernel"] for row in read(path)] == NAMES[:3]
+
+
+def test_a_rival_that_does_not_run_and_a_kernel_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_compiler(*given: Any) -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    def no_memory(*given: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    rivals = kernels.attention_rivals
+    monkeypatch.setattr(
+        kernels, "attention_rivals", lambda *given: {**rivals(*given), "other": no_compiler}
+    )
+    monkeypatch.setattr(kernels, "_gather", no_memory)
+    found = kernels.run(**SMALL, steps=1, progress=False)
+    assert found["notes"] == {
+        "gather": "left out: OutOfMemoryError: no room",
+        "other": "left out: RuntimeError: no compiler",
+    }
+    assert [one["kernel"] for one in found["kernels"]] == [n for n in NAMES if n != "gather"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rivals_compute_the_same(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(rows, *size, 64, generator=generator) for size in ((4,), (2, 9), (2, 9))
+    )
+    expected = kernels.REFERENCE.attend(
+        query, kernels.Entries(keys, values), kernels.AttendOptions(scale=0.125)
+    ).output
+    found = kernels.attention_rivals(torch.device("cpu"), rows)
+    assert set(found) == {"torch sdpa", "torch sdpa, not packed"}
+    for rival in found.values():
+        torch.testing.assert_close(rival(query, keys, values), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_error_of_a_hundredth_is_found_in_16_bits(dtype: str) -> None:
+    job = Job(**{**SMALL, "dtype": dtype, "context": 192})
+    given = kernels.Operands(job, seed=0)
+    for name, case in kernels.cases_of(job, CPU).items():
+        kernels.check(name, case, CPU, given, job.dtype)
+    wrong = broken(
+        "attend",
+        lambda *rest: CPU.attend(*rest)._replace(output=CPU.attend(*rest).output * 1.01),
+    )
+    with pytest.raises(WrongResultError, match="attend_full: differs"):
+        kernels.check(
+            "attend_full", kernels.cases_of(job, CPU)["attend_full"], wrong, given, job.dtype
+        )
+
+
 def test_less_than_a_block_has_no_codes() -> None:
     names = set(kernels.cases_of(Job(**{**SMALL, "context": 63}), CPU))
     assert names == {*NAMES} - {"attend_mixed", "encode"}

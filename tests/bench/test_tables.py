@@ -74,6 +74,23 @@ def test_kernels(tmp_path: Path) -> None:
     assert "| 8 x 32K, `attend` | 12.3 | 83% | torch sdpa | 45.6 |" in tables.section(tmp_path)
 
 
+def test_generate(tmp_path: Path) -> None:
+    """Medians over the turns of the newest run."""
+    row = {
+        **{"shape": "bundled", "context": 2048, "batch": 1, "device": "GPU 9000", "threads": 1},
+        **{"dtype": "bfloat16", "versions.kernels": "Triton", "time": "now", "new": 64},
+        **{"new_tokens": 64, "prefill_s": 0.5, "later_tokens_per_s": 321.0, "same_tokens": 63},
+    }
+    rows = [
+        {**row, "variant": "full", "turn": turn, "tokens_per_s": speed, "time": time}
+        for time, turn, speed in (("then", 1, 999.0), ("now", 1, 100.0), ("now", 2, 200.0))
+    ]
+    record.append(tmp_path / "generate-cuda.csv", [*rows, {**rows[-1], "variant": "fast"}])
+    text = tables.section(tmp_path)
+    assert "| 1 x 2K | full | 64 | 0.50 | 150 | 321 | 63 |" in text and "999" not in text
+    assert "| 1 x 2K | fast | 64 | 0.50 | 200 | 321 | 63 |" in text and "the bundled model" in text
+
+
 @pytest.mark.parametrize(
     "text", ["nothing", tables.BEGIN, f"{tables.END} {tables.BEGIN}", tables.BEGIN * 2 + tables.END]
 )

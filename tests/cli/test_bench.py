@@ -33,6 +33,10 @@ SCALE = (
     *("bench", "scale", "--shape", "demo", "--contexts", "64,96", "--batches", 1, "--budgets", 16),
     *("--strides", "10,2", "--steps", 1, "--device", "cpu", "--dtype", "float32"),
 )
+GENERATE = (
+    *("bench", "generate", "--shape", "demo", "--context", 48, "--new", 6, "--turns", 1),
+    *("--device", "cpu", "--dtype", "float32"),
+)
 PLAN = ("bench", "plan", "--model", "llama-3.1-8b", "--context", 131072, "--batch", 4)
 
 
@@ -118,6 +122,44 @@ def test_kernels(run: Run, last_json: Callable[..., Any], tmp_path: Path) -> Non
     assert not list((tmp_path / "benchmarks" / "results").iterdir())
 
 
+def test_generate(run: Run, last_json: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    result = run(*GENERATE, "--sizes", "1x48,2x32", "--skip", "published, fast", "--json")
+    record = last_json(result)
+    assert [(one["batch"], one["context"]) for one in record["runs"]] == [(1, 48), (2, 32)]
+    assert list(record["variants"]) == ["dynamic", "full", "lossless"]
+    assert "the lossless mode, preset 'default'" in result.stdout
+    rows = read(tmp_path / "benchmarks" / "results" / "generate-cpu.csv")
+    assert [row["variant"] for row in rows] == ["dynamic", "full", "lossless"] * 2
+    assert rows[-1]["tokens_per_s"] == record["variants"]["lossless"]["tokens_per_s"]
+
+
+@pytest.mark.parametrize("command", [DECODE, KERNELS, GENERATE])
+def test_half_precision(command: tuple[Any, ...], run: Run, last_json: Callable[..., Any]) -> None:
+    """The last --dtype counts."""
+    record = last_json(run(*command, "--dtype", "float16", "--json"))
+    assert record["dtype"] == "float16"
+
+
+def test_a_size_is_written_before_the_next_is_timed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in the third of three sizes."""
+    right, sizes = decode.take_turns, []
+
+    def turns(*given: Any) -> Any:
+        sizes.append(len(read(Path("d.csv"))))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return right(*given)
+
+    monkeypatch.setattr(decode, "take_turns", turns)
+    skip = ("--skip", "static,default,snapkv,empty,mixed,exact,full")
+    result = run(*DECODE, *skip, "--sizes", "1x64,2x64,1x96", "--results", "d.csv")
+    assert result.exit_code != 0 and sizes == [0, 1, 2]
+    assert [(row["batch"], row["context"]) for row in read(Path("d.csv"))] == [(1, 64), (2, 64)]
+
+
 def test_scale_and_the_check_of_its_rows(run: Run, last_json: Callable[..., Any]) -> None:
     result = run(*SCALE, "--results", "scale.csv", "--plot", "s.png", "--json")
     assert set(last_json(result)["fits"]) == {"own_dense", "partial", "full"}
@@ -160,6 +202,8 @@ BAD = {
     "shape": ((*DECODE, "--shape", "dmo"), "unknown shape 'dmo'; did you mean 'demo'?"),
     "shape of kernels": ((*KERNELS, "--shape", "dmo"), "unknown shape 'dmo'"),
     "variant": ((*DECODE, "--skip", "drafts"), "unknown variant 'drafts'"),
+    "variant of generate": ((*GENERATE, "--skip", "fst"), "unknown variant 'fst'; did you mean"),
+    "foreign file of generate": ((*GENERATE, "--results", "foreign.csv"), "has other columns"),
     "sizes": ((*DECODE, "--sizes", "8192"), "'8192' is no list of rows x context"),
     "sizes of nothing": ((*DECODE, "--sizes", "0x64"), "'0x64' is no list"),
     "budget": ((*KERNELS, "--budget", 0), "budget must be at least 1 token"),
@@ -188,7 +232,7 @@ def test_bad_input(case: str, run: Run) -> None:
     assert Path("foreign.csv").read_text() == "a,b\n1,2\n"
 
 
-@pytest.mark.parametrize("name", ["decode", "kernels", "scale", "plan"])
+@pytest.mark.parametrize("name", ["decode", "kernels", "generate", "scale", "plan"])
 def test_help(name: str, run: Run) -> None:
     result = run("bench", name, "--help")
     assert result.exit_code == 0 and "--json" in result.stdout

@@ -120,10 +120,12 @@ class _Pass:
         self.ahead = torch.arange(count, device=exact.job.device)
         self.positions = torch.zeros_like(self.tokens)
         counts = exact.counts + 1 if kind == "verify" else None
+        # The lossless mode looks at no mask, and transformers would ask the device whether it needs one.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=exact.job.device)
 
         def run() -> Tensor:
             with exact.cache.drafting(kind, counts):
-                return forward(model, below, exact.cache, self.tokens, self.positions)
+                return forward(model, below, exact.cache, self.tokens, self.positions, mask)
 
         self.timed = Timed(run, after=exact.take_back)
 

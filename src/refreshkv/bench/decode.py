@@ -1,11 +1,13 @@
 """Milliseconds per decoded token of a whole model: ours in every mode, against eviction and transformers' caches.
 
-First the logits are compared. Then all variants take turns, step by step, so that a drift of the machine's speed hits
-them alike, and medians are reported beside the bytes that they had to move.
+First the results are compared with the truth. Then all variants take turns, step by step, so that a drift of the
+machine's speed hits them alike, and medians are reported beside the bytes that they had to move.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,17 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 import refreshkv
+from refreshkv.bench import memory, roofline, variants
 from refreshkv.bench import record as records
-from refreshkv.bench import roofline, variants
-from refreshkv.bench.checks import compare
+from refreshkv.bench.checks import within
 from refreshkv.bench.cycle import Exact
 from refreshkv.bench.job import Job
 from refreshkv.bench.report import LEFT_OUT, report
 from refreshkv.bench.shapes import build, config_of, outline
-from refreshkv.bench.timing import read_bandwidth, take_turns
+from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, forget, read_bandwidth, take_turns
+from refreshkv.bench.yardstick import Passed, Yardstick
 from refreshkv.config import check_names
 from refreshkv.hosts.transformers.fallback import CACHES
-
-# What full attention may be compared with, the most trusted first.
-_YARDSTICKS = ("static", "default", "flash", "own_dense")
 
 
 def run(
@@ -51,110 +51,158 @@ def run(
     job = Job(**settings)
     sizes = roofline.sizes_of(outline(config_of(job.shape), job.dtype))
     records.check_file(results, records.flat(report(job, sizes), LEFT_OUT))
+    needs, wanted = memory.needs_of(job, sizes), [x for x in variants.VARIANTS if x not in skip]
+    notes = needs.fitting(wanted, memory.available(job.device))
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model, bandwidth = build(job.shape, job.device, job.dtype), read_bandwidth(job.device)
     with torch.no_grad(), refreshkv.attach(model) as session:
-        caches = variants.caches(model, job, skip)
-        turns = _Turns(model, session.implementation_below, caches, job, skip)
+        context = variants.Context(model, job)
+        caches = variants.caches(model, context, (*skip, *notes), notes)
+        turns = _Turns(model, session.implementation_below, caches, context, notes)
         errors = turns.check()
         times = turns.time(progress)
-    found = report(job, sizes, times, errors, bandwidth, turns.notes)
+    found = report(job, sizes, times, errors, bandwidth, notes, needs.as_dict())
     records.append(results, [records.flat(found, LEFT_OUT)])
     if job.device.type == "cuda":
-        del turns, caches
+        del turns, caches, context
         torch._dynamo.reset()  # compiled graphs hold on to the caches of this size
         torch.cuda.empty_cache()
     return found
 
 
 class _Turns:
-    """The variants of one run, but those to `skip`; `notes` says why one is missing or how it ran."""
+    """The variants of one run; `notes` says why one is missing or how it ran."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         below: str,
         caches: dict[str, Cache],
-        job: Job,
-        skip: tuple[str, ...] = (),
+        context: variants.Context,
+        notes: dict[str, str],
     ) -> None:
-        self.model, self.below, self.caches, self.job = model, below, caches, job
-        self.notes: dict[str, str] = {}
-        self.exact = Exact(model, below, caches["exact"], job) if "exact" in caches else None
+        self.model, self.below, self.caches, self.context = model, below, caches, context
+        self.job, self.notes = context.job, notes
+        self.exact = Exact(model, below, caches["exact"], self.job) if "exact" in caches else None
         self.steps = {
-            name: variants.step(model, below, name, cache, job)
+            name: variants.step(model, below, name, cache, context)
             for name, cache in caches.items()
-            if name != "exact" and name not in skip
+            if name != "exact"
         }
 
     def check(self) -> dict[str, float]:
-        """Relative RMS of logits: full attention of ours against theirs, the lossless full pass against single steps.
+        """Relative RMS of logits against the truth: of full attention of ours, and of the lossless full pass.
 
-        A mixed step is full attention where K is the whole context, so that is what is compared.
+        What attention gives in each layer is compared too (`yardstick`). A mixed step is full attention where K is the
+        whole context, so that is what is compared.
 
         Raises:
-            WrongResultError: more than the tolerance of the dtype.
+            WrongResultError: more than rounding.
         """
-        logits: dict[str, Tensor] = {}
         for name in list(self.steps):
-            try:
-                logits[name] = self.steps[name].once()
-            except Exception as error:
-                if self._is_ours(name):
-                    raise
-                # One that is not ours cannot be had, for example for want of memory.
-                self.notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
-                del self.steps[name]
-        trusted = next((name for name in _YARDSTICKS if name in logits), "")
-        pairs = {
-            name: (logits[name], logits[trusted], trusted)
-            for name in ("own_dense", "full")
-            if name in logits and name != trusted and trusted
-        }
-        if "mixed" in logits and trusted:
-            pairs["mixed"] = self._mixed_over_everything(), logits[trusted], trusted
+            self._try(name, self.steps[name].once)
+        errors: dict[str, float | None] = {}
+        checked = [name for name in ("own_dense", "full", "mixed") if name in self.steps]
+        if checked:
+            size = (self.job.batch, 1)
+            one = torch.ones(size, dtype=torch.int64, device=self.job.device)
+            yardstick = Yardstick(self.model, self.below, self.context.held(), one)
+            for name in checked:
+                errors[name] = self._try(name, functools.partial(self._check, name, yardstick))
         if self.exact is not None:
-            pairs["verify"] = (*self._verified(self.exact), "single steps")
-        return {
-            name: compare(f"{name}: logits differ from {other}", ours, theirs, self.job.dtype)
-            for name, (ours, theirs, other) in pairs.items()
-        }
+            errors["verify"] = self._try("exact", functools.partial(self._check_exact, self.exact))
+        return {name: error for name, error in errors.items() if error is not None}
 
     def time(self, progress: bool) -> dict[str, list[float]]:
         """Milliseconds of each timed turn."""
-        timed, device = dict(self.steps), self.job.device
-        for name, step in timed.items() if not self.job.compiled else ():
-            if self._is_ours(name) and step.capture(device):
+        device = self.job.device
+        for name in list(self.steps) if not self.job.compiled else ():
+            if self._is_ours(name) and self._try(
+                name, lambda x=name: self.steps[x].capture(device)
+            ):
                 self.notes[name] = "CUDA graph"
+        timed, parts = dict(self.steps), {}
+        if self.exact is not None and self._try("exact", self.exact.capture):
+            self.notes["exact"] = "CUDA graphs of a draft and of a full pass"
         if self.exact is not None:
-            if self.exact.capture():
-                self.notes["exact"] = "CUDA graphs of a draft and of a full pass"
-            timed |= self.exact.timed()
-        return take_turns(timed, device, progress)
+            parts = self.exact.timed()
+
+        def failed(name: str, error: Exception) -> None:
+            forget("exact" if name in parts else name, error, self.notes, device)
+
+        return take_turns(timed | parts, device, progress, failed)
+
+    def _try(self, name: str, call: Any) -> Any:
+        """What the call gives; the variant is dropped where it has no memory, one of others whatever the reason."""
+        try:
+            return call()
+        except Exception as error:
+            if self._is_ours(name) and not isinstance(error, OUT_OF_MEMORY):
+                raise
+            self.steps.pop(name, None)
+            if name == "exact":
+                self.exact = None
+            del self.caches[name]
+            forget(name, error, self.notes, self.job.device)
+            return None
 
     def _is_ours(self, name: str) -> bool:
         return isinstance(self.caches[name], CACHES)
 
-    def _mixed_over_everything(self) -> Tensor:
-        """Logits of a mixed step that may read every entry exactly."""
-        budgets = [layer.inner.budget for layer in self.caches["mixed"].served]
+    def _check(self, name: str, yardstick: Yardstick) -> float:
+        """Of a single step."""
+        about = self.model, self.below, name, self.caches[name], self.context
+        eager = variants.step(*about, eager=True)
+        logits = self._once(name, self.steps[name])
+        return self._error(name, logits, lambda: self._once(name, eager), yardstick)
+
+    def _check_exact(self, exact: Exact) -> float:
+        """Of a full pass over random tokens."""
+        device, generator = self.job.device, torch.Generator(device=self.job.device)
+        size, most = (self.job.batch, self.job.draft + 1), self.model.config.vocab_size
+        tokens = torch.randint(most, size, generator=generator.manual_seed(2), device=device)
+        yardstick = Yardstick(self.model, self.below, self.context.held(), tokens)
+
+        def verified() -> Tensor:
+            logits = exact.verify(tokens)
+            exact.take_back()
+            return logits
+
+        exact.begin()  # the first selection, which decides on the anchors
+        exact.take_back()
+        return self._error("verify", verified(), verified, yardstick)
+
+    def _error(
+        self,
+        name: str,
+        logits: Tensor,
+        again: Callable[[], object],
+        yardstick: Yardstick,
+    ) -> float:
+        """Of `logits` that were computed; both errors are no more than rounding.
+
+        `again` computes them once more, without anything compiled, for what attention gives.
+
+        Raises:
+            WrongResultError: they are more.
+        """
+        truth, logits = yardstick.truth, logits.clone()  # the next run of a graph overwrites them
+        with yardstick.pinned() as attended:
+            again()
+        errors = Passed(logits.view_as(truth.logits), attended).errors(truth)
+        for part, error in errors.items():
+            within(f"{name}: {part} differ from the truth", error, yardstick.unit[part])
+        return errors["logits"]
+
+    def _once(self, name: str, step: Timed) -> Tensor:
+        """Logits of a step; of a mixed one, where it may read every entry exactly."""
+        if name != "mixed":
+            return step.once()
+        budgets = [layer.inner.budget for layer in self.caches[name].served]
         for budget in budgets:
             budget.fill_(self.job.context)
-        logits: Tensor = self.steps["mixed"].once()
+        logits: Tensor = step.once()
         for budget in budgets:
             budget.fill_(self.job.budget)
         return logits
-
-    def _verified(self, exact: Exact) -> tuple[Tensor, Tensor]:
-        """Logits of a full pass over random tokens, and of single steps over the same keys and values."""
-        job, dense = self.job, self.caches["own_dense"]
-        generator = torch.Generator(device=job.device).manual_seed(2)
-        size, vocabulary = (job.batch, job.draft + 1), self.model.config.vocab_size
-        tokens = torch.randint(vocabulary, size, generator=generator, device=job.device)
-        exact.begin()  # the first selection, which decides on the anchors
-        verified = exact.verify(tokens)
-        exact.take_back()
-        alone = [variants.forward(self.model, self.below, dense, one) for one in tokens.split(1, 1)]
-        variants.take_back(dense, job.context)
-        return verified, torch.cat(alone, 1)

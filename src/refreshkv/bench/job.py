@@ -59,5 +59,5 @@ class Job(Load):
 
     @property
     def room(self) -> int:
-        """Positions of a preallocated cache; transformers' static one is not taken back."""
-        return self.context + max(self.draft + 1, WARM_UP + self.steps) + _SPARE
+        """Positions of a preallocated cache."""
+        return self.context + self.draft + 1 + _SPARE

@@ -18,12 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refreshkv.bench import record as records
-from refreshkv.bench.checks import WrongResultError, compare
+from refreshkv.bench.checks import WrongResultError, relative_rms, rounding, within
 from refreshkv.bench.job import Job
 from refreshkv.bench.rivals import attention_rivals
 from refreshkv.bench.roofline import Reads, Sizes
 from refreshkv.bench.shapes import config_of, random_states
-from refreshkv.bench.timing import Timed, copies_for, read_bandwidth, take_turns
+from refreshkv.bench.timing import (
+    OUT_OF_MEMORY,
+    Timed,
+    copies_for,
+    forget,
+    read_bandwidth,
+    take_turns,
+)
 from refreshkv.config import make_config
 from refreshkv.kernels.backend import OPERATIONS, REFERENCE, Backend, backend_for
 from refreshkv.kernels.codes import Codes, restored_keys, restored_values
@@ -95,17 +102,22 @@ class Operands:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel: the call, the bytes that it must move, and what others offer for the same work."""
+    """A kernel: the call, the bytes that it must move, and what others offer for the same work.
+
+    `checked` is called instead of `run` where results are compared, if what is timed may differ by more than rounding.
+    """
 
     run: Callable[[Backend, Operands], Any]
     size: int
     rivals: dict[str, Callable[[Operands], Any]]
+    checked: Callable[[Backend, Operands], Any] | None = None
 
 
 def run(*, results: Path | None = None, progress: bool = True, **settings: Any) -> dict[str, Any]:
     """Check, then time; returns the record (`docs/bench.md`) and appends a row a kernel to `results` (CSV).
 
-    `settings` are fields of `Job`, of which `steps` are the timed turns of each kernel.
+    Each row is appended when it is made, so what cuts a run off takes nothing that was timed. `settings` are fields of
+    `Job`, of which `steps` are the timed turns of each kernel.
 
     Raises:
         ValueError: an unknown shape, a number out of range, a file that holds other columns.
@@ -119,29 +131,27 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     backend, bandwidth = backend_for(job.device), read_bandwidth(job.device)
+    record = records.settings(job, bandwidth, _SETTINGS)
+    found: list[dict[str, Any]] = []
+    notes: dict[str, str] = {}
     with torch.inference_mode():
         cases, first = cases_of(job, backend), Operands(job, seed=0)
-        errors = {
-            name: check(name, case, backend, first, job.dtype) for name, case in cases.items()
-        }
-        found, each = [], 2 * first.full.keys.nbytes
-        copies = {name: copies_for(case.size, each, job.device) for name, case in cases.items()}
+        errors = _errors(cases, backend, first, job, notes)
+        each = 2 * first.full.keys.nbytes
+        copies = {name: copies_for(cases[name].size, each, job.device) for name in errors}
         cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values())))]
-        for name, case in tqdm(cases.items(), desc="kernels", disable=not progress, leave=False):
-            ms, graph = _medians(case, backend, cold[: copies[name]], job)
-            rival = min(case.rivals, key=ms.__getitem__)
-            numbers = {
-                "ms": ms[_OURS],
-                "rival_ms": ms[rival],
-                "rival_over_ours": ms[rival] / ms[_OURS],
-                "bandwidth_share": case.size / (ms[_OURS] * 1e-3) / bandwidth,
-                "relative_rms_error": errors[name],
-            }
-            about = {"bytes": case.size, "rival": rival, "cuda_graph": graph}
-            found.append({"kernel": name, **records.rounded(numbers), **about})
-    record = records.settings(job, bandwidth, _SETTINGS)
-    records.append(results, [{**records.flat(record), **one} for one in found])
-    return {**record, "backend": backend.name, "kernels": found}
+        for name, error in tqdm(errors.items(), desc="kernels", disable=not progress, leave=False):
+            case = _with_working(cases[name], first, notes)
+            try:
+                row = _timed(case, backend, cold[: copies[name]], job)
+            except OUT_OF_MEMORY as missing:
+                forget(name, missing, notes, job.device)
+                continue
+            share = case.size / (row["ms"] * 1e-3) / bandwidth
+            numbers = {"bandwidth_share": share, "relative_rms_error": error}
+            found.append({"kernel": name, "bytes": case.size, **row, **records.rounded(numbers)})
+            records.append(results, [{**records.flat(record), **found[-1]}])
+    return {**record, "backend": backend.name, "kernels": found, "notes": notes}
 
 
 def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
@@ -180,7 +190,7 @@ def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
             {"torch matmul and softmax": _matmul_scores},
         ),
         "select": Case(
-            lambda b, x: b.select(x.scores, x.budget),
+            lambda b, x: b.select(x.scores, x.budget, slots=job.budget),
             weights * job.context + 2 * weights * job.budget,
             {"torch topk": lambda x: x.scores.topk(job.budget, dim=-1)},
         ),
@@ -194,6 +204,7 @@ def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
             _attend_mixed,
             round(Reads(0, job.budget + job.context - blocks, blocks).cache_bytes(sizes)),
             long,
+            _mixed_at_both_ends,
         ),
         "encode": Case(
             lambda b, x: _encode_into(x.room, b, x),
@@ -213,31 +224,65 @@ def check(name: str, case: Case, backend: Backend, given: Operands, dtype: torch
     Raises:
         WrongResultError: they differ.
     """
-    largest = 0.0
+    largest, run = 0.0, case.checked or case.run
     given.forget()
-    found = [tensor.clone() for tensor in _tensors(case.run(backend, given))]
-    for ours, expected in zip(found, _tensors(case.run(REFERENCE, given)), strict=True):
+    found = [tensor.clone() for tensor in _tensors(run(backend, given))]
+    for ours, expected in zip(found, _tensors(run(REFERENCE, given)), strict=True):
         if ours.is_floating_point():
-            error = compare(f"{name}: differs from the reference", ours, expected, dtype)
-            largest = max(largest, error)
+            error = relative_rms(ours, expected)
+            what = f"{name}: differs from the reference"
+            largest = max(largest, within(what, error, rounding(dtype)))
         elif (same := _overlap(ours, expected)) < _SAME_INDICES:
             raise WrongResultError(f"{name}: {same:.0%} of its indices are those of the reference")
     return largest
 
 
-def _medians(
-    case: Case, backend: Backend, cold: list[Operands], job: Job
-) -> tuple[dict[str, float], bool]:
-    """Milliseconds of ours and each rival, over operands that have left the caches; whether ours is a CUDA graph."""
-    ours = functools.partial(case.run, backend)
+def _errors(
+    cases: dict[str, Case],
+    backend: Backend,
+    given: Operands,
+    job: Job,
+    notes: dict[str, str],
+) -> dict[str, float]:
+    """Of each kernel for which, and for whose reference, there is memory."""
+    errors = {}
+    for name, case in cases.items():
+        try:
+            errors[name] = check(name, case, backend, given, job.dtype)
+        except OUT_OF_MEMORY as missing:
+            forget(name, missing, notes, job.device)
+    return errors
+
+
+def _with_working(case: Case, given: Operands, notes: dict[str, str]) -> Case:
+    """With those rivals that run; `notes` says why others do not: a library may lack a dtype, or a compiler."""
+    rivals = {}
+    for name, call in case.rivals.items():
+        try:
+            call(given)
+        except Exception as error:
+            forget(name, error, notes, given.query.device)
+        else:
+            rivals[name] = call
+    return replace(case, rivals=rivals)
+
+
+def _timed(case: Case, backend: Backend, cold: list[Operands], job: Job) -> dict[str, Any]:
+    """Median milliseconds of ours and of the fastest rival, over operands that have left the caches."""
+    calls = {_OURS: functools.partial(case.run, backend), **case.rivals}
     rounds = {
-        name: Timed(functools.partial(_each, call, cold), job.steps)
-        for name, call in {_OURS: ours, **case.rivals}.items()
+        name: Timed(functools.partial(_each, call, cold), job.steps) for name, call in calls.items()
     }
     graphs = {name: one.capture(job.device) for name, one in rounds.items()}
     times = take_turns(rounds, job.device)
     ms = {name: statistics.median(turns) / len(cold) for name, turns in times.items()}
-    return ms, graphs[_OURS]
+    rival = min(case.rivals, key=ms.__getitem__)
+    numbers = {
+        "ms": ms[_OURS],
+        "rival_ms": ms[rival],
+        "rival_over_ours": ms[rival] / ms[_OURS],
+    }
+    return {**records.rounded(numbers), "rival": rival, "cuda_graph": graphs[_OURS]}
 
 
 def _each(call: Callable[[Operands], Any], operands: list[Operands]) -> None:
@@ -289,11 +334,18 @@ def _refresh(backend: Backend, given: Operands) -> list[Tensor]:
     return given.ring
 
 
-def _attend_mixed(backend: Backend, given: Operands) -> Attended:
-    """Without the count of exact entries: by nearly the same logits it is nearly the same."""
-    rows = {"first": given.first, "finished": given.finished, "budget": given.budget}
+def _attend_mixed(backend: Backend, given: Operands, budget: Tensor | None = None) -> Attended:
+    """With K entries exact, or `budget` `[B]`; without the counts of what was read."""
+    rows = {"first": given.first, "finished": given.finished}
+    rows["budget"] = given.budget if budget is None else budget
     options = AttendOptions(scale=given.query.shape[-1] ** -0.5)
     return backend.attend_mixed(given.query, given.full, given.codes, options, **rows)[0]
+
+
+def _mixed_at_both_ends(backend: Backend, given: Operands) -> list[Attended]:
+    """By codes alone, and exactly; between them two entries of nearly the same weight may change places."""
+    exact = torch.full_like(given.budget, given.full.keys.shape[2])
+    return [_attend_mixed(backend, given, budget) for budget in (exact * 0, exact)]
 
 
 def _encode_into(codes: Codes, backend: Backend, given: Operands) -> Codes:

@@ -16,7 +16,7 @@ from refreshkv.bench.variants import NAMES
 # What follows from other columns stays out of the CSV file.
 LEFT_OUT = (
     *("ms_range", "tokens_per_s", "over_own_dense", "ideal_over_own_dense"),
-    *("share_of_ideal", "notes"),
+    *("share_of_ideal", "notes", "memory"),
 )
 # A variant that yields tokens -> the mode whose bytes it reads.
 _MODES = {
@@ -40,6 +40,7 @@ def report(
     errors: Mapping[str, float] | None = None,
     bandwidth: float | None = None,
     notes: Mapping[str, str] | None = None,
+    memory: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The record of a run; without `times` one of the same columns. What was skipped is there as `None`.
 
@@ -48,6 +49,7 @@ def report(
         errors: relative RMS of the logits that were checked.
         bandwidth: bytes a second that reading reached in this run.
         notes: why a variant is missing, or how it ran.
+        memory: bytes by part, as `memory.Needs.as_dict` estimates them.
     """
     times, errors = times or {}, errors or {}
     ms, modes = _medians(job, times), job.bytes(sizes)
@@ -80,6 +82,7 @@ def report(
         "acceptance_curve": curve(job, sizes, ms),
         "relative_rms_error": rounded({name: errors.get(name) for name in _CHECKED}, 3),
         "notes": dict(notes or {}),
+        "memory": dict(memory or {}),
     }
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from refreshkv.bench.graphs import captured
 from refreshkv.bench.job import WARM_UP
 
 _BLOCK = 1 << 28  # float32 numbers, one GiB: more than the last cache of a server holds
 _CPU_CACHE = 128 << 20  # bytes; torch does not know, and neighbours on the machine use it too
 _MOST_COPIES = 64
 _MOST_BYTES = 4 << 30  # of all copies
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def _nothing() -> None:
@@ -38,48 +40,46 @@ class Timed:
         return found
 
     def capture(self, device: torch.device) -> bool:
-        """Whether the call is a CUDA graph from here on, which Python cannot slow down; False where that cannot be.
+        """Whether the call is a CUDA graph from here on; see `graphs.captured`."""
+        graph = captured(self.call, self.after, device)
+        self.call = graph or self.call
+        return graph is not None
 
-        It is run a few times, each with `after`, which is no part of the graph. A replay returns what the last of them
-        did: the same tensors, filled anew.
-        """
-        if device.type != "cuda":
-            return False
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            self.once()  # compiles and allocates, which may wait for the device
-            # A capture that fails can leave the process unusable, so calls that would wait are found out before.
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                self.call()
-            except RuntimeError:
-                return False
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-                torch.cuda.synchronize(device)
-                self.after()  # of a call that broke off, too
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = self.call()
-        self.after()
-        self.call = lambda: (graph.replay(), found)[1]
-        return True
+
+def forget(name: str, error: Exception, notes: dict[str, str], device: torch.device) -> None:
+    """What cannot run is left out: why, in `notes`; what it held is free for others."""
+    notes[name] = f"left out: {type(error).__name__}: {error}".splitlines()[0]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def take_turns(
-    timed: Mapping[str, Timed], device: torch.device, progress: bool = False
+    timed: Mapping[str, Timed],
+    device: torch.device,
+    progress: bool = False,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each turn of each call. They go round, so that a drift of the machine's speed hits all alike."""
+    """Milliseconds of each turn of each call. They go round, so that a drift of the machine's speed hits all alike.
+
+    `failed` is told of a call that finds no memory, which takes no further turn and has no times; without it that is an
+    error.
+    """
     times: dict[str, list[float]] = {name: [] for name in timed}
     turns = range(-WARM_UP, max((one.turns for one in timed.values()), default=0))
     for turn in tqdm(turns, desc="turns", disable=not progress, leave=False):
-        for name, one in timed.items():
-            if turn < one.turns:
+        for name in [name for name in times if turn < timed[name].turns]:
+            one = timed[name]
+            try:
                 one.before()
                 taken = milliseconds(one.call, device)
                 one.after()
+            except OUT_OF_MEMORY as error:
+                if failed is None:
+                    raise
+                one.after()
+                failed(name, error)
+                del times[name]
+            else:
                 times[name] += [taken] if turn >= 0 else []
     return times
 

@@ -1,13 +1,15 @@
-"""What is timed against what: one cache a variant, all with the same random content, and one step over each.
+"""What is timed against what: one cache a variant, all over the same random content, and one step over each.
 
-A prefill of 64K tokens would take longer than the benchmark, so the caches are filled with noise. Ours share the
-buffers of transformers' static cache, and every step is taken back, so that each begins where the context ends.
+A prefill of 64K tokens would take longer than the benchmark, so the caches are filled with noise. There is one full
+store, the buffers of transformers' static cache: every other cache is made of views of them, a short one of their last
+tokens, so that new tokens of all go to the same places behind the context. Every step is taken back, so that each
+begins where the context ends.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.job import Job
 from refreshkv.bench.shapes import random_states
-from refreshkv.bench.timing import Timed
+from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, forget
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig, make_config
 from refreshkv.hosts.transformers import RefreshCache
@@ -43,19 +45,83 @@ NAMES = {
     "mix": "partial and full steps, at the stride",
     "exact": "a token of the lossless mode: cycle / tokens per pass",
 }
-# Those that can be left out, with what they are made of.
+# Those that can be left out, the most important first: that is who gets memory.
 VARIANTS = (
-    *("empty", "snapkv", "partial", "full", "mixed", "exact"),
-    *("own_dense", "static", "flash", "default"),
+    *("own_dense", "static", "exact", "mixed", "partial", "full"),
+    *("empty", "snapkv", "default", "flash"),
 )
 
 
-def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str, Cache]:
-    """The cache of each variant that is wanted and possible here, and of `own_dense` and `static` at any rate, filled.
+class Context:
+    """Noise for the keys and values of `job.context` tokens in every layer.
 
-    The keys and values of ours are those of `static`, or of a shorter one that holds the first of the same tokens.
+    Attributes:
+        static: transformers' static cache, whose buffers hold it.
+        queries: `[B, Hq, T, D]`, the last of a prompt that never was.
     """
-    full, config = RefreshConfig(mode="full"), model.config
+
+    def __init__(self, model: PreTrainedModel, job: Job) -> None:
+        config, device = model.config, job.device
+        self.job = job
+        generator = torch.Generator(device=device).manual_seed(1)
+        self.static = StaticCache(config=config, max_cache_len=job.room)
+        shape = (job.batch, config.num_key_value_heads, config.head_dim)
+        self.static.early_initialization(*shape, job.dtype, device)
+        for part in (part for both in self.held() for part in both):
+            part.normal_(generator=generator)
+        heads, window = config.num_attention_heads, make_config("default").window
+        self.queries = random_states(job, generator, heads, window)
+        self.options = AttendOptions(scale=config.head_dim**-0.5)
+        self.take_back(self.static)
+
+    def held(self, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, keys and values `[B, Hkv, count, D]`: views of the last `count` tokens, `None` for all."""
+        end = self.job.context
+        begin = 0 if count is None else end - count
+        return [
+            (layer.keys[:, :, begin:end], layer.values[:, :, begin:end])
+            for layer in self.static.layers
+        ]
+
+    def serve(self, cache: RefreshCache | StaticRefreshCache, count: int) -> None:
+        """One of ours gets the last `count` tokens, and selects from them."""
+        begin = self.job.context - count
+        for layer, buffers in zip(cache.layers, self.static.layers, strict=True):
+            keys, values = buffers.keys[:, :, begin:], buffers.values[:, :, begin:]
+            if isinstance(cache, StaticRefreshCache):
+                for part in (keys, values):
+                    torch._dynamo.mark_static_address(part)
+                length = torch.full_like(buffers.cumulative_length, count)
+                about = {"device": keys.device, "cumulative_length": length}
+                layer.share(SimpleNamespace(keys=keys, values=values, **about))
+            else:
+                layer.inner.store = DenseStore.over(keys, values, count)
+            layer.observe(self.queries, self.options, None)
+            if isinstance(cache, StaticRefreshCache):
+                layer.begin_decoding()
+
+    def take_back(self, cache: Cache) -> None:
+        """One of transformers' caches holds the context and nothing else."""
+        for layer, (keys, values) in zip(cache.layers, self.held(), strict=True):
+            if isinstance(cache, StaticCache):
+                layer.cumulative_length.fill_(self.job.context)
+            else:
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+
+
+def caches(
+    model: PreTrainedModel,
+    context: Context,
+    skip: tuple[str, ...] = (),
+    notes: dict[str, str] | None = None,
+) -> dict[str, Cache]:
+    """The cache of each variant but those to `skip`, over the context.
+
+    `notes` gets the reason where there is no memory for one.
+    """
+    job, config = context.job, model.config
+    full = RefreshConfig(mode="full")
     settings = {
         "own_dense": full,
         "empty": full,
@@ -65,58 +131,38 @@ def caches(model: PreTrainedModel, job: Job, skip: tuple[str, ...]) -> dict[str,
         "mixed": make_config("fast", budget=job.budget),
         "exact": make_config("default", budget=job.budget, draft=job.draft),
     }
-    tokens = dict.fromkeys(settings, job.context)
-    tokens |= {"empty": 1, "snapkv": min(job.budget, job.context)}
-    room = {count: job.room - job.context + count for count in {*tokens.values()}}
-    held = {count: StaticCache(config=config, max_cache_len=most) for count, most in room.items()}
+    tokens = {"empty": 1, "snapkv": min(job.budget, job.context)}
     made: dict[str, Cache] = {}
-    for name, refresh in settings.items():
-        if name == "own_dense" or name not in skip:
-            most = room[tokens[name]]
-            made[name] = (
-                StaticRefreshCache(config, refresh, max_cache_len=most)
-                if job.static
-                else RefreshCache(config, refresh)
-            )
-    made["static"] = held[job.context]
-    flash = job.device.type == "cuda" and is_flash_attn_2_available()
-    for name in ("flash", "default") if flash else ("default",):
-        if name not in skip:
+    for name in VARIANTS:
+        if name in skip or (name == "flash" and not _has_flash(job.device)):
+            continue
+        if name == "static":
+            made[name] = context.static
+        elif name not in settings:
             made[name] = DynamicCache(config=config)
-    _fill(model, made, job, tokens, held)
+            context.take_back(made[name])
+        else:
+            count = tokens.get(name, job.context)
+            try:
+                made[name] = _ours(config, settings[name], context, count)
+            except OUT_OF_MEMORY as error:
+                forget(name, error, {} if notes is None else notes, job.device)
     return made
 
 
-def _fill(
-    model: PreTrainedModel,
-    made: Mapping[str, Cache],
-    job: Job,
-    tokens: Mapping[str, int],
-    held: Mapping[int, StaticCache],
-) -> None:
-    """Noise in every layer. Ours have so many `tokens` of it, in the buffers of the cache that holds as many."""
-    config, window = model.config, make_config("default").window
-    options = AttendOptions(scale=config.head_dim**-0.5)
-    noise = functools.partial(random_states, job, torch.Generator(device=job.device).manual_seed(1))
-    for index in range(config.num_hidden_layers):
-        keys, values = (noise(config.num_key_value_heads, job.context) for _ in range(2))
-        queries = noise(config.num_attention_heads, window)
-        for count, static in held.items():
-            static.update(keys[:, :, :count], values[:, :, :count], index)
-        for name, cache in made.items():
-            layer = cache.layers[index]
-            if not isinstance(cache, CACHES):
-                if name != "static":
-                    cache.update(keys, values, index)
-                continue
-            buffers = held[tokens[name]].layers[index]
-            if job.static:
-                layer.share(buffers)
-            else:
-                layer.inner.store = DenseStore.over(buffers.keys, buffers.values, tokens[name])
-            layer.observe(queries, options, None)
-            if job.static:
-                layer.begin_decoding()
+def _ours(
+    config: Any, refresh: RefreshConfig, context: Context, count: int
+) -> RefreshCache | StaticRefreshCache:
+    job, cache = context.job, RefreshCache(config, refresh)
+    if job.static:
+        room = job.room - job.context + count
+        cache = StaticRefreshCache(config, refresh, max_cache_len=room)
+    context.serve(cache, count)
+    return cache
+
+
+def _has_flash(device: torch.device) -> bool:
+    return device.type == "cuda" and is_flash_attn_2_available()
 
 
 def forward(
@@ -125,31 +171,50 @@ def forward(
     cache: Cache,
     tokens: Tensor,
     positions: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
+    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named.
+
+    `mask`: as `attention_mask` of the model.
+    """
     config = model.config
     attached = config._attn_implementation_internal
     if not isinstance(cache, CACHES):
         config._attn_implementation_internal = implementation
     try:
         return model(
-            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            **{CACHE: cache},
         ).logits
     finally:
         config._attn_implementation_internal = attached
 
 
-def step(model: PreTrainedModel, below: str, name: str, cache: Cache, job: Job) -> Timed:
-    """One decode step of a variant, `[B, V]` logits; one of ours is taken back. `below`: as in `attach`."""
+def step(
+    model: PreTrainedModel,
+    below: str,
+    name: str,
+    cache: Cache,
+    context: Context,
+    eager: bool = False,
+) -> Timed:
+    """One decode step of a variant, `[B, V]` logits, which is taken back. `below`: as in `attach`.
+
+    `eager`: not compiled, whatever the job says.
+    """
+    job = context.job
     token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
     implementation = "flash_attention_2" if name == "flash" else below
     theirs = job.device.type == "cuda" and type(cache) is StaticCache
     ours = job.compiled and isinstance(cache, StaticRefreshCache)
-    run: Any = _Compiled(model) if theirs or ours else model
-    timed = Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps)
+    run: Any = _Compiled(model) if (theirs or ours) and not eager else model
+    back = functools.partial(context.take_back, cache)
     if isinstance(cache, CACHES):
-        timed.after = functools.partial(take_back, cache, cache.served_length())
-    return timed
+        back = functools.partial(take_back, cache, int(cache.served_length() or 0))
+    return Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps, after=back)
 
 
 class _Compiled:

@@ -20,7 +20,9 @@ RESULTS = Path("benchmarks/results")  # of a checkout
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@click.group("bench", short_help="Timings: decode, kernels, scale; a plan for other machines.")
+@click.group(
+    "bench", short_help="Timings: decode, kernels, generate, scale; a plan for other machines."
+)
 def command() -> None:
     """Timings, each checked for correct results before it is taken."""
 
@@ -70,6 +72,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "steps": (COUNT, "Timed steps of each variant."),
     "cycles": (COUNT, "Timed cycles of the lossless mode."),
     "repeats": (COUNT, "Timed turns of each kernel."),
+    "new": (COUNT, "Tokens to generate."),
+    "turns": (COUNT, "Timed turns of each variant."),
     "contexts": (Numbers(), "Tokens in the cache, the base first."),
     "batches": (Numbers(), "Rows."),
     "budgets": (Numbers(), "Tokens in the partial cache."),
@@ -110,15 +114,28 @@ def options(names: str, **defaults: Any) -> Option:
     return together(*made)
 
 
-timing = together(
+_shared = together(
     options("device dtype", device="auto"),
     common.threads_option,
     options("results"),
     click.option("--no-record", is_flag=True, help="Append to no file."),
-    options("plot"),
     common.progress_option,
     common.json_option,
 )
+timing = together(_shared, options("plot"))
+
+
+def skip_option(example: str) -> Option:
+    """Names, split at commas."""
+    return click.option(
+        "--skip",
+        default="",
+        metavar="A,B",
+        callback=lambda context, parameter, value: tuple(
+            name.strip() for name in value.split(",") if name.strip()
+        ),
+        help=f"Variants to leave out; {example}.",
+    )
 
 
 @command.command("decode")
@@ -127,20 +144,14 @@ timing = together(
     "--static/--growing", default=None, help="The form of our cache.  [default: static on a GPU]"
 )
 @click.option("--compiled", is_flag=True, help="Compile our steps, on the static form.")
-@click.option(
-    "--skip",
-    default="",
-    metavar="A,B",
-    help="Variants to leave out; 'default' is slow on long contexts.",
-)
+@skip_option("'default' is slow on long contexts")
 @timing
-def decode(stride: int | str, skip: str, **given: Any) -> None:
+def decode(stride: int | str, **given: Any) -> None:
     """Milliseconds per decoded token: RefreshKV in every mode, eviction, and transformers' caches.
 
     A mix is what a fixed stride costs: its share of full steps with re-selection, the rest partial.
     """
-    names = tuple(name.strip() for name in skip.split(",") if name.strip())
-    timed("decode", **given, stride=fixed(stride), skip=names)
+    timed("decode", **given, stride=fixed(stride))
 
 
 @command.command("kernels")
@@ -149,6 +160,18 @@ def decode(stride: int | str, skip: str, **given: Any) -> None:
 def kernels(repeats: int, **given: Any) -> None:
     """Milliseconds of each kernel on one layer, with cold caches, against torch and whatever else is installed."""
     timed("kernels", **given, steps=repeats)
+
+
+@command.command("generate")
+@options("shape context batch sizes new turns", new=64, turns=2)
+@skip_option("'static' is compiled, which takes a minute or more")
+@_shared
+def generate(**given: Any) -> None:
+    """Tokens per second of `generate` itself, in every mode as a user gets it, beside transformers' own caches.
+
+    --shape bundled is the bundled model, on prompts of its own.
+    """
+    timed("generate", **given, plot=None)
 
 
 @command.command("scale")
@@ -243,7 +266,7 @@ def timed(
     sizes: tuple[tuple[int, int], ...] | None = None,
     **settings: Any,
 ) -> None:
-    """Run `refreshkv.bench.<kind>`, for each of `sizes`, and show it; what would be missing at the end is missed now.
+    """Run the benchmark of that name, for each of `sizes`, and show it; what would be missing at the end is missed now.
 
     Raises:
         BadInput: a device that is not there, a plot that cannot be drawn, whatever the benchmark refuses.
@@ -262,7 +285,8 @@ def timed(
         results = RESULTS / f"{kind}-{settings['device'].split(':')[0]}.csv"
     settings["results"] = results
     settings["progress"] = sys.stderr.isatty() if progress is None else progress
-    run, show = importlib.import_module(f"refreshkv.bench.{kind}").run, getattr(view, kind)
+    home = {"generate": "endtoend"}.get(kind, kind)
+    run, show = importlib.import_module(f"refreshkv.bench.{home}").run, getattr(view, kind)
     found: list[dict[str, Any]] = []
     for size in [{}] if sizes is None else [{"batch": b, "context": n} for b, n in sizes]:
         with common.bad_input():

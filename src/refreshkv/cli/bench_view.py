@@ -44,6 +44,14 @@ _KERNELS = {
     "its us": Column("rival_ms", "{:.1f}", 1e3),
     "over\nours": Column("rival_over_ours", "{:.2f}"),
 }
+_GENERATE = {
+    "variant": Column("variant"),
+    "prompt s": Column("prefill_s", "{:.3g}"),
+    "tokens/s": Column("tokens_per_s", "{:.4g}"),
+    "of the\nsecond half": Column("later_tokens_per_s", "{:.4g}"),
+    "tokens": Column("new_tokens"),
+    "as\nvanilla": Column("same_tokens"),
+}
 _SCALE = {
     "variant": Column("name"),
     "fixed ms": Column("fixed_ms", "{:.2f}"),
@@ -88,6 +96,9 @@ def decode(record: Record) -> None:
     say = common.console().print
     for name in record["ms"]:
         say(f"  {name:<12}  {record['notes'].get(name, NAMES[name])}", soft_wrap=True)
+    parts = {name: size for name, size in record["memory"].items() if size}
+    said = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+    say(f"  memory by arithmetic, GB: {said}")
     say()
     for name, ratio in record["ratios"].items():
         say(f"  {name:<22} {_number(ratio, '.3f')}")
@@ -104,6 +115,18 @@ def kernels(record: Record) -> None:
     """Microseconds, bandwidth and the fastest other, by kernel."""
     settings = "context batch budget draft dtype threads backend"
     _show(_title(record, settings), record["kernels"], _KERNELS)
+    _notes(record)
+
+
+def generate(record: Record) -> None:
+    """Tokens a second, by variant, and how many tokens are those of transformers' own cache."""
+    from refreshkv.bench.endtoend import MODES
+
+    rows = [{"variant": name, **one} for name, one in record["variants"].items()]
+    _show(_title(record, "context batch new dtype threads"), rows, _GENERATE)
+    for name in record["variants"]:
+        common.console().print(f"  {name:<12}  {MODES[name][1]}", soft_wrap=True)
+    _notes(record)
 
 
 def scale(record: Record) -> None:
@@ -142,6 +165,11 @@ def plan_check(record: Record) -> None:
         f"  median error: {_number(record['median_error_by_bytes'], '.0%')} by bytes,"
         f" {_number(record['median_error_by_fit'], '.0%')} by the fit of the other rows"
     )
+
+
+def _notes(record: Record) -> None:
+    for name, note in record["notes"].items():
+        common.console().print(f"  {name}: {note}", soft_wrap=True)
 
 
 def _title(record: Record, settings: str) -> str:
