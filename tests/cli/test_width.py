@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from refreshkv.bench.endtoend import MODES
 from refreshkv.bench.variants import NAMES
 from refreshkv.cli import bench_view, eval_view, models, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
@@ -26,6 +27,7 @@ DECODE = {
     "bandwidth_share": dict.fromkeys(NAMES, 1.01),
     "share_of_ideal": dict.fromkeys(NAMES, 0.99),
     "notes": {},
+    "memory": {"weights": 16.06e9, "store": 68.7e9, "own_dense": 0},
     "ratios": {},
     "acceptance_curve": [],
 }
@@ -66,9 +68,22 @@ def test_bench_decode(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_view.kernels({**ABOUT, "kernels": [{**KERNEL, **RIVAL}]})
+    notes = {"flashinfer": "left out: no compiler"}
+    bench_view.kernels({**ABOUT, "kernels": [{**KERNEL, **RIVAL}], "notes": notes})
     row = "attend_and_score 12345.6 101% torch matmul and softmax 23456.7 12.34"
-    assert row in lines(capsys)
+    printed = lines(capsys)
+    assert row in printed and "flashinfer: left out: no compiler" in printed
+
+
+def test_bench_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"prefill_s": 123.4, "tokens_per_s": 12345.6, "later_tokens_per_s": 23456.7}
+    one |= {"new_tokens": 123456, "same_tokens": 123455}
+    about = {**ABOUT, "new": 123456, "notes": {"fast": "left out: no room"}}
+    bench_view.generate({**about, "variants": dict.fromkeys(MODES, one)})
+    printed = lines(capsys)
+    for name in MODES:
+        assert f"{name} 123 1.235e+04 2.346e+04 123456 123455" in printed
+    assert "fast: left out: no room" in printed
 
 
 def test_bench_plan_check(capsys: pytest.CaptureFixture[str]) -> None:
