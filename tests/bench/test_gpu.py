@@ -52,7 +52,7 @@ def test_kernels(dtype: str) -> None:
     given = {name: SMALL[name] for name in names}
     found = kernels.run(**given, device="cuda", dtype=dtype, steps=1)
     timed = {one["kernel"]: one["cuda_graph"] for one in found["kernels"]}
-    assert {"attend_full", "select", "gather", "verify"} <= set(timed) and all(timed.values())
+    assert {"attend_full", "select", "refresh", "verify"} <= set(timed) and all(timed.values())
 
 
 def test_generate() -> None:

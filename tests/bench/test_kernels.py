@@ -126,13 +126,13 @@ def test_a_rival_that_does_not_run_and_a_kernel_without_memory(
     monkeypatch.setattr(
         kernels, "attention_rivals", lambda *given: {**rivals(*given), "other": no_compiler}
     )
-    monkeypatch.setattr(kernels, "_gather", no_memory)
+    monkeypatch.setattr(kernels, "_refresh", no_memory)
     found = kernels.run(**SMALL, steps=1, progress=False)
     assert found["notes"] == {
-        "gather": "left out: OutOfMemoryError: no room",
+        "refresh": "left out: OutOfMemoryError: no room",
         "other": "left out: RuntimeError: no compiler",
     }
-    assert [one["kernel"] for one in found["kernels"]] == [n for n in NAMES if n != "gather"]
+    assert [one["kernel"] for one in found["kernels"]] == [n for n in NAMES if n != "refresh"]
 
 
 @pytest.mark.parametrize("rows", [1, 2])

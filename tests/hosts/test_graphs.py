@@ -232,11 +232,12 @@ def test_what_is_not_captured_runs_and_says_why(
 ) -> None:
     module = sys.modules["refreshkv.hosts.transformers.attach"]
     monkeypatch.setattr(module, "recorder_for", lambda device: Tape())
-    with refreshkv.attach(
-        llama, budget=1000, **{"preset": "paper-llama", **how} if "method" not in how else how
+    how = how if "method" in how else {"preset": "paper-llama", **how}
+    with (
+        refreshkv.attach(llama, budget=1000, **how),
+        pytest.warns(UserWarning, match=f"without CUDA graphs: .*{why}"),
     ):
-        with pytest.warns(UserWarning, match=f"without CUDA graphs: .*{why}"):
-            found = greedy(llama, tokens(1, 60), **call)
+        found = greedy(llama, tokens(1, 60), **call)
     assert torch.equal(found, greedy(llama, tokens(1, 60), **call))
 
 

@@ -47,16 +47,20 @@ class Exact:
         self.token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
         self.counts = job.draft * self.token[:, 0]
         self.drafts = DraftLength(job.draft, cache.refresh.confidence, self.counts)
-        for layer in cache.served:
-            layer.begin_exact(None)
+        cache.begin_exact(None).counts.copy_(self.counts + 1)
         self.draft = _Pass(self, model, below, "draft", 1)
         self.verify = _Pass(self, model, below, "verify", job.draft + 1)
+        self.select = Timed(cache.before_drafts)
+        self.captured = False
 
     def capture(self) -> bool:
-        """Whether both passes are CUDA graphs from here on."""
-        passes = (self.draft.timed, self.verify.timed)
+        """Whether the passes and the selection are CUDA graphs from here on, as in `generate`."""
+        self.verify(self.token.expand(-1, self.job.draft + 1))  # gives what is selected from
+        passes = (self.draft.timed, self.verify.timed, self.select)
         fixed = isinstance(self.cache, StaticRefreshCache)
-        return fixed and all(one.capture(self.job.device) for one in passes)
+        self.captured = fixed and all(one.capture(self.job.device) for one in passes)
+        self.take_back()
+        return self.captured
 
     def timed(self) -> dict[str, Timed]:
         """A draft, a full pass, and cycles that commit the mean."""
@@ -74,22 +78,25 @@ class Exact:
 
     def begin(self) -> None:
         """The selection of a cycle, and its first draft."""
-        self.cache.before_drafts()
+        self.select.call()
         self.draft(self.token)
 
     def cycle(self, token: Tensor, kept: int) -> None:
         """Drafts after `token` `[B, 1]`, and the full pass; whatever is right, `kept` tokens are committed."""
         tokens = [token]
-        self.cache.before_drafts()
+        self.select.call()
         for ahead in range(self.job.draft):
             scores = self.draft(tokens[-1], ahead)[:, 0].float()
             tokens.append(scores.argmax(-1, keepdim=True))
             drafted = torch.full_like(self.counts, ahead + 1)
-            # Asked and read as `generate` does, but not obeyed.
-            bool(self.drafts.goes_on(drafted, self.counts, scores.softmax(-1)).any())
+            going = self.drafts.goes_on(drafted, self.counts, scores.softmax(-1)).any()
+            if not self.captured:  # looked at as `generate` does, but not obeyed
+                bool(going)
         logits = self.verify(torch.cat(tokens, 1))
-        accept_greedy(torch.cat(tokens[1:], 1), logits.float().argmax(-1), self.counts)
+        drafts = torch.cat(tokens[1:], 1)
+        accepted, _ = accept_greedy(drafts, logits.float().argmax(-1), self.counts)
         self._commit(kept)
+        accepted.tolist()
 
     def take_back(self) -> None:
         """The end is that of the context again. The last votes stay: the next draft selects from them."""
@@ -100,8 +107,7 @@ class Exact:
                 layer.inner.store.crop(self.job.context)
 
     def _commit(self, kept: int) -> None:
-        for layer in self.cache.served:
-            layer.exact.commit(torch.full_like(self.counts, kept))
+        self.cache.commit(torch.full_like(self.counts, kept))
 
 
 class _Pass:
@@ -119,13 +125,10 @@ class _Pass:
         self.tokens = exact.token.repeat(1, count)
         self.ahead = torch.arange(count, device=exact.job.device)
         self.positions = torch.zeros_like(self.tokens)
-        counts = exact.counts + 1 if kind == "verify" else None
-        # The lossless mode looks at no mask, and transformers would ask the device whether it needs one.
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=exact.job.device)
 
         def run() -> Tensor:
-            with exact.cache.drafting(kind, counts):
-                return forward(model, below, exact.cache, self.tokens, self.positions, mask)
+            with exact.cache.drafting(kind), exact.cache.without_masks():
+                return forward(model, below, exact.cache, self.tokens, self.positions)
 
         self.timed = Timed(run, after=exact.take_back)
 

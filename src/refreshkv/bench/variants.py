@@ -9,7 +9,6 @@ begins where the context ends.
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,11 +88,7 @@ class Context:
         for layer, buffers in zip(cache.layers, self.static.layers, strict=True):
             keys, values = buffers.keys[:, :, begin:], buffers.values[:, :, begin:]
             if isinstance(cache, StaticRefreshCache):
-                for part in (keys, values):
-                    torch._dynamo.mark_static_address(part)
-                length = torch.full_like(buffers.cumulative_length, count)
-                about = {"device": keys.device, "cumulative_length": length}
-                layer.share(SimpleNamespace(keys=keys, values=values, **about))
+                layer.share(keys, values, count)
             else:
                 layer.inner.store = DenseStore.over(keys, values, count)
             layer.observe(self.queries, self.options, None)
@@ -171,12 +166,8 @@ def forward(
     cache: Cache,
     tokens: Tensor,
     positions: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named.
-
-    `mask`: as `attention_mask` of the model.
-    """
+    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
     config = model.config
     attached = config._attn_implementation_internal
     if not isinstance(cache, CACHES):
@@ -185,7 +176,6 @@ def forward(
         return model(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=mask,
             use_cache=True,
             **{CACHE: cache},
         ).logits

@@ -61,13 +61,13 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         super().lazy_initialization(key_states, value_states)
         self._allocate()
 
-    def share(self, other: StaticLayer) -> None:
-        """Take over the keys, the values and so far the length of another layer, whose buffers these stay too."""
-        self.keys, self.values = other.keys, other.values
-        self.device = other.device
+    def share(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Take over `length` tokens in buffers `[B, Hkv, C, D]` that somebody else may go on using."""
+        self.keys, self.values, self.device = keys, values, keys.device
         self.is_initialized = True
+        self._stay([keys, values])
         self._allocate()
-        self.inner.store.level(int(other.get_seq_length()))
+        self.inner.store.level(length)
 
     def _allocate(self) -> None:
         ends = torch.zeros(len(self.keys), dtype=torch.int64, device=self.keys.device)
