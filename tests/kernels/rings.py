@@ -1,4 +1,4 @@
-"""Operations that keep rings and count, for any backend: inputs of each, sensible or of any size, against the reference.
+"""Operations that keep rings, for any backend: inputs of each, sensible or of any size, against the reference.
 
 Everything that an operation is given is compared afterwards, whether it may write there or not.
 """
@@ -212,7 +212,7 @@ def check_into(attend_and_score: Callable[..., Any], case: Case) -> None:
     heads = torch.tensor([[True, False], [False, True]])
     options = options.over(options.visible, heads=heads)
     wanted = heads.repeat_interleave(case.group, 1)
-    (plain, _), (_, lse) = attend_and_score(query, entries, options)
+    (plain, _), _ = attend_and_score(query, entries, options)
     into = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain.dtype)
     old = into.clone()
     (output, _), _ = attend_and_score(query, entries, options, into=into)
