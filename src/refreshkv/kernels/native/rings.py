@@ -194,14 +194,23 @@ def refresh(
     compiled().refreshkv_refresh(ctypes.byref(job))
 
 
-def serves(entries: options.Entries, *given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: what is copied has to lie in one piece."""
-    moved = [entries.keys, entries.values, named.get("ring_keys"), named.get("ring_values")]
-    moved += [x for x in given if isinstance(x, Tensor)]
-    moved += [named.get("new_keys"), named.get("new_values")]
-    written = [named.get(name) for name in ("ring_positions", "state", "reference")]
+def serves(*given: Any, **named: Any) -> bool:
+    """Whether these functions take such arguments here: bytes move, between tensors of one kind that lie in one piece."""
+    every = dict(zip(("entries", "new_keys", "new_values"), given, strict=False)) | named
+    entries = every["entries"]
+    pairs = [
+        (stored, every[name])
+        for of, stored in (("keys", entries.keys), ("values", entries.values))
+        for name in (f"new_{of}", f"ring_{of}")
+        if stored is not None and isinstance(every.get(name), Tensor) and every[name].dim() == 4
+    ]
+    written = [every.get(name) for name in ("ring_positions", "state", "reference")]
     return (
         ready()
-        and all(x is None or x.dim() == 0 or x.stride(-1) == 1 for x in moved)
+        and all(
+            one.stride(-1) == other.stride(-1) == 1
+            and (one.dtype, one.shape[1::2]) == (other.dtype, other.shape[1::2])
+            for one, other in pairs
+        )
         and all(x is None or x.is_contiguous() for x in written)
     )
