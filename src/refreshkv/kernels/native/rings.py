@@ -195,7 +195,7 @@ def refresh(
 
 
 def serves(*given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: bytes move, between tensors of one kind that lie in one piece."""
+    """Whether these functions take such arguments: bytes move, between tensors of one kind that lie in one piece."""
     every = dict(zip(("entries", "new_keys", "new_values"), given, strict=False)) | named
     entries = every["entries"]
     pairs = [
