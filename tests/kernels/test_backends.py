@@ -238,7 +238,9 @@ def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.Mon
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     config = replace(OPTIONS["every option"], stride=3)
     expected = Decoder(tokens, config, 24).run(7)
-    monkeypatch.setattr("refreshkv.kernels.operators.backend_for", lambda device: triton_backend())
+    for module in ("operators", "schema"):
+        name = f"refreshkv.kernels.{module}.backend_for"
+        monkeypatch.setattr(name, lambda device: triton_backend())
     static = StaticDecoder(tokens, config, 24)
     for theirs in expected:
         torch.testing.assert_close(static.next(), theirs.output, atol=2e-5, rtol=1e-4)
