@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from dataclasses import replace
 
@@ -35,8 +34,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators run the Triton kernels."""
-    operators = importlib.import_module("refreshkv.kernels.operators")
-    monkeypatch.setattr(operators, "backend_for", lambda device: triton_backend())
+    for module in ("operators", "schema"):
+        name = f"refreshkv.kernels.{module}.backend_for"
+        monkeypatch.setattr(name, lambda device: triton_backend())
 
 
 def launched(config: RefreshConfig, step: int, *, known: bool = True) -> list[str]:

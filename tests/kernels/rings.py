@@ -73,6 +73,7 @@ def ring_of(entries: Entries, seed: int, gen: torch.Generator, far: bool) -> dic
     kept = ROWS + SPARE_ROWS * (entries.rows is not None)
     slots = (9, 1, 30)[seed % 3]
     capacity = around((kept,), slots, gen, far)
+    capacity[:2] = capacity[:2].clamp(max=2)  # fewer than may be fetched
     state = around((len(STATE), kept, HEADS), slots, gen, far)
     order = torch.rand(kept, HEADS, LENGTH, generator=gen).argsort(-1)[..., :slots]
     taken = torch.arange(slots) < state[0][..., None]

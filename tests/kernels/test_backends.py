@@ -17,17 +17,20 @@ from refreshkv.kernels.backend import (
     CPU,
     OPERATIONS,
     REFERENCE,
+    Backend,
     backend_for,
     triton_backend,
 )
 from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.native import attention
 from refreshkv.kernels.native import mixed as native_mixed
+from refreshkv.kernels.native import rings as native_rings
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.operators import OPERATORS
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.policy import selection
 from tests.helpers import Decoder, held, needs_compiler, random_tokens
+from tests.kernels import rings
 from tests.kernels.cases import SPARE_ROWS, Case, laid_out
 from tests.kernels.interpreted import each_tensor, there
 from tests.test_static import StaticDecoder
@@ -53,7 +56,7 @@ def arguments(layout: str) -> dict[str, Any]:
     case = Case(group=2, length=40, dtype=torch.bfloat16)
     query, dense, _ = case.dense()
     kept = case.rows + SPARE_ROWS
-    rings = torch.randn(2, kept, 2, 9, 64, generator=gen).bfloat16()
+    copies = torch.randn(2, kept, 2, 9, 64, generator=gen).bfloat16()
     positions = torch.rand(kept, 2, 40, generator=gen).argsort(-1).int()
     return {
         "query": query,
@@ -82,8 +85,8 @@ def arguments(layout: str) -> dict[str, Any]:
         "ends": torch.tensor([40, 33]),
         "slots": 8,
         "wanted": positions[:2, :, 5:8],
-        "ring_keys": rings[0],
-        "ring_values": rings[1],
+        "ring_keys": copies[0],
+        "ring_values": copies[1],
         "ring_positions": positions[..., :9].contiguous(),
         "filled": torch.tensor([[3, 2], [1, 3]]),
         "state": torch.randint(0, 7, (6, 4, 2), generator=gen),
@@ -94,8 +97,8 @@ def arguments(layout: str) -> dict[str, Any]:
         "back": 1,
         "best": torch.tensor([[[3, 1], [2, 0]], [[5, 8], [0, 4]]]),
         "full": torch.tensor([[False, True], [False, False]]),
-        "new_keys": torch.randn(2, 2, 2, 64, generator=gen),
-        "new_values": torch.randn(2, 2, 2, 64, generator=gen),
+        "new_keys": torch.randn(2, 2, 2, 64, generator=gen).bfloat16(),
+        "new_values": torch.randn(2, 2, 2, 64, generator=gen).bfloat16(),
         "reference": torch.randn(2, 2, 64, generator=gen),
         "summary": torch.randn(2, 2, 64, generator=gen),
         "stride": 2,
@@ -142,7 +145,8 @@ def results_of(kernel: Any, given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_argument_by_its_name_and_no_other(name: str) -> None:
     """In the kernels themselves: those in C++, and operators over these, have no signature to compare."""
-    homes = dict.fromkeys(("select",), native_selection)
+    homes = {"select": native_selection, "drift": native_selection}  # which takes anything
+    homes |= dict.fromkeys(("write", "push", "fetch", "refresh"), native_rings)
     homes |= dict.fromkeys(("attend_mixed", "encode"), native_mixed)
     module = homes.get(name, attention)
     assert module.serves(**taken_by(name))
@@ -186,6 +190,18 @@ def test_operators_keep_as_many_recent_tokens_as_they_are_told(recent: int | Ten
         OPERATORS.select(scores, budget, recent=recent)
 
 
+@pytest.mark.parametrize("backend", [REFERENCE, CPU, OPERATORS], ids=lambda backend: backend.name)
+def test_the_output_is_written_where_it_is_wanted(backend: Backend) -> None:
+    rings.check_into(backend.attend_and_score, Case(length=90, sinks=True, value_dim=48))
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, OPERATORS], ids=lambda backend: backend.name)
+def test_rings_are_kept_alike(backend: Backend) -> None:
+    for name in rings.WRITERS:
+        rings.check_writer(name, getattr(backend, name))
+    rings.check_drift(backend.drift)
+
+
 @pytest.mark.parametrize("wide", ["keys", "values"])
 def test_heads_wider_than_the_kernels_go_to_the_reference(wide: str) -> None:
     dims = {"keys": 64, "values": 64} | {wide: 320}
@@ -222,7 +238,9 @@ def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.Mon
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     config = replace(OPTIONS["every option"], stride=3)
     expected = Decoder(tokens, config, 24).run(7)
-    monkeypatch.setattr("refreshkv.kernels.operators.backend_for", lambda device: triton_backend())
+    for module in ("operators", "schema"):
+        name = f"refreshkv.kernels.{module}.backend_for"
+        monkeypatch.setattr(name, lambda device: triton_backend())
     static = StaticDecoder(tokens, config, 24)
     for theirs in expected:
         torch.testing.assert_close(static.next(), theirs.output, atol=2e-5, rtol=1e-4)

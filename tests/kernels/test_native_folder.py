@@ -27,8 +27,10 @@ FUNCTIONS = (
     "attend_mixed",
     "encode",
     "select",
-    "insert",
-    "gather",
+    "write",
+    "push",
+    "fetch",
+    "refresh",
     "top_slots",
 )
 STUBS = "".join(

@@ -12,9 +12,10 @@ import torch
 
 from refreshkv.kernels.backend import CPU
 from refreshkv.kernels.native import attention, build
+from refreshkv.kernels.native import rings as native_rings
 from refreshkv.kernels.native import selection as native_selection
 from tests.helpers import needs_compiler
-from tests.kernels import comparison, hostile
+from tests.kernels import comparison, hostile, rings
 from tests.kernels.cases import LAYOUTS
 from tests.kernels.test_native import BUILDS, built, mutant
 
@@ -56,11 +57,9 @@ def check_selection() -> None:
     hostile.check_select(native_selection.select)
 
 
-def check_copies() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        comparison.check_gather(native_selection.gather, dtype=dtype)
-    hostile.check_gather(native_selection.gather)
-    hostile.check_insert(native_selection.insert)
+def check_rings() -> None:
+    for name in rings.WRITERS:
+        rings.check_writer(name, getattr(native_rings, name), count=48)
 
 
 def check_ranks() -> None:
@@ -81,16 +80,39 @@ MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("selection.cpp", "(int64_t{1} << 32) + position", "(int64_t{1} << 32) + (position ^ 1)", check_selection),
     ("selection.cpp", "std::nth_element(keys.begin(), keys.end() - count, keys.end());", "", check_selection),
     ("selection.cpp", "std::sort(keys.end() - count, keys.end());", "", check_selection),
-    ("selection.cpp", "(job.heads && !job.heads[part])) continue;", "false) continue;", check_copies),
-    ("selection.cpp", "job.ring.put(into, head, slot, key, value);", ";", check_copies),
-    ("selection.cpp", "job.entries.kept_row(row, job.ring.kept);\n    if", "row;\n    if", check_copies),
-    ("selection.cpp", "pair = into * kv_heads + head", "pair = part", check_copies),
-    ("selection.cpp", "slot * value.token, from_value", "slot * value.token, from_key", check_copies),
-    ("selection.cpp", "(next % budget + budget) % budget", "next < 0 ? 0 : next % budget", check_copies),
-    ("selection.cpp", "== positions + slots) missing", "!= nullptr) missing", check_copies),
-    ("selection.cpp", "positions[slot] = one.position;", ";", check_copies),
-    ("selection.cpp", "uint64_t(job.pushed[pair]) + 1", "uint64_t(job.pushed[pair])", check_copies),
-    ("selection.cpp", "static_cast<int64_t>(missing.size())", "0", check_copies),
+    ("rings.cpp", "return static_cast<int64_t>(uint64_t(a) - uint64_t(b));", "return a;", check_rings),
+    ("rings.cpp", "slot * value.token, from_value", "slot * value.token, from_key", check_rings),
+    ("rings.cpp", "(row * kv_heads + head) * slots", "head * slots", check_rings),
+    ("rings.cpp", "state[(which * kept + row)", "state[(which * kept)", check_rings),
+    ("rings.cpp", "(held(row, head) % room + room) % room", "held(row, head) % room * 0", check_rings),
+    ("rings.cpp", "plus(counter(kFilled, row, head), ", "plus(0, ", check_rings),
+    ("rings.cpp", "std::min(held(row, head), room(row))", "held(row, head)", check_rings),
+    ("rings.cpp", "(rows && !rows[of_row])", "false", check_rings),
+    ("rings.cpp", "of_row * row + of_head * head", "of_row * row", check_rings),
+    ("rings.cpp", "sum = plus(sum, amount);", "sum = amount;", check_rings),
+    ("rings.cpp", "if (job.full) job.tally.add(kFull, row, head, 1);", "", check_rings),
+    ("rings.cpp", "if (job.full) job.tally.add(kRead", "job.tally.add(kRead", check_rings),
+    ("rings.cpp", "job.tally.add(kStep, row, head, 1);", ";", check_rings),
+    ("rings.cpp", "held.find(plus(job.starts[row], token)", "held.find(job.starts[row]", check_rings),
+    ("rings.cpp", "new_value + token * job.value.token", "new_value", check_rings),
+    ("rings.cpp", "minus(job.at[row], job.back)", "job.at[row]", check_rings),
+    ("rings.cpp", "[slot] = static_cast<int32_t>(position);", "[slot] = -1;", check_rings),
+    ("rings.cpp", "steps = plus(steps, 1);", ";", check_rings),
+    ("rings.cpp", "ring.counter(kNewest, into, head) = slot;", ";", check_rings),
+    ("rings.cpp", "ring.counter(kFetched, into, head) = 0;\n", "\n", check_rings),
+    ("rings.cpp", "add(kRead, row, head, ring.counter(kUsed, into, head))", "add(kRead, row, head, 1)", check_rings),
+    ("rings.cpp", "add(kRead, row, head, entered)", "add(kRead, row, head, 1)", check_rings),
+    ("rings.cpp", "if (after < job.ends[row]) ", "", check_rings),
+    ("rings.cpp", "== positions + ring.slots)\n", "!= nullptr)\n", check_rings),
+    ("rings.cpp", "positions[slot] = one.position;", ";", check_rings),
+    ("rings.cpp", "ring.counter(kFetched, into, head) = entered;", ";", check_rings),
+    ("rings.cpp", "(job.heads && !job.heads[part])) continue;", "false) continue;", check_rings),
+    ("rings.cpp", "if (key) ring.put(into, head, slot, key, value);", ";", check_rings),
+    ("rings.cpp", "std::fill(positions + count, positions + ring.slots, -1);", ";", check_rings),
+    ("rings.cpp", "{kPushed, kSteps, kFetched}", "{kPushed, kFetched}", check_rings),
+    ("rings.cpp", "ring.counter(kFilled, into, head) = job.filled[part];", ";", check_rings),
+    ("rings.cpp", "if (job.reference) std::copy_n", "if (false) std::copy_n", check_rings),
+    ("rings.cpp", "minus(job.ends[row], job.hidden[row])", "job.ends[row]", check_rings),
     ("selection.cpp", "slot == newest[part] ? -1.0f : ", "", check_ranks),
     ("selection.cpp", "keys[rank - 1] < key; --rank", "keys[rank - 1] > key; --rank", check_ranks),
     ("chunk.h", "result.total[i] == 0;", "!(result.total[i] > 0);", check_attention),
@@ -112,11 +134,13 @@ def test_a_broken_rule_is_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = attention if check is check_attention else native_selection
-    healthy, names = module.compiled(), ("select", "gather", "insert", "top_slots")
-    source = "attention.cpp" if module is attention else "selection.cpp"
+    module, names = {
+        check_attention: (attention, ("attend",)),
+        check_rings: (native_rings, rings.WRITERS),
+    }.get(check, (native_selection, ("select", "top_slots")))
+    healthy, source = module.compiled(), f"{module.__name__.rpartition('.')[2]}.cpp"
     broken: ctypes.CDLL = mutant(file, old, new, source, tmp_path, monkeypatch)
-    for name in ("attend",) if module is attention else names:
+    for name in names:
         kernel = f"refreshkv_{name}"
         getattr(broken, kernel).argtypes = getattr(healthy, kernel).argtypes
     monkeypatch.setattr(module, "compiled", lambda: broken)
@@ -124,7 +148,7 @@ def test_a_broken_rule_is_noticed(
         check()
 
 
-@pytest.mark.parametrize("check", [check_attention, check_selection, check_copies, check_ranks])
+@pytest.mark.parametrize("check", [check_attention, check_selection, check_rings, check_ranks])
 def test_the_checks_pass_unbroken(check: Callable[[], None]) -> None:
     assert build.library() is not None
     check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from refreshkv.cache.store import DenseStore, Store, is_identity
 from refreshkv.config import RefreshConfig
 from refreshkv.policy.selection import FREE, Selected, recent_share
 from refreshkv.policy.triggers import Kind, trigger_for
-from refreshkv.stats import COUNTS, Count, Stats
+from refreshkv.stats import COUNTS, Stats
 
 
 class LayerCache:
@@ -128,14 +129,18 @@ class LayerCache:
         full = self.config.mode not in ("refresh", "mixed")
         self.store.append(keys, values, tally=self.tally, hidden=self.hidden, full=full)
 
-    def count(self, **counts: Count) -> None:
+    def count(self, **counts: Any) -> None:
         """Record a decode step, as `Stats.record`; of the fixed form, what `append` has not counted yet.
 
         Each count is a sum over KV heads, `[B]`, or a number for all rows. A tally has it at the first KV head.
         """
         if self.tally is None:
-            about = {"kv_heads": self.kv_heads, "entry_bytes": self.store.entry_bytes}
-            self.stats.record(self.index, **about, **counts)
+            self.stats.record(
+                self.index,
+                kv_heads=self.kv_heads,
+                entry_bytes=self.store.entry_bytes,
+                **counts,
+            )
             return
         for place, name in enumerate(COUNTS):
             if name in counts and name not in ("steps", "available"):

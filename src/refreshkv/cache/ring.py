@@ -7,6 +7,7 @@ partial step reads in one piece, and `IndexedRing` reads them from the store. Le
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +97,17 @@ class Ring(ABC):
     def fetched(self) -> Tensor:
         return self.state[5]
 
-    def refresh(
-        self, selection: Selected, heads: Tensor | None = None, **more: Tensor | None
-    ) -> None:
+    def refresh(self, selection: Selected, heads: Tensor | None = None, **more: Any) -> None:
         """Replace the entries of `heads` (`[B, Hkv]` bool; `None` is all) by a new selection from the store.
 
         `more`: what the trigger remembers, and what is counted; see `reference.refresh`.
         """
         self._reserve(max(selection.positions.shape[-1], self._most))
-        self._store.refresh(*selection, **self._own(), heads=heads, **more)
+        self._store.refresh(
+            selection.positions, selection.filled, **self._own(), heads=heads, **more
+        )
 
-    def push(self, positions: Tensor, back: int = 0, **counts: Tensor | None) -> None:
+    def push(self, positions: Tensor, back: int = 0, **counts: Any) -> None:
         """The token being decoded, at `positions - back` `[B]`, enters: over the lowest entry if no slot is free.
 
         `counts`: what is counted; see `reference.push`.
@@ -121,7 +122,7 @@ class Ring(ABC):
         *,
         successor: int = 0,
         end: Tensor | None = None,
-        **counts: Tensor | None,
+        **counts: Any,
     ) -> Attended:
         """Attention `[B, Hq, D]` over the ring; then what follows the most attended entries is fetched.
 
@@ -165,7 +166,7 @@ class Ring(ABC):
     def _attend(self, query: Tensor, options: AttendOptions, count: int) -> tuple[Attended, Tensor]:
         """Attention, and the slots of the `count` most attended entries but the newest, `[B, Hkv, count]` int64."""
 
-    def _own(self) -> dict[str, Tensor | None]:
+    def _own(self) -> dict[str, Any]:
         """What the operations on rings call it."""
         keys, values = self._copies()
         return {

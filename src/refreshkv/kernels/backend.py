@@ -19,6 +19,7 @@ from torch import Tensor
 from refreshkv.kernels import reference
 from refreshkv.kernels.native import attention as native_attention
 from refreshkv.kernels.native import mixed as native_mixed
+from refreshkv.kernels.native import rings as native_rings
 from refreshkv.kernels.native import selection as native_selection
 from refreshkv.kernels.native.build import library
 from refreshkv.kernels.options import Attended, Scored
@@ -75,7 +76,7 @@ def _served(module: ModuleType, operation: str) -> Callable[..., Any]:
 
 
 REFERENCE = Backend.of("reference", reference)
-CPU = Backend.of("cpu", native_attention, native_mixed, native_selection, reference)
+CPU = Backend.of("cpu", native_attention, native_mixed, native_rings, native_selection, reference)
 
 
 def backend_for(device: torch.device) -> Backend:

@@ -6,8 +6,6 @@ may look at them. What the compiler learns is shapes, and those follow from shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,84 +14,15 @@ from torch import Tensor
 from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored
+from refreshkv.kernels.ring_operators import drift, fetch, push, refresh, write
+from refreshkv.kernels.schema import ATTEND as _ATTEND
+from refreshkv.kernels.schema import CODES as _CODES
+from refreshkv.kernels.schema import ENTRIES as _ENTRIES
+from refreshkv.kernels.schema import OPTIONS as _OPTIONS
+from refreshkv.kernels.schema import entries_of as _entries
+from refreshkv.kernels.schema import operator as _operator
+from refreshkv.kernels.schema import options_of as _options
 from refreshkv.policy.selection import Selected
-
-# The fields of `Entries` and `AttendOptions`, in their order.
-_INDICES = "Tensor? blocks, Tensor? positions, Tensor? rows"
-_ENTRIES = f"Tensor keys, Tensor? values, {_INDICES}"
-_OPTIONS = (
-    "float scale, float? softcap, Tensor? sinks, str reduction, Tensor? visible, Tensor? lengths,"
-    " Tensor? heads"
-)
-_CODES = "Tensor code_keys, Tensor key_grids, Tensor code_values, Tensor value_grids, Tensor? code_blocks"
-_RING = (
-    "Tensor(a!)? ring_keys, Tensor(b!)? ring_values, Tensor(c!) ring_positions, Tensor(d!) state,"
-    " Tensor budget"
-)
-_RING_WRITES = ("ring_keys", "ring_values", "ring_positions", "state", "tally")
-_ATTEND = f"Tensor query, {_ENTRIES}, {_OPTIONS}"
-_ENTRY_FIELDS = tuple(field.name for field in fields(Entries))
-_CODE_FIELDS = tuple(argument.split()[-1] for argument in _CODES.split(", "))
-_OPTION_FIELDS = tuple(field.name for field in fields(AttendOptions))
-
-
-def _operator(
-    name: str,
-    schema: str,
-    results: int,
-    shapes: Callable[..., Any],
-    writes: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    """Define `refreshkv::name`, which takes every field and argument by itself, in the order of `schema`.
-
-    Args:
-        name: of an operation in `Backend`.
-        schema: its arguments.
-        results: how many tensors come back.
-        shapes: empty results, from the arguments by name.
-        writes: the arguments that the kernel writes into.
-    """
-    names = [argument.split()[-1] for argument in schema.split(", ")]
-    grouped = {*_ENTRY_FIELDS, *_CODE_FIELDS, *_OPTION_FIELDS}
-
-    def run(*flat: Any) -> Any:
-        every = dict(zip(names, flat, strict=True))
-        arguments = [every.pop(names[0])] if names[0] not in grouped else []
-        if "keys" in every:
-            arguments.append(Entries(*(every.pop(field) for field in _ENTRY_FIELDS)))
-        if "key_grids" in every:
-            arguments.append(Codes(*(every.pop(field) for field in _CODE_FIELDS)))
-        if "scale" in every:
-            options = {field: every.pop(field) for field in _OPTION_FIELDS}
-            arguments.append(AttendOptions(**options))
-        written = [flat[names.index(argument)] for argument in writes]
-        result = getattr(backend_for(flat[0].device), name)(*arguments, **every)
-        if results == 0:
-            return None
-        tensors = _distinct(result)
-        assert len(tensors) == results, f"{name} gave {len(tensors)} tensors"  # torch would crash
-        # What an operator writes into it may not return; whoever called it has that.
-        tensors = [x.new_empty(0) if any(x is into for into in written) else x for x in tensors]
-        return tensors[0] if results == 1 else tuple(tensors)
-
-    operator = torch.library.custom_op(
-        f"refreshkv::{name}",
-        run,
-        mutates_args=writes,
-        schema=f"({schema}) -> ({', '.join(['Tensor'] * results)})",
-    )
-    operator.register_fake(lambda *flat: shapes(**dict(zip(names, flat, strict=True))))
-    return operator
-
-
-def _distinct(result: Any) -> list[Tensor]:
-    """The tensors of nested results, each once, contiguous."""
-    if isinstance(result, Tensor):
-        return [result.contiguous()]
-    tensors: list[Tensor] = []
-    for part in result:
-        tensors += [new for new in _distinct(part) if not any(new is old for old in tensors)]
-    return tensors
 
 
 def _attended(query: Tensor, values: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -169,45 +98,6 @@ _select = _operator(
     2,
     _selected,
 )
-_write = _operator(
-    "write",
-    f"Tensor(a!) keys, Tensor(b!)? values, {_INDICES}, Tensor new_keys, Tensor new_values, Tensor starts,"
-    " Tensor(c!)? tally, Tensor? hidden, bool full",
-    0,
-    lambda **_: None,
-    writes=("keys", "values", "tally"),
-)
-_push = _operator(
-    "push",
-    f"{_ENTRIES}, Tensor at, int back, {_RING}, Tensor? full, Tensor(e!)? tally, Tensor? counted",
-    0,
-    lambda **_: None,
-    writes=_RING_WRITES,
-)
-_fetch = _operator(
-    "fetch",
-    f"{_ENTRIES}, Tensor best, Tensor ends, {_RING}, Tensor? full, Tensor(e!)? tally, Tensor? counted",
-    0,
-    lambda **_: None,
-    writes=_RING_WRITES,
-)
-_refresh = _operator(
-    "refresh",
-    f"{_ENTRIES}, Tensor wanted, Tensor filled, {_RING}, Tensor? heads, Tensor(f!)? reference, Tensor? summary,"
-    " Tensor? ends, Tensor? hidden, Tensor(e!)? tally, Tensor? counted",
-    0,
-    lambda **_: None,
-    writes=(*_RING_WRITES, "reference"),
-)
-_drift = _operator(
-    "drift",
-    "Tensor query, Tensor reference, Tensor state, int stride, float threshold, bool per_head",
-    2,
-    lambda query, reference, state, **_: (
-        query.new_empty(state.shape[1:], dtype=torch.bool),
-        reference.new_empty(*state.shape[1:], query.shape[-1]),
-    ),
-)
 _encode = _operator(
     "encode",
     f"{_ENTRIES}, Tensor(a!) code_keys, Tensor(b!) key_grids, Tensor(c!) code_values, Tensor(d!) value_grids,"
@@ -216,22 +106,6 @@ _encode = _operator(
     lambda **_: None,
     writes=("code_keys", "key_grids", "code_values", "value_grids"),
 )
-
-
-def _entries(entries: Entries) -> tuple[Any, ...]:
-    return entries.keys, entries.values, entries.blocks, entries.positions, entries.rows
-
-
-def _options(options: AttendOptions) -> tuple[Any, ...]:
-    return (
-        options.scale,
-        options.softcap,
-        options.sinks,
-        options.reduction,
-        options.visible,
-        options.lengths,
-        options.heads,
-    )
 
 
 def attend(query: Tensor, entries: Entries, options: AttendOptions) -> Attended:
@@ -328,96 +202,6 @@ def select(
         recent = budget.new_full(budget.shape, kept)
     rules = visible, heads, recent, anchors, ends
     return Selected(*_select(scores, budget, pool_kernel, *rules, slots))
-
-
-def write(
-    entries: Entries,
-    new_keys: Tensor,
-    new_values: Tensor,
-    *,
-    starts: Tensor,
-    tally: Tensor | None = None,
-    hidden: Tensor | None = None,
-    full: bool = False,
-) -> None:
-    """See `reference.write`."""
-    _write(*_entries(entries), new_keys, new_values, starts, tally, hidden, full)
-
-
-def push(
-    entries: Entries,
-    at: Tensor,
-    *,
-    back: int = 0,
-    ring_keys: Tensor | None,
-    ring_values: Tensor | None,
-    ring_positions: Tensor,
-    state: Tensor,
-    budget: Tensor,
-    full: Tensor | None = None,
-    tally: Tensor | None = None,
-    counted: Tensor | None = None,
-) -> None:
-    """See `reference.push`."""
-    ring = ring_keys, ring_values, ring_positions, state, budget
-    _push(*_entries(entries), at, back, *ring, full, tally, counted)
-
-
-def fetch(
-    entries: Entries,
-    best: Tensor,
-    *,
-    ends: Tensor,
-    ring_keys: Tensor | None,
-    ring_values: Tensor | None,
-    ring_positions: Tensor,
-    state: Tensor,
-    budget: Tensor,
-    full: Tensor | None = None,
-    tally: Tensor | None = None,
-    counted: Tensor | None = None,
-) -> None:
-    """See `reference.fetch`."""
-    ring = ring_keys, ring_values, ring_positions, state, budget
-    _fetch(*_entries(entries), best, ends, *ring, full, tally, counted)
-
-
-def refresh(
-    entries: Entries,
-    wanted: Tensor,
-    filled: Tensor,
-    *,
-    ring_keys: Tensor | None,
-    ring_values: Tensor | None,
-    ring_positions: Tensor,
-    state: Tensor,
-    budget: Tensor,
-    heads: Tensor | None = None,
-    reference: Tensor | None = None,
-    summary: Tensor | None = None,
-    ends: Tensor | None = None,
-    hidden: Tensor | None = None,
-    tally: Tensor | None = None,
-    counted: Tensor | None = None,
-) -> None:
-    """See `reference.refresh`."""
-    ring = ring_keys, ring_values, ring_positions, state, budget
-    more = heads, reference, summary, ends, hidden, tally, counted
-    _refresh(*_entries(entries), wanted, filled, *ring, *more)
-
-
-def drift(
-    query: Tensor,
-    reference: Tensor,
-    state: Tensor,
-    *,
-    stride: int,
-    threshold: float,
-    per_head: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.drift`."""
-    full, summary = _drift(query, reference, state, stride, threshold, per_head)
-    return full, summary
 
 
 def encode(

@@ -108,8 +108,10 @@ def load(path: Path) -> ctypes.CDLL:
             ("attend_mixed", 1, 0),
             ("encode", 1, 0),
             ("select", 1, 0),
-            ("insert", 1, 0),
-            ("gather", 1, 0),
+            ("write", 1, 0),
+            ("push", 1, 0),
+            ("fetch", 1, 0),
+            ("refresh", 1, 0),
             ("top_slots", 3, 3),
         ):
             kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers

@@ -1,4 +1,4 @@
-// Where entries lie: `Entries` of options.py. The one lookup that attention, `gather` and `insert` share.
+// Where entries lie: `Entries` of options.py. The one lookup that attention and rings share.
 
 #pragma once
 

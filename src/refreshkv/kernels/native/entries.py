@@ -1,4 +1,4 @@
-"""Where entries lie, and rings, as `entries.h` and `selection.cpp` are told."""
+"""Where entries lie, as `entries.h` is told."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-// What surrounds attention, for one row and KV head after the other: `selection.select`, and `gather`, `insert` and
-// `top_slots` of `reference.py`. A plain C interface, called by selection.py; tensors of any dtype are moved as bytes.
+// What surrounds attention, for one row and KV head after the other: `selection.select`, and `top_slots` of the
+// reference. A plain C interface, called by selection.py.
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <new>
 #include <vector>
 
-#include "entries.h"
 #include "lanes.h"
 
 namespace {
@@ -147,98 +149,6 @@ int refreshkv_select(const Choice* given) {
     }
   }
   return failed;
-}
-
-// The rings of all rows that are kept; null where a ring has positions alone.
-struct Ring {
-  char *keys, *values;  // [R, Hkv, C, D] by strides
-  int64_t kept, slots, key_bytes, value_bytes;  // R, C, and those of an entry
-  Strides key, value;
-
-  void put(int64_t row, int64_t head, int64_t slot, const char* from_key, const char* from_value) const {
-    if (!keys) return;
-    std::memcpy(keys + row * key.row + head * key.head + slot * key.token, from_key, key_bytes);
-    std::memcpy(values + row * value.row + head * value.head + slot * value.token, from_value, value_bytes);
-  }
-};
-
-// What `reference.gather` does.
-struct Gather {
-  Entries entries;
-  Ring ring;
-  const int32_t* wanted;  // [B, Hkv, K] contiguous
-  const uint8_t* heads;   // [B, Hkv] contiguous, or null
-  int64_t rows, count, threads;
-};
-
-void refreshkv_gather(const Gather* given) {
-  constexpr int64_t ahead = 16;
-  const Gather& job = *given;
-  const int64_t kv_heads = job.entries.kv_heads, count = std::min(job.count, job.ring.slots);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(job.threads))
-  for (int64_t part = 0; part < job.rows * kv_heads; ++part) {
-    const int64_t row = part / kv_heads, head = part % kv_heads;
-    const int64_t into = job.entries.kept_row(row, job.ring.kept);
-    if (into < 0 || (job.heads && !job.heads[part])) continue;
-    const Held held(job.entries, row, head);
-    const int32_t* wanted = job.wanted + part * job.count;
-    const char *key, *value;
-    for (int64_t slot = 0; slot < count; ++slot) {
-      held.find(wanted[std::min(slot + ahead, count - 1)], nullptr, key, value);
-      for (int64_t line = 0; key && line < job.ring.key_bytes; line += 64) __builtin_prefetch(key + line);
-      for (int64_t line = 0; key && line < job.ring.value_bytes; line += 64) __builtin_prefetch(value + line);
-      held.find(wanted[slot], nullptr, key, value);
-      if (key) job.ring.put(into, head, slot, key, value);
-    }
-  }
-}
-
-// What `reference.insert` does.
-struct Insert {
-  Entries entries;
-  Ring ring;
-  const int32_t* wanted;  // [B, Hkv, m] contiguous
-  int32_t* positions;     // [R, Hkv, C] contiguous, of the ring
-  const int64_t* filled;  // [R, Hkv]
-  int64_t* pushed;        // [R, Hkv]
-  const int64_t* budget;  // [R]
-  int64_t* entered;       // [B, Hkv]
-  int64_t rows, count;
-};
-
-void refreshkv_insert(const Insert* given) {
-  const Insert& job = *given;
-  const int64_t kv_heads = job.entries.kv_heads, slots = job.ring.slots;
-  struct Missing {
-    int32_t position;
-    const char *key, *value;
-  };
-  std::vector<Missing> missing;
-  for (int64_t part = 0; part < job.rows * kv_heads; ++part) {
-    const int64_t row = part / kv_heads, head = part % kv_heads;
-    const int64_t into = job.entries.kept_row(row, job.ring.kept), pair = into * kv_heads + head;
-    const int64_t budget = into < 0 ? 0 : std::min(job.budget[into], slots);
-    job.entered[part] = 0;
-    if (budget <= 0) continue;
-    const Held held(job.entries, row, head);
-    int32_t* positions = job.positions + pair * slots;
-    // What is there is looked at before anything enters.
-    missing.clear();
-    for (int64_t i = 0; i < job.count; ++i) {
-      Missing one{job.wanted[part * job.count + i], nullptr, nullptr};
-      held.find(one.position, nullptr, one.key, one.value);
-      if (one.key && std::find(positions, positions + slots, one.position) == positions + slots) missing.push_back(one);
-    }
-    for (const Missing& one : missing) {
-      // Unsigned, because a sum of such may wrap; % of a negative number is negative or 0.
-      const auto next = static_cast<int64_t>(uint64_t(job.filled[pair]) + uint64_t(job.pushed[pair]));
-      job.pushed[pair] = static_cast<int64_t>(uint64_t(job.pushed[pair]) + 1);
-      const int64_t slot = (next % budget + budget) % budget;
-      job.ring.put(into, head, slot, one.key, one.value);
-      positions[slot] = one.position;
-    }
-    job.entered[part] = static_cast<int64_t>(missing.size());
-  }
 }
 
 // The `count` <= K best of `scores` [parts, K], best first, the slot `newest` last of all; ties to the later slot.

@@ -1,4 +1,4 @@
-"""Selection and what follows it: what `selection.cpp` is called with. Signatures as in `reference`."""
+"""Selection: what `selection.cpp` is called with. Signatures as in `reference`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreshkv.kernels import options
 from refreshkv.kernels.native.build import address, compiled, ready, whole
-from refreshkv.kernels.native.entries import Entries, numbers, pointers, strides
+from refreshkv.kernels.native.entries import numbers, pointers
 from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
 
@@ -21,43 +20,6 @@ class Choice(ctypes.Structure):
         *pointers("scores", "budget", "visible", "heads", "recent", "anchors", "ends"),
         *pointers("positions", "filled"),
         *numbers("rows", "kv_heads", "length", "anchor_count", "slots", "pool_kernel", "threads"),
-    )
-
-
-class Ring(ctypes.Structure):
-    """`struct Ring` of `selection.cpp`, field by field."""
-
-    _fields_ = (
-        *pointers("keys", "values"),
-        *numbers("kept", "slots", "key_bytes", "value_bytes"),
-        *numbers(*(f"{of}_{step}" for of in ("key", "value") for step in ("row", "head", "token"))),
-    )
-
-    def __init__(self, kept: int, slots: int, keys: Tensor | None, values: Tensor | None) -> None:
-        bytes_of = (0 if x is None else x.shape[-1] * x.element_size() for x in (keys, values))
-        at = *map(address, (keys, values)), kept, slots, *bytes_of
-        super().__init__(*at, *strides(keys), *strides(values))
-
-
-class Gather(ctypes.Structure):
-    """`struct Gather` of `selection.cpp`, field by field."""
-
-    _fields_ = (
-        ("entries", Entries),
-        ("ring", Ring),
-        *pointers("wanted", "heads"),
-        *numbers("rows", "count", "threads"),
-    )
-
-
-class Insert(ctypes.Structure):
-    """`struct Insert` of `selection.cpp`, field by field."""
-
-    _fields_ = (
-        ("entries", Entries),
-        ("ring", Ring),
-        *pointers("wanted", "positions", "filled", "pushed", "budget", "entered"),
-        *numbers("rows", "count"),
     )
 
 
@@ -105,14 +67,6 @@ def top_slots(scores: Tensor, newest: Tensor, count: int) -> Tensor:
     return best
 
 
-def serves(*given: Any, **named: Any) -> bool:
-    """Whether these functions take such arguments here: what is copied has to lie in one piece."""
-    every = *given, *named.values()
-    stored = [
-        x
-        for entries in every
-        if isinstance(entries, options.Entries)
-        for x in (entries.keys, entries.values)
-    ]
-    stored += [named.get("ring_keys"), named.get("ring_values")]
-    return ready() and all(x is None or x.stride(-1) == 1 for x in stored)
+def serves(*_: Any, **__: Any) -> bool:
+    """Whether these functions may run here: they take any arguments."""
+    return ready()

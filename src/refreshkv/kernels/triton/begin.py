@@ -53,6 +53,8 @@ def write(
     store, limits = store_of(replace(entries, positions=None))
     new_keys, new_values = contiguous_rows(new_keys), contiguous_rows(new_values)
     value_dim = new_values.shape[-1]
+    for stored, new in ((entries.keys, new_keys), (entries.values, new_values)):
+        assert stored is not None and stored.shape[1::2] == new.shape[1::2], "of another model"
     most = max(1, _COPY_BYTES // (padded(max(dim, value_dim)) * new_keys.itemsize))
     block = min(most, padded(count, least=1))
     write_kernel[(triton.cdiv(count, block), kv_heads, rows)](

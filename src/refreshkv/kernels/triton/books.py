@@ -99,9 +99,8 @@ def room_of(ring, own):
 def slot_after(entries, room):
     """The slot of the next entry after so many, of any sign."""
     room = tl.maximum(room, 1)
-    return (
-        entries % room + room
-    ) % room  # the first remainder of a negative number is negative or 0
+    # The first remainder of a negative number is negative or 0.
+    return (entries % room + room) % room
 
 
 @triton.jit
