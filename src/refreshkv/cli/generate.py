@@ -43,6 +43,13 @@ STATS = (
 @settings.options
 @loading.dtype_option
 @loading.device_option
+@click.option(
+    "--graphs/--no-graphs",
+    default=True,
+    show_default=True,
+    help="Decode by CUDA graphs where there is a GPU.",
+)
+@click.option("--compiled", is_flag=True, help="Of layers that torch compiles first, one for all.")
 @click.option("--temperature", type=common.Finite(0, 1e6), default=0.0, show_default="0: greedy")
 @click.option(
     "--top-p",
@@ -74,6 +81,8 @@ def command(
     preset: str | None,
     dtype: str,
     device: str,
+    graphs: bool,
+    compiled: bool,
     temperature: float,
     top_p: float | None,
     seed: int,
@@ -92,7 +101,9 @@ def command(
 
     # What can be checked without the model is checked first: a large one takes minutes to load.
     sampling = sampling_settings(temperature, top_p)
-    asked = settings.asked(method, preset, given)
+    if compiled and not graphs:
+        raise common.BadInput("--compiled is for graphs: leave out --no-graphs")
+    asked = {**settings.asked(method, preset, given), "graphs": graphs, "compiled": compiled}
     prompt = prompts.read_prompt(text, prompt_file)
     loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from refreshkv.evals.encoding import encode, text_of

@@ -200,7 +200,7 @@ class Run:
 
 def _attach(model: PreTrainedModel, grid: Grid, method: MethodSpec) -> Session:
     settings = method.with_budget(grid.budget)
-    return refreshkv.attach(model, method=method.name, stats=RowStats(), **settings)
+    return refreshkv.attach(model, method=method.name, stats=RowStats(), graphs=False, **settings)
 
 
 def _check_lengths(model: PreTrainedModel, grid: Grid) -> None:

@@ -72,11 +72,13 @@ def attach(
 
     Raises:
         UnsupportedModelError: an architecture that cannot be served, with the reason.
-        ValueError: an unknown method, preset or setting, a setting that the method does not have, or a value out of
-            range.
+        ValueError: an unknown method, preset or setting, a setting that the method does not have, a value out of
+            range, or `compiled` without `graphs`.
         TypeError: settings that are no `RefreshConfig`.
         RuntimeError: a transformers outside the tested range.
     """
+    if compiled and not graphs:
+        raise ValueError("compiled=True is for graphs: leave out graphs=False")
     check_version()
     if config is not None and not isinstance(config, RefreshConfig):
         raise TypeError(
