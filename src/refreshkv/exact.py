@@ -11,6 +11,8 @@ Letters: B batch, Hq query heads, Hkv KV heads, T tokens, L positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,7 +149,7 @@ class ExactLayer:
         """A partial step, over the token that is in the store by now."""
         cache, ring, cycle = self.cache, self.cache.ring, self.cycle
         assert ring is not None
-        counts = {"tally": self.tally, "counted": cycle.counted}
+        counts: dict[str, Any] = {"tally": self.tally, "counted": cycle.counted}
         ring.push(cycle.positions, **counts)
         successor = cache.config.successor
         return ring.attend(
