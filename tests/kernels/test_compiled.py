@@ -20,7 +20,7 @@ TYPICAL, OTHERS = (128,), (64, 80, 256)
 LAUNCHES = {  # at most
     "attend": 2,
     "attend_and_score": 3,
-    "attend_and_rank": 4,
+    "attend_and_rank": 3,
     "score": 3,
     "verify": 3,
     "vote": 3,
