@@ -112,6 +112,18 @@ def over_heads(visible: Tensor | None) -> Tensor | None:
     return None if visible is None else visible[:, None]
 
 
+def verify_queries(group: int, most: int) -> int:
+    """How many queries a row `verify` should be given, of at most `most`, so that a GPU multiplies little padding.
+
+    A GPU pads their number and that of the heads in a group to powers of two, together at least 16 rows of a product: 9
+    queries of 4 heads cost what 16 do. This is the largest power of two that fills those rows, or `most` where there is
+    none.
+    """
+    heads = 1 << max(group - 1, 0).bit_length()
+    queries = 1 << max(most, 1).bit_length() - 1
+    return queries if heads * queries >= 16 else most
+
+
 def window_within(window: int | None, positions: int) -> int | None:
     """`window`, no wider than the `positions` there are."""
     if window is not None and window < 1:
