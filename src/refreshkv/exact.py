@@ -32,6 +32,7 @@ class Cycle:
         ends: `[B]` int64, where each row ends; what the stores hold after that is left over from refused drafts.
         ahead: int64 scalar, tokens drafted in this cycle.
         positions: `[B]` int64, where the token goes that is being drafted.
+        columns: `[2]` int64, `ahead` and the one after it.
         counted: `[B]` bool, rows that draft; what others read along with them is not counted.
         counts: `[B]` int64, tokens of each row in the full pass that are real; 0 for a row that sits out.
         sums: `[B, 5]` int64, what each KV head of each layer counts for the full passes, in the order of `COUNTS`; in
@@ -43,6 +44,7 @@ class Cycle:
         self.ends = ends.clone()
         self.ahead = torch.zeros((), dtype=torch.int64, device=ends.device)
         self.positions = ends.clone()
+        self.columns = torch.arange(2, device=ends.device)
         self.counted = torch.ones_like(ends, dtype=torch.bool)
         self.counts = torch.zeros_like(ends)
         self.sums = ends.new_zeros(len(ends), len(COUNTS))
@@ -57,6 +59,7 @@ class Cycle:
     def end_draft(self) -> None:
         """That pass is over."""
         self.ahead += 1
+        self.columns += 1
 
     def counted_pass(self, kept: Tensor, hidden: Tensor) -> Tensor:
         """`[B, 5]` int64, what a KV head counts for the full pass of which `kept` `[B]` tokens stay, as `sums`.
@@ -73,6 +76,7 @@ class Cycle:
     def advance(self, kept: Tensor) -> None:
         """Each row has `kept` `[B]` tokens more, and what was drafted is over."""
         self.ends += kept
+        self.columns -= self.ahead
         self.ahead.zero_()
         self.end = None
 
@@ -111,6 +115,10 @@ class ExactLayer:
         # [B, Hkv, L], of the last full pass, from which the next cycle selects
         self.votes: Tensor | None = None
         self.voted = False
+        # [B, Hq, s + 1] float32, of the fixed form: what the full pass may take for the log-sum-exp of each of its
+        # queries, by that of the draft with the same token, the last one's once more. So it votes as it attends, and
+        # reads the keys once. Where a guess is wrong the next drafts are selected a little differently, that is all.
+        self.guesses: Tensor | None = None
         # [B, Hkv, 5], what the drafts of this cycle read; of the fixed form all that the layer counts
         heads = cache.rows, cache.kv_heads, len(COUNTS)
         self.tally = self.ends.new_zeros(heads) if cache.tally is None else cache.tally
@@ -118,6 +126,9 @@ class ExactLayer:
             self.visible = self._seen()
             device = cache.store.device
             self.votes = torch.zeros(cache.rows, cache.kv_heads, cache.store.width, device=device)
+            assert cache.queries is not None
+            size = cache.rows, cache.queries.shape[1], cache.config.draft + 1
+            self.guesses = torch.full(size, float("nan"), device=device)
             self.select()
 
     @property
@@ -152,9 +163,12 @@ class ExactLayer:
         counts: dict[str, Any] = {"tally": self.tally, "counted": cycle.counted}
         ring.push(cycle.positions, **counts)
         successor = cache.config.successor
-        return ring.attend(
+        output, lse = ring.attend(
             query, self.options, successor=successor, end=cycle.ends, **counts
-        ).output
+        )
+        if self.guesses is not None:
+            self.guesses.index_copy_(2, cycle.columns, lse[..., None].expand(-1, -1, 2))
+        return output
 
     def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         """The full pass over the token before the drafts and the drafts.
@@ -178,6 +192,7 @@ class ExactLayer:
             self.options.over(over_heads(self._seen())),
             starts=self.ends,
             counts=counts,
+            expected=None if self.guesses is None else self.guesses[:, :, : queries.shape[2]],
         )
         if cache.fixed:
             assert self.votes is not None

@@ -75,6 +75,17 @@ def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, d
         ways += ["list rows", "list pages rows"]
     for way in ways:
         yield f"everything {way}".strip(), arguments(operation, dim, dtype, way, plain=False)
+    if "expected" in wanted:
+        yield "plain guess", with_guess(arguments(operation, dim, dtype, "", plain=True))
+        for way in ways:
+            given = with_guess(arguments(operation, dim, dtype, way, plain=False))
+            yield f"everything {way} guess", given
+
+
+def with_guess(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `verify` with a guess of each log-sum-exp; the maximum over the heads is what takes most."""
+    options = replace(given["options"], reduction="max")
+    return given | {"options": options, "expected": torch.empty(given["query"].shape[:-1])}
 
 
 def arguments(

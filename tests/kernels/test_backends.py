@@ -77,6 +77,7 @@ def arguments(layout: str) -> dict[str, Any]:
         "starts": torch.tensor([37, 30]),
         "counts": torch.tensor([3, 2]),
         "window": 20,
+        "expected": torch.randn(2, 4, 3, generator=gen),
         "scores": torch.rand(2, 2, 40, generator=gen),
         "budget": torch.tensor([7, 5, 6, 4]),
         "pool_kernel": 3,
@@ -178,6 +179,15 @@ def test_operators_keep_the_order_of_the_reference() -> None:
     for wrong in ((query, entries, options, 0.1), (query, entries)):
         with pytest.raises(TypeError, match="attend"):
             OPERATORS.attend(*wrong)
+
+
+def test_the_operator_passes_a_guess_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the kernels in C++ do not use."""
+    monkeypatch.setattr("refreshkv.kernels.schema.backend_for", lambda device: REFERENCE)
+    given = taken_by("verify")
+    scores = OPERATORS.verify(**given)[1].scores
+    assert torch.equal(scores, REFERENCE.verify(**given)[1].scores)
+    assert not torch.equal(scores, OPERATORS.verify(**given | {"expected": None})[1].scores)
 
 
 @pytest.mark.parametrize("recent", [0, 3, 100, -1, torch.tensor([3, 0])], ids=str)

@@ -20,9 +20,10 @@ TYPICAL, OTHERS = (128,), (64, 80, 256)
 LAUNCHES = {  # at most
     "attend": 2,
     "attend_and_score": 3,
-    "attend_and_rank": 4,
+    "attend_and_rank": 3,
     "score": 3,
     "verify": 3,
+    "verify guess": 2,
     "vote": 3,
     "select": 9,
     "write": 1,
@@ -48,7 +49,8 @@ def test_no_operation_asks_the_device(
     operation = getattr(importlib.import_module(f"refreshkv.kernels.triton.{module}"), name)
     for kind, given in calls(operation, 64, torch.bfloat16):
         operation(**each_tensor(lambda tensor: tensor.to("meta"), given))
-        assert 0 < len(launched) <= LAUNCHES[name], kind
+        most = LAUNCHES[f"{name} guess" if "guess" in kind else name]
+        assert 0 < len(launched) <= most, kind
         launched.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from refreshkv.kernels import reference
 from refreshkv.kernels.backend import CPU, REFERENCE, Backend
-from refreshkv.kernels.options import Entries
+from refreshkv.kernels.options import Entries, verify_queries
 from tests.kernels.cases import CASES, EVERYTHING, LAYOUTS, PER_HEAD, PLAIN, Case, laid_out
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
@@ -62,6 +63,50 @@ def reference_entries(entries: Entries, rows: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("op", ["attend_and_rank", "vote", "verify"])
 def test_several_queries_equal_the_textbook_one_by_one(op: str, case: Case) -> None:
     ATTENTION_CHECKS[op](getattr(REFERENCE, op), case)
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING], ids=str)
+def test_votes_by_a_guess_are_what_the_guess_makes_of_the_logits(
+    case: Case, reduction: str
+) -> None:
+    """Head by head and query by query, in float64; a query without a guess gives nothing."""
+    query, starts = case.several()
+    _, entries, options = case.inputs()
+    options, count = replace(options, reduction=reduction), 3
+    counts = torch.full((case.rows,), count)
+    expected = torch.randn(query.shape[:3], generator=torch.Generator().manual_seed(9)) + 4
+    expected[:, 1, 0], expected[0, 2, 1], expected[1, 3, 1] = torch.nan, torch.inf, -torch.inf
+    given = {"starts": starts, "counts": counts, "expected": expected}
+    _, scored = reference.verify(query, entries, options, **given)
+    exact = reference.verify(query, entries, options, starts=starts, counts=counts)
+    attended = reference.verify(query, entries, options, **given)[0]
+    assert all(map(torch.equal, attended, exact[0]))
+    for row, head in [(row, head) for row in range(case.rows) for head in range(case.kv_heads)]:
+        votes = torch.zeros(case.length, dtype=torch.float64)
+        for index in range(count):
+            seen = torch.arange(case.length) <= starts[row] + index
+            if options.visible is not None:
+                seen &= options.visible[row, 0]
+            weights = torch.zeros(case.group, case.length, dtype=torch.float64)
+            for member in range(case.group):
+                own = head * case.group + member
+                guess = float(expected[row, own, index])
+                if math.isfinite(guess):
+                    logits = slow_logits(query[row, [own], index], entries.keys[row, head], options)
+                    sink = 0.0 if options.sinks is None else math.exp(float(options.sinks[own]))
+                    share = math.exp(guess) / (math.exp(guess) + sink)
+                    weights[member] = (logits[0] - guess).exp().clamp(max=1) * share * seen
+            votes += (weights.amax(0) if reduction == "max" else weights.mean(0)) / count
+        torch.testing.assert_close(scored.scores[row, head], votes.float())
+
+
+@pytest.mark.parametrize(
+    ("group", "most", "expected"),
+    [(4, 9, 8), (4, 8, 8), (4, 17, 16), (4, 5, 4), (4, 3, 3), (1, 9, 9), (7, 9, 8), (8, 3, 2)],
+)
+def test_how_many_queries_fill_the_rows_of_a_product(group: int, most: int, expected: int) -> None:
+    assert verify_queries(group, most) == expected
 
 
 @both

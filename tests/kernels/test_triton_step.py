@@ -214,6 +214,24 @@ def check_long_splits(module: Any) -> None:
         check_attend(run_there(module.attend), replace(HEAD, length=300))
 
 
+def check_blocks(module: Any) -> None:
+    """A ring of which a program ranks a part at a time; as many ties as there are entries, and none."""
+    case = replace(HEAD, kv_heads=2, group=2, length=75, sinks=True)
+    query, entries, options = case.inputs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "RANKED_AT_ONCE", 16)
+        rank = run_there(module.attend_and_rank)
+        for given in (query, torch.zeros_like(query)):
+            for newest, count in ((torch.tensor([[74, 3]]), 1), (torch.tensor([[-1, 40]]), 5)):
+                named = {"newest": newest, "count": count}
+                expected = reference.attend_and_rank(given, entries, options, **named)[1]
+                assert torch.equal(rank(given, entries, options, **named)[1], expected)
+
+
+def test_a_ring_of_several_blocks() -> None:
+    check_blocks(triton_step)
+
+
 def of(op: str, case: Case) -> Callable[[Any], None]:
     return lambda module: check(op, case, module)
 
@@ -225,6 +243,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "score": of("score", EVERYTHING),
     "long": of("score", replace(HEAD, length=1100)),
     "rank": of("attend_and_rank", replace(EVERYTHING, kv_heads=1)),
+    "blocks": check_blocks,
     "rows": of("attend", replace(PAGES, layout="rows")),
     "list": of("attend", replace(PAGES, layout="list", hidden="free")),
     "laid out": of("attend", replace(PAGES, layout="list pages rows")),
@@ -272,8 +291,12 @@ MUTANTS = [
     ("rank", Mutant(STEP, "tl.maximum(reduced, weights, ", "tl.maximum(weights, weights, ")),
     ("rank", Mutant(STEP, "| index", "| (index ^ 1)")),
     ("rank", Mutant(STEP, "entries, keys, _LOWEST)", "entries, keys, 2**62)")),
-    ("rank", Mutant(STEP, "(newest_ptr + own), -1.0", "(newest_ptr + own), scores")),
-    ("rank", Mutant(STEP, "keys == best, _LOWEST", "keys == best, keys")),
+    ("rank", Mutant(STEP, "index == newest, -1.0", "index == newest, scores")),
+    ("rank", Mutant(STEP, "keys == top, _LOWEST", "keys == top, keys")),
+    ("blocks", Mutant(STEP, "before == top, _LOWEST", "before == top, before")),
+    ("blocks", Mutant(STEP, "tl.maximum(tl.max(keys, 0), tl.max(before, 0))", "tl.max(keys, 0)")),
+    ("blocks", Mutant(STEP, "index = first + tl.arange", "index = tl.arange")),
+    ("blocks", Mutant(STEP, "best & 0xFFFFFFFF", "best")),
     ("rows", Mutant(LAYOUT, "tl.load(rows_ptr + row)", "tl.load(rows_ptr)")),
     ("rows", Mutant(LAYOUT, "page, entry = kept, position", "page, entry = row, position")),
     ("list", Mutant(LAYOUT, "(position >= 0)", "(position >= -1)")),

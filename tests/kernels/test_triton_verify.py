@@ -183,9 +183,12 @@ MUTANTS = [
     ("plain", Mutant(SPLIT, "positions > last - window", "positions >= last - window")),
     ("plain", Mutant(SPLIT, "start - window + 1", "start - window + 2")),
     ("plain", Mutant(SPLIT, "start + queries, length", "start + queries - 1, length")),
-    ("plain", Mutant(SPLIT, "member // QUERIES", "member % GROUP")),
+    (
+        "plain",
+        Mutant(SPLIT, "member // QUERIES, member % QUERIES", "member // GROUP, member % QUERIES"),
+    ),
     ("plain", Mutant(SPLIT, "acc /= ", "acc = acc + 0 / ")),
-    ("plain", Mutant(SPLIT, "last = start + member % QUERIES", "last = start + QUERIES - 1")),
+    ("plain", Mutant(SPLIT, "last = start + token", "last = start + QUERIES - 1")),
     ("plain", Mutant(VERIFY, "query < voting", "query <= voting")),
     ("plain", Mutant(VERIFY, "member % GROUP_PAD < GROUP)", "member >= 0)")),
     ("plain", Mutant(VERIFY, "tl.sum(weights, 1) / GROUP", "tl.sum(weights, 1) / GROUP_PAD")),
@@ -198,7 +201,7 @@ MUTANTS = [
     ("pages", Mutant(LAYOUT, "row * store.block_row", "0")),
     ("pages", Mutant(LAYOUT, "position // PAGE", "position // PAGE * 0")),
     ("rows", Mutant(VERIFY, "kept = kept_row(store.rows_ptr, row, kept)", "kept = row")),
-    ("tiles", Mutant(SPLIT, "% TILES * TILE", "% TILES * 1")),
+    ("tiles", Mutant(SPLIT, "member = tile * TILE", "member = tile * 1")),
     ("tiles", Mutant(VERIFY, "member = tile * TILE", "member = 0 * TILE")),
     (
         "read",

@@ -184,9 +184,10 @@ class Store(ABC):
         starts: Tensor,
         counts: Tensor | None = None,
         window: int | None = None,
+        expected: Tensor | None = None,
     ) -> tuple[Attended, Scored]:
         """Attention of several queries a row, `[B, Hq, T, D]`, causal from `starts` on; see `reference.verify`."""
-        rows = {"starts": starts, "counts": counts, "window": window}
+        rows = {"starts": starts, "counts": counts, "window": window, "expected": expected}
         return self.backend.verify(queries, self.entries(), options, **rows)
 
     def vote(

@@ -87,7 +87,7 @@ _score = _operator(
 )
 _verify = _operator(
     "verify",
-    f"{_ATTEND}, Tensor starts, Tensor? counts, int? window",
+    f"{_ATTEND}, Tensor starts, Tensor? counts, int? window, Tensor? expected",
     3,
     lambda **given: (*_attended(**given), _scores(**given)),
 )
@@ -160,10 +160,11 @@ def verify(
     starts: Tensor,
     counts: Tensor | None = None,
     window: int | None = None,
+    expected: Tensor | None = None,
 ) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
     flat = *_entries(entries), *_options(options)
-    output, lse, scores = _verify(query, *flat, starts, counts, window)
+    output, lse, scores = _verify(query, *flat, starts, counts, window, expected)
     return Attended(output, lse), Scored(scores, lse)
 
 

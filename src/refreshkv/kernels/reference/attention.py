@@ -92,6 +92,7 @@ def verify(
     starts: Tensor,
     counts: Tensor | None = None,
     window: int | None = None,
+    expected: Tensor | None = None,
 ) -> tuple[Attended, Scored]:
     """Full attention of the T newest tokens of each row, causal among them, and the scores that they give together.
 
@@ -102,6 +103,10 @@ def verify(
         starts: `[B]` int64, the position of each row's first query; query t sees those up to `starts + t` < L.
         counts: `[B]` int64, how many of a row's queries vote; `None`: all T. What others give may be anything.
         window: a query sees no more than this many positions, its own included.
+        expected: `[B, Hq, T]` float32, a guess of each log-sum-exp (ours). A kernel then knows the share of a key when
+            it reads the key, and need not read it again. Only the scores depend on it: a weight is what the guess makes
+            of it, at most 1. A query whose guess is NaN or infinite gives nothing, but counts in the mean; so does a
+            NaN among the logits. A kernel that knows the log-sum-exp at no cost may leave the guess unused.
 
     Returns:
         output `[B, Hq, T, D]` and lse `[B, Hq, T]`; scores `[B, Hkv, L]` float32, the mean over the voting queries of
@@ -112,10 +117,13 @@ def verify(
     seen = _causal(query, keys, starts, visible, window)
     logits = _causal_logits(query, keys, options, seen)
     lse = log_sum_exp(logits)
-    weights = _weights(logits, lse, None if options.sinks is None else options.sinks[:, None])
+    sinks = None if options.sinks is None else options.sinks[:, None]
+    weights = _weights(logits, lse, sinks)
     output = (
         weights.unflatten(1, (keys.shape[1], -1)) @ seen_values(values, seen.any(2))[:, :, None]
     )
+    if expected is not None:
+        weights = _expected_weights(logits, expected, sinks)
     scores = _mean_votes(weights, keys.shape[1], counts, options.reduction)
     return Attended(output.flatten(1, 2).to(values.dtype), lse), Scored(scores, lse)
 
@@ -275,3 +283,11 @@ def _weights(logits: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the tokens, and over the head's sink where there is one, like `logits`; 0 where none is visible."""
     total = lse if sinks is None else torch.logaddexp(lse, sinks.float())
     return (logits - total.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+
+
+def _expected_weights(logits: Tensor, expected: Tensor, sinks: Tensor | None) -> Tensor:
+    """As `_weights`, by a guess of each log-sum-exp; 0 where that or the logit is NaN, or the guess infinite."""
+    weights = (logits - expected[..., None]).exp().clamp(max=1.0)
+    if sinks is not None:
+        weights = weights * torch.sigmoid(expected - sinks.float())[..., None]
+    return weights.nan_to_num(0.0).masked_fill(~expected.isfinite()[..., None], 0.0)

@@ -18,9 +18,10 @@ from refreshkv.kernels.triton.layout import asked_for, options_of, own_length
 from refreshkv.kernels.triton.layout import serves as serves
 from refreshkv.kernels.triton.split import attend_in_splits
 
-# Entries whose scores are computed, or ranked, by one program.
+# Entries whose scores are computed by one program.
 SCORES = Config(block=1024, warps=4, stages=1)
-RANK = Config(block=1024, warps=4, stages=1)
+# One program ranks all entries of a head, so many at once: 8 by each thread. A second launch takes longer.
+RANKED_AT_ONCE, RANKED_BY_A_WARP = 8192, 256
 _LOWEST = tl.constexpr(-(2**63))
 
 
@@ -69,9 +70,9 @@ def attend_and_rank(
     rows, kv_heads = newest.shape
     if logits is None:
         return attended, newest.new_empty(rows, kv_heads, 0)
-    blocks = triton.cdiv(entries.count, RANK.block)
-    best = newest.new_empty(rows, kv_heads, blocks, count)
-    candidates_kernel[(blocks, kv_heads, rows)](
+    best = newest.new_empty(rows, kv_heads, count)
+    block = min(RANKED_AT_ONCE, padded(entries.count))
+    best_kernel[(1, kv_heads, rows)](
         logits,
         attended.lse,
         options_of(options, rows, kv_heads),
@@ -81,21 +82,11 @@ def attend_and_rank(
         GROUP=query.shape[1] // kv_heads,
         MEAN=options.reduction == "mean",
         COUNT=count,
-        ALONE=blocks == 1,
-        BLOCK=min(RANK.block, padded(entries.count)),
-        num_warps=RANK.warps,
-        num_stages=RANK.stages,
-    )
-    if blocks == 1:
-        return attended, best[:, :, 0]
-    candidates, best = best, newest.new_empty(rows, kv_heads, count)
-    best_kernel[(rows * kv_heads,)](
-        candidates,
-        best,
-        blocks * count,
-        COUNT=count,
-        MOST=padded(blocks * count),
-        num_warps=1,
+        COUNT_PAD=triton.next_power_of_2(count),
+        BLOCK=block,
+        num_warps=max(4, block // RANKED_BY_A_WARP),
+        num_stages=1,
+        maxnreg=64,
     )
     return attended, best
 
@@ -156,55 +147,37 @@ def score_kernel(
 
 
 @triton.jit
-def store_best(keys, best_ptr, COUNT: tl.constexpr, LAST: tl.constexpr):
-    """The highest of distinct int64 keys, best first; their low half, which is the index, when `LAST`."""
-    for rank in tl.static_range(COUNT):
-        best = tl.max(keys, 0)
-        keys = tl.where(keys == best, _LOWEST, keys)
-        tl.store(best_ptr + rank, best & 0xFFFFFFFF if LAST else best)
-
-
-@triton.jit
-def candidates_kernel(
+def best_kernel(
     logits_ptr,  # [B, Hq, n] float32
     lse_ptr,  # [B, Hq] float32
     how,
     newest_ptr,  # [B, Hkv] int64
-    best_ptr,  # [B, Hkv, blocks, COUNT] int64
+    best_ptr,  # [B, Hkv, COUNT] int64
     entries,
     GROUP: tl.constexpr,
     MEAN: tl.constexpr,
     COUNT: tl.constexpr,
-    ALONE: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best of each block of entries, as keys in the order of `selection.rank_keys`; grid (blocks, Hkv, B)."""
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    """The best entries of a KV head, block by block, in the order of `selection.rank_keys`; grid (1, Hkv, B)."""
     head, kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
-    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
-    scores = tl.where(scores > 0, scores, 0.0)  # which a NaN is not
     own = row * kv_heads + head
-    scores = tl.where(index == tl.load(newest_ptr + own), -1.0, scores)
-    keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
-    keys = tl.where(index < entries, keys, _LOWEST)
-    store_best(keys, best_ptr + (own * blocks + block) * COUNT, COUNT, ALONE)
-
-
-@triton.jit
-def best_kernel(
-    candidates_ptr,  # [B, Hkv, candidates] int64
-    best_ptr,  # [B, Hkv, COUNT] int64
-    candidates,
-    COUNT: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    """Grid (B * Hkv,). For a head that nobody asked for the candidates are garbage, and so is what comes out."""
-    own = tl.program_id(0).to(tl.int64)
-    every = tl.arange(0, MOST)
-    keys = tl.load(
-        candidates_ptr + own * candidates + every, mask=every < candidates, other=_LOWEST
-    )
-    store_best(keys, best_ptr + own * COUNT, COUNT, True)
+    newest, every = tl.load(newest_ptr + own), tl.arange(0, COUNT_PAD)
+    best = tl.full([COUNT_PAD], _LOWEST, tl.int64)
+    for first in tl.range(0, entries, BLOCK):
+        index = first + tl.arange(0, BLOCK).to(tl.int64)
+        scores = group_weights(logits_ptr, lse_ptr, how, row, head, index, entries, GROUP, MEAN)
+        scores = tl.where(scores > 0, scores, 0.0)  # which a NaN is not
+        scores = tl.where(index == newest, -1.0, scores)
+        keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
+        keys = tl.where(index < entries, keys, _LOWEST)  # and all others are distinct
+        before = best
+        for rank in tl.range(COUNT):
+            top = tl.maximum(tl.max(keys, 0), tl.max(before, 0))
+            keys = tl.where(keys == top, _LOWEST, keys)
+            before = tl.where(before == top, _LOWEST, before)
+            best = tl.where(every == rank, top, best)
+    tl.store(best_ptr + own * COUNT + every, best & 0xFFFFFFFF, mask=every < COUNT)

@@ -1,9 +1,12 @@
 """Several queries of a row at once on a GPU: the verification of a draft, and the votes of an observation window.
 
-A query's share of attention is known only with its log-sum-exp, after the last split. The votes therefore read the keys
-a second time, which for T = 9, G = 4, D = 128 in 16 bits is 256 bytes a key beside the 512 of the first pass. Logits
-kept in float32 would be 288, and with more queries or heads in a group more still; in 16 bits they would be 144, and
-rounded.
+A query's share of attention is known only with its log-sum-exp, after the last split. With a guess of it the votes are
+given in the one pass over the keys. Without one they read the keys a second time, which for T = 8, G = 4, D = 128 in 16
+bits is 256 bytes a key beside the 512 of the first pass. Logits kept in float32 would be 256 as well, and with more
+queries or heads in a group more; in 16 bits they would be half of that, and rounded.
+
+With a guess there are two launches, and one that adds the votes where the queries of a group need several tiles;
+without one three. `options.verify_queries` says with how many queries the rows of a tile are full.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from refreshkv.kernels.options import Attended, AttendOptions, Entries, Scored, window_within
 from refreshkv.kernels.reference.attention import without_list
 from refreshkv.kernels.triton.common import (
+    LOG2_E,
     Config,
     beside_sink,
     finished_logits,
@@ -59,17 +63,26 @@ def verify(
     starts: Tensor,
     counts: Tensor | None = None,
     window: int | None = None,
+    expected: Tensor | None = None,
 ) -> tuple[Attended, Scored]:
     """See `reference.verify`."""
     starts, counts = starts.contiguous(), None if counts is None else counts.contiguous()
-    attended, _ = attend_in_splits(
-        query, without_list(entries), options, starts=starts, counts=counts, window=window
+    attended, votes = attend_in_splits(
+        query,
+        without_list(entries),
+        options,
+        starts=starts,
+        counts=counts,
+        window=window,
+        expected=expected,
     )
+    if votes is not None:
+        return attended, Scored(votes, attended.lse)
     query, kv_heads = contiguous_rows(query), entries.kv_heads
     rows, heads, queries, dim = query.shape
     group_pad = triton.next_power_of_2(heads // kv_heads)
     kind = (padded(dim, least=64), entries.keys.itemsize)
-    config, tile = VOTE[kind], min(padded(group_pad * queries), TILE[kind])
+    config, tile = VOTE[kind], max(group_pad, min(padded(group_pad * queries), TILE[kind]))
     scores = attended.lse.new_empty(rows, kv_heads, entries.count)
     store, limits = store_of(replace(entries, values=None))
     vote_kernel[(triton.cdiv(entries.count, config.block), kv_heads, rows)](
@@ -189,7 +202,7 @@ def vote_kernel(
         last = start + query
         seen = seen_by(last[None, :], index[:, None], some[:, None], window)
         seen = seen & votes_here[None, :]
-        weights = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
+        weights = tl.where(seen, tl.exp2(logits * LOG2_E - (lse * LOG2_E)[None, :]), 0.0)
         broken = tl.where(lse != lse, lse, 0.0)  # a NaN, which a maximum might not keep
         if how.sinks_ptr is not None:
             sink = tl.load(how.sinks_ptr + own_head, mask=votes_here, other=0.0)
