@@ -85,8 +85,10 @@ class Stats:
     """
 
     drafts: DraftCounts = field(default_factory=DraftCounts)
-    _layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
-    _followed: list[_Followed] = field(default_factory=list, compare=False)
+    _layers: dict[int, LayerCounts] = field(
+        default_factory=lambda: defaultdict(LayerCounts), init=False
+    )
+    _followed: list[_Followed] = field(default_factory=list, init=False, compare=False)
 
     @property
     def layers(self) -> dict[int, LayerCounts]:
