@@ -60,7 +60,16 @@ def check_alike(first: Store, other: Store, gen: torch.Generator) -> None:
         full, votes = store.verify(queries, seen, starts=starts, counts=starts * 0 + 2)
         at, best = store.attend_at(query, positions, options, newest=newest, count=2)
         copies = store.room_for(5)
-        pass
+        filled = torch.full((rows, HEADS), 5)
+        store.refresh(
+            positions,
+            filled,
+            ring_keys=copies[0],
+            ring_values=copies[1],
+            ring_positions=torch.zeros_like(positions),
+            state=torch.zeros(6, rows, HEADS, dtype=torch.int64),
+            budget=filled[:, 0],
+        )
         results.append(
             [
                 *store.attend(query, seen),

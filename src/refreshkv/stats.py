@@ -85,13 +85,15 @@ class Stats:
     """
 
     drafts: DraftCounts = field(default_factory=DraftCounts)
-    _layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
-    _followed: list[_Followed] = field(default_factory=list, compare=False)
+    _layers: dict[int, LayerCounts] = field(
+        default_factory=lambda: defaultdict(LayerCounts), init=False
+    )
+    _followed: list[_Followed] = field(default_factory=list, init=False, compare=False)
 
     @property
     def layers(self) -> dict[int, LayerCounts]:
         """The counts of each layer; whoever looks waits for the devices of the tallies that are followed."""
-        self._collect()
+        self._collect(self._followed)
         return self._layers
 
     def follow(
@@ -105,12 +107,13 @@ class Stats:
                 whenever its counts are collected, and never replaced.
             kv_heads, entry_bytes: as in `LayerCounts`.
         """
-        self._collect()
+        self._collect([one for one in self._followed if one.owner() is None])
         self._followed.append(_Followed(layer, tally, kv_heads, entry_bytes, weakref.ref(owner)))
 
-    def _collect(self) -> None:
-        """The counts of the tallies move here; one whose owner is gone is followed no longer."""
-        for one in self._followed:
+    def _collect(self, tallies: list[_Followed]) -> None:
+        """The counts of these tallies move here; one whose owner is gone is followed no longer."""
+        ended = [one for one in tallies if one.owner() is None]
+        for one in tallies:
             sums = one.tally.sum((0, 1)).tolist()
             if any(sums):
                 counts = self._layers[one.layer]
@@ -118,7 +121,7 @@ class Stats:
                 for name, count in zip(COUNTS, sums, strict=True):
                     setattr(counts, name, getattr(counts, name) + count)
                 one.tally.zero_()
-        self._followed = [one for one in self._followed if one.owner() is not None]
+        self._followed = [one for one in self._followed if all(one is not gone for gone in ended)]
 
     def record(
         self,

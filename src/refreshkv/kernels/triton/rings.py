@@ -283,15 +283,15 @@ def fetch_kernel(
         slot = start + tl.arange(0, BLOCK)
         position = tl.load(positions_ptr + slot, mask=slot < ring.slots, other=-1)
         held = tl.maximum(held, tl.max((position[:, None] == wanted[None, :]).to(tl.int32), 0))
+    pushed_at = counter(ring, own, kv_heads, head, PUSHED)
+    pushed = tl.load(pushed_at)
+    filled = tl.load(counter(ring, own, kv_heads, head, FILLED))
     tl.debug_barrier()  # every thread has looked before any writes
     room = room_of(ring, own)
     enters = exists & (held == 0) & (room > 0)
     order = tl.cumsum(enters.to(tl.int64), 0) - 1
     total = tl.sum(enters.to(tl.int64), 0)
 
-    pushed_at = counter(ring, own, kv_heads, head, PUSHED)
-    pushed = tl.load(pushed_at)
-    filled = tl.load(counter(ring, own, kv_heads, head, FILLED))
     slot = slot_after(filled + pushed + order, room)
     # Of more entries than slots the last stay.
     written = enters & (order >= total - room)
