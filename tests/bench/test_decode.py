@@ -36,6 +36,9 @@ def test_contract(record: dict[str, Any]) -> None:
     assert set(record["tokens_per_s"]) == set(record["bytes"]) == set(record["bandwidth_share"])
     assert {"own_dense", "full", "mixed", "verify"} == set(record["relative_rms_error"])
     assert all(error < 2e-6 for error in record["relative_rms_error"].values())
+    units = {f"{of}_{part}" for of in ("step", "verify") for part in ("logits", "attention")}
+    assert set(record["rounding"]) == units
+    assert all(1e-8 < unit < 2e-6 for unit in record["rounding"].values())
     assert record["versions"]["torch"] == torch.__version__ and record["device"]
     assert record["versions"]["kernels"] == language(torch.device("cpu"))
 

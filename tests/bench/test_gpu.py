@@ -63,14 +63,12 @@ def test_generate() -> None:
 
 
 def test_memory_is_what_the_estimate_says() -> None:
-    """Without the caches of others, whose steps are theirs: never more than was counted."""
+    """Without the caches of others, whose steps are theirs, never more than was counted."""
     sizes = {"shape": "llama-3.2-1b", "context": 32768, "batch": 4, "budget": 0.1}
     given = {**SMALL, **sizes, "device": "cuda", "dtype": "bfloat16"}
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    found = decode.run(**given, skip=("static", "default", "flash"))
-    names = ("weights", "store", "checks", "exact", "mixed", "partial", "full")
-    expected = sum(found["memory"][name] for name in names)
-    assert torch.cuda.max_memory_allocated() - before < expected + memory._SPARE
+    held = decode.run(**given, skip=("static", "default", "flash", "mixed"))["memory"]
+    names = ("weights", "store", "checks", "exact", "partial", "full")
+    expected = sum(held[name] for name in names)
+    assert held["store"] < held["measured"] - before < expected + memory._SPARE
     build.cache_clear()

@@ -112,5 +112,14 @@ def available(device: torch.device) -> float:
     return free + torch.cuda.memory_reserved(device)
 
 
+def measured(device: torch.device) -> dict[str, int]:
+    """The most bytes that tensors of this process held since the last call, where torch counts them."""
+    if device.type != "cuda":
+        return {}
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"measured": most}
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
