@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import refreshkv
 from refreshkv import attach
-from refreshkv.bench import decode, variants
+from refreshkv.bench import decode, shapes, variants
 from refreshkv.bench.checks import WrongResultError, relative_rms
 from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.job import Job
@@ -127,6 +127,18 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
             found[static] = torch.cat([*drafts, verified], 1)
             assert not exact.capture()  # of a GPU
     torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_the_other_architectures_have_a_truth_too(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        shapes.SHAPES, "small", (kind, *shapes.SHAPES["demo"][1:4], 2, 4, 2, 64, True)
+    )
+    found = decode.run(**{**SMALL, "shape": "small", "dtype": "bfloat16"}, skip=("default",))
+    assert set(found["relative_rms_error"]) == {"own_dense", "full", "mixed", "verify"}
+    assert all(error < 0.02 for error in found["relative_rms_error"].values())
 
 
 class NoWait(TorchDispatchMode):
