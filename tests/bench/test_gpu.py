@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from refreshkv.bench import decode, endtoend, kernels, memory
+from refreshkv.bench.checks import relative_rms, rounding
+from refreshkv.bench.rivals import attention_rivals
 from refreshkv.bench.shapes import build
 from refreshkv.bench.timing import Timed, copies_for, milliseconds
 
@@ -53,6 +55,21 @@ def test_kernels(dtype: str) -> None:
     found = kernels.run(**given, device="cuda", dtype=dtype, steps=1)
     timed = {one["kernel"]: one["cuda_graph"] for one in found["kernels"]}
     assert {"attend_full", "select", "gather", "verify"} <= set(timed) and all(timed.values())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rivals_compute_the_same(rows: int) -> None:
+    device, generator = torch.device("cuda"), torch.Generator(device="cuda").manual_seed(0)
+    given = [
+        torch.randn(rows, *size, 128, generator=generator, device=device, dtype=torch.bfloat16)
+        for size in ((8,), (2, 1000), (2, 1000))
+    ]
+    rivals = attention_rivals(device, rows)
+    expected = rivals["torch sdpa"](*given)
+    assert {"torch sdpa", "torch sdpa, not packed", "torch flash"} <= set(rivals)
+    for name in ("torch sdpa, not packed", "torch flash"):
+        error = relative_rms(rivals[name](*given), expected)
+        assert error < rounding(torch.bfloat16)
 
 
 def test_generate() -> None:
