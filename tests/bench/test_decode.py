@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import refreshkv
 from refreshkv import attach
-from refreshkv.bench import decode, shapes, variants
+from refreshkv.bench import decode, rivals, shapes, variants
 from refreshkv.bench.checks import WrongResultError, relative_rms
 from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.job import Job
@@ -32,7 +32,7 @@ def test_contract(record: dict[str, Any]) -> None:
         record["ratios"]
     )
     timed = {name for name, ms in record["ms"].items() if ms is not None}
-    assert timed == set(record["ms"]) - {"flash"}
+    assert timed == set(record["ms"])
     assert set(record["tokens_per_s"]) == set(record["bytes"]) == set(record["bandwidth_share"])
     assert {"own_dense", "full", "mixed", "verify"} == set(record["relative_rms_error"])
     assert all(error < 2e-6 for error in record["relative_rms_error"].values())
@@ -165,7 +165,7 @@ def test_no_timed_pass_of_ours_waits_for_the_device() -> None:
             name: variants.step(model, below, name, cache, context) for name, cache in made.items()
         }
         passes |= {"draft": exact.draft.timed, "verify": exact.verify.timed}
-        assert len(passes) == 9
+        assert len(passes) == 10
         for one in passes.values():
             with NoWait():
                 one.call()
@@ -235,7 +235,7 @@ def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     right = variants.forward
 
     def forward(model: Any, below: str, cache: Any, *rest: Any) -> torch.Tensor:
-        if type(cache).__name__ == "DynamicCache":
+        if type(cache).__name__ == "DynamicCache" and below == "sdpa":
             raise MemoryError("no room")
         return right(model, below, cache, *rest)
 
@@ -243,6 +243,14 @@ def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     found = decode.run(**SMALL, skip=("exact", "mixed"))
     assert found["ms"]["default"] is None and found["ms"]["static"] > 0
     assert found["notes"] == {"default": "left out: MemoryError: no room"}
+
+
+def test_a_rival_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rivals.flash_sdpa
+    monkeypatch.setattr(rivals, "flash_sdpa", lambda *given: right(*given) * 1.01)
+    found = decode.run(**SMALL, skip=("exact", "mixed"))
+    assert found["ms"]["flash"] is None and found["ms"]["own_dense"] > 0
+    assert found["notes"]["flash"].startswith("left out: WrongResultError: flash: logits differ")
 
 
 def test_committed_tokens_have_the_given_mean() -> None:
@@ -264,5 +272,5 @@ def test_our_steps_on_the_static_form() -> None:
     """As on a GPU, where they are compiled; what is checked is equal, and everything is timed."""
     static = decode.run(**SMALL, static=True)
     timed = {name for name, ms in static["ms"].items() if ms is not None}
-    assert timed == set(static["ms"]) - {"flash"}
+    assert timed == set(static["ms"])
     assert all(error < 2e-6 for error in static["relative_rms_error"].values())

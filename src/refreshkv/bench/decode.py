@@ -111,7 +111,7 @@ class _Turns:
         for name in list(self.steps):
             self._try(name, self.steps[name].once)
         errors: dict[str, float | None] = {}
-        checked = [name for name in ("own_dense", "full", "mixed") if name in self.steps]
+        checked = [x for x in ("own_dense", "flash", "full", "mixed") if x in self.steps]
         if checked:
             size = (self.job.batch, 1)
             one = torch.ones(size, dtype=torch.int64, device=self.job.device)
@@ -125,10 +125,9 @@ class _Turns:
     def time(self, progress: bool) -> dict[str, list[float]]:
         """Milliseconds of each timed turn."""
         device = self.job.device
-        for name in list(self.steps) if not self.job.compiled else ():
-            if self._is_ours(name) and self._try(
-                name, lambda x=name: self.steps[x].capture(device)
-            ):
+        for name in list(self.steps):
+            graph = name == "flash" or (self._is_ours(name) and not self.job.compiled)
+            if graph and self._try(name, lambda x=name: self.steps[x].capture(device)):
                 self.notes[name] = "CUDA graph"
         timed, parts = dict(self.steps), {}
         if self.exact is not None and self._try("exact", self.exact.capture):

@@ -94,13 +94,13 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
         store,
         wide * weights + (2 + 3 * group) * row,
         {
-            **dict.fromkeys(("own_dense", "empty", "snapkv"), Need(0)),
+            **dict.fromkeys(("own_dense", "flash", "empty", "snapkv"), Need(0)),
             **dict.fromkeys(("partial", "full"), Need(kept)),
             "exact": Need(kept + votes),
             "mixed": Need(codes),
             "static": static,
             # Every step copies the whole cache to append to it.
-            **dict.fromkeys(("default", "flash"), Need(0, store + repeated)),
+            "default": Need(0, store + repeated),
         },
     )
 
