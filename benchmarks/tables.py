@@ -61,6 +61,7 @@ _DECODE = {
     "mixed step": Column("ms.mixed", _three),
     "mixed over our dense": Column("ratios.mixed_over_own_dense", _TIMES),
 }
+_FLASH = {"FlashAttention": Column("ms.flash", _three)}  # where it was timed
 _EXACT = {
     "K": Column("budget", "{:,}"),
     "drafts": Column("draft"),
@@ -159,10 +160,11 @@ def _short(rows: list[Row], file: str) -> list[str]:
 
 def _decode(rows: list[Row], file: str) -> list[str]:
     """A paragraph and a table for the lossy modes, and one more for the lossless mode where it was timed."""
+    columns = _DECODE | _FLASH if any(row["ms.flash"] is not None for row in rows) else _DECODE
     parts = [
         f"Median milliseconds a step, {_about(rows[0], file)}. The mix is S = {_strides(rows)}: one full step in S, the"
         " others partial.",
-        _table("rows x context", rows, _DECODE),
+        _table("rows x context", rows, columns),
     ]
     exact = [row for row in rows if row["ms.exact"] is not None]
     if exact:

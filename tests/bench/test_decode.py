@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import refreshkv
 from refreshkv import attach
-from refreshkv.bench import decode, variants
+from refreshkv.bench import decode, rivals, shapes, variants
 from refreshkv.bench.checks import WrongResultError, relative_rms
 from refreshkv.bench.cycle import Exact, kept
 from refreshkv.bench.job import Job
@@ -32,10 +32,13 @@ def test_contract(record: dict[str, Any]) -> None:
         record["ratios"]
     )
     timed = {name for name, ms in record["ms"].items() if ms is not None}
-    assert timed == set(record["ms"]) - {"flash"}
+    assert timed == set(record["ms"])
     assert set(record["tokens_per_s"]) == set(record["bytes"]) == set(record["bandwidth_share"])
     assert {"own_dense", "full", "mixed", "verify"} == set(record["relative_rms_error"])
     assert all(error < 2e-6 for error in record["relative_rms_error"].values())
+    units = {f"{of}_{part}" for of in ("step", "verify") for part in ("logits", "attention")}
+    assert set(record["rounding"]) == units
+    assert all(1e-8 < unit < 2e-6 for unit in record["rounding"].values())
     assert record["versions"]["torch"] == torch.__version__ and record["device"]
     assert record["versions"]["kernels"] == language(torch.device("cpu"))
 
@@ -126,6 +129,18 @@ def test_the_lossless_mode_over_either_form_of_the_cache() -> None:
     torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_the_other_architectures_have_a_truth_too(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        shapes.SHAPES, "small", (kind, *shapes.SHAPES["demo"][1:4], 2, 4, 2, 64, True)
+    )
+    found = decode.run(**{**SMALL, "shape": "small", "dtype": "bfloat16"}, skip=("default",))
+    assert set(found["relative_rms_error"]) == {"own_dense", "full", "mixed", "verify"}
+    assert all(error < 0.02 for error in found["relative_rms_error"].values())
+
+
 class NoWait(TorchDispatchMode):
     """Raises where Python asks for a number in a tensor, which on a GPU waits for all that was launched."""
 
@@ -150,7 +165,7 @@ def test_no_timed_pass_of_ours_waits_for_the_device() -> None:
             name: variants.step(model, below, name, cache, context) for name, cache in made.items()
         }
         passes |= {"draft": exact.draft.timed, "verify": exact.verify.timed}
-        assert len(passes) == 9
+        assert len(passes) == 10
         for one in passes.values():
             with NoWait():
                 one.call()
@@ -220,7 +235,7 @@ def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     right = variants.forward
 
     def forward(model: Any, below: str, cache: Any, *rest: Any) -> torch.Tensor:
-        if type(cache).__name__ == "DynamicCache":
+        if type(cache).__name__ == "DynamicCache" and below == "sdpa":
             raise MemoryError("no room")
         return right(model, below, cache, *rest)
 
@@ -228,6 +243,14 @@ def test_a_variant_of_others_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     found = decode.run(**SMALL, skip=("exact", "mixed"))
     assert found["ms"]["default"] is None and found["ms"]["static"] > 0
     assert found["notes"] == {"default": "left out: MemoryError: no room"}
+
+
+def test_a_rival_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rivals.flash_sdpa
+    monkeypatch.setattr(rivals, "flash_sdpa", lambda *given: right(*given) * 1.01)
+    found = decode.run(**SMALL, skip=("exact", "mixed"))
+    assert found["ms"]["flash"] is None and found["ms"]["own_dense"] > 0
+    assert found["notes"]["flash"].startswith("left out: WrongResultError: flash: logits differ")
 
 
 def test_committed_tokens_have_the_given_mean() -> None:
@@ -249,5 +272,5 @@ def test_our_steps_on_the_static_form() -> None:
     """As on a GPU, where they are compiled; what is checked is equal, and everything is timed."""
     static = decode.run(**SMALL, static=True)
     timed = {name for name, ms in static["ms"].items() if ms is not None}
-    assert timed == set(static["ms"]) - {"flash"}
+    assert timed == set(static["ms"])
     assert all(error < 2e-6 for error in static["relative_rms_error"].values())

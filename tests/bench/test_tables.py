@@ -43,6 +43,7 @@ def test_newest_rows_in_order(record_row: dict[str, Any], tmp_path: Path) -> Non
     assert "222" in lines[0] and "| - |" in lines[0] and "444" in lines[1]
     assert "111" not in text and "333" not in text
     assert "| 2 x 8K | 32 | 3 | 50% |" in text
+    assert "| FlashAttention |" in text and record_row["ms.flash"] > 0
 
 
 def test_the_readme_has_few_rows(record_row: dict[str, Any], tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def run(
     notes = needs.fitting(wanted, memory.available(job.device))
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    memory.measured(job.device)  # from here on
     model, bandwidth = build(job.shape, job.device, job.dtype), read_bandwidth(job.device)
     with torch.no_grad(), refreshkv.attach(model) as session:
         context = variants.Context(model, job)
@@ -62,7 +63,8 @@ def run(
         turns = _Turns(model, session.implementation_below, caches, context, notes)
         errors = turns.check()
         times = turns.time(progress)
-    found = report(job, sizes, times, errors, bandwidth, notes, needs.as_dict())
+    held = needs.as_dict() | memory.measured(job.device)
+    found = report(job, sizes, times, errors, bandwidth, notes, held, turns.rounding)
     records.append(results, [records.flat(found, LEFT_OUT)])
     if job.device.type == "cuda":
         del turns, caches, context
@@ -72,7 +74,12 @@ def run(
 
 
 class _Turns:
-    """The variants of one run; `notes` says why one is missing or how it ran."""
+    """The variants of one run.
+
+    Attributes:
+        notes: why one is missing, or how it ran.
+        rounding: the units of the checks (`yardstick`): of one token and of the full pass, logits and attention.
+    """
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class _Turns:
     ) -> None:
         self.model, self.below, self.caches, self.context = model, below, caches, context
         self.job, self.notes = context.job, notes
+        self.rounding: dict[str, float] = {}
         self.exact = Exact(model, below, caches["exact"], self.job) if "exact" in caches else None
         self.steps = {
             name: variants.step(model, below, name, cache, context)
@@ -103,11 +111,11 @@ class _Turns:
         for name in list(self.steps):
             self._try(name, self.steps[name].once)
         errors: dict[str, float | None] = {}
-        checked = [name for name in ("own_dense", "full", "mixed") if name in self.steps]
+        checked = [x for x in ("own_dense", "flash", "full", "mixed") if x in self.steps]
         if checked:
             size = (self.job.batch, 1)
             one = torch.ones(size, dtype=torch.int64, device=self.job.device)
-            yardstick = Yardstick(self.model, self.below, self.context.held(), one)
+            yardstick = self._yardstick("step", one)
             for name in checked:
                 errors[name] = self._try(name, functools.partial(self._check, name, yardstick))
         if self.exact is not None:
@@ -117,10 +125,9 @@ class _Turns:
     def time(self, progress: bool) -> dict[str, list[float]]:
         """Milliseconds of each timed turn."""
         device = self.job.device
-        for name in list(self.steps) if not self.job.compiled else ():
-            if self._is_ours(name) and self._try(
-                name, lambda x=name: self.steps[x].capture(device)
-            ):
+        for name in list(self.steps):
+            graph = name == "flash" or (self._is_ours(name) and not self.job.compiled)
+            if graph and self._try(name, lambda x=name: self.steps[x].capture(device)):
                 self.notes[name] = "CUDA graph"
         timed, parts = dict(self.steps), {}
         if self.exact is not None and self._try("exact", self.exact.capture):
@@ -150,6 +157,12 @@ class _Turns:
     def _is_ours(self, name: str) -> bool:
         return isinstance(self.caches[name], CACHES)
 
+    def _yardstick(self, name: str, tokens: Tensor) -> Yardstick:
+        """Of a pass over `[B, T]` tokens after the context."""
+        made = Yardstick(self.model, self.below, self.context.held(), tokens)
+        self.rounding |= {f"{name}_{part}": unit for part, unit in made.unit.items()}
+        return made
+
     def _check(self, name: str, yardstick: Yardstick) -> float:
         """Of a single step."""
         about = self.model, self.below, name, self.caches[name], self.context
@@ -162,7 +175,7 @@ class _Turns:
         device, generator = self.job.device, torch.Generator(device=self.job.device)
         size, most = (self.job.batch, self.job.draft + 1), self.model.config.vocab_size
         tokens = torch.randint(most, size, generator=generator.manual_seed(2), device=device)
-        yardstick = Yardstick(self.model, self.below, self.context.held(), tokens)
+        yardstick = self._yardstick("verify", tokens)
 
         def verified() -> Tensor:
             logits = exact.verify(tokens)

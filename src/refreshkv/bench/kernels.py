@@ -139,7 +139,7 @@ def run(*, results: Path | None = None, progress: bool = True, **settings: Any) 
         errors = _errors(cases, backend, first, job, notes)
         each = 2 * first.full.keys.nbytes
         copies = {name: copies_for(cases[name].size, each, job.device) for name in errors}
-        cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values())))]
+        cold = [first, *(Operands(job, seed) for seed in range(1, max(copies.values(), default=1)))]
         for name, error in tqdm(errors.items(), desc="kernels", disable=not progress, leave=False):
             case = _with_working(cases[name], first, notes)
             try:

@@ -76,14 +76,15 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
     config = config_of(job.shape)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     group = config.num_attention_heads // heads
-    store, kept = (job.batch * count * sizes.entry for count in (job.room, job.budget))
+    counts = job.room, min(job.budget, job.room)
+    store, kept = (job.batch * count * sizes.entry for count in counts)
     codes = round(job.batch * job.room * sizes.codes)
     votes = 4 * job.batch * heads * job.room * layers  # float32, of each layer
     # With a mask torch repeats the keys and values of a layer for every query head.
     repeated = group * store // layers
     # What is captured keeps that.
     static = Need(repeated) if job.device.type == "cuda" else Need(0, repeated)
-    # One layer and the head, and one row's keys and values, twice as they are and twice repeated.
+    # One layer and the head, and one row's keys and values, twice as they are and, by torch, thrice repeated.
     wide = WIDER[job.dtype].itemsize
     row = wide * job.room * sizes.entry // (layers * sizes.itemsize)
     head = config.vocab_size * config.hidden_size
@@ -91,15 +92,15 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
     return Needs(
         sizes.stored,
         store,
-        wide * weights + (2 + 2 * group) * row,
+        wide * weights + (2 + 3 * group) * row,
         {
-            **dict.fromkeys(("own_dense", "empty", "snapkv"), Need(0)),
+            **dict.fromkeys(("own_dense", "flash", "empty", "snapkv"), Need(0)),
             **dict.fromkeys(("partial", "full"), Need(kept)),
             "exact": Need(kept + votes),
             "mixed": Need(codes),
             "static": static,
             # Every step copies the whole cache to append to it.
-            **dict.fromkeys(("default", "flash"), Need(0, store + repeated)),
+            "default": Need(0, store + repeated),
         },
     )
 
@@ -110,6 +111,15 @@ def available(device: torch.device) -> float:
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
+
+
+def measured(device: torch.device) -> dict[str, int]:
+    """The most bytes that tensors of this process held since the last call, where torch counts them."""
+    if device.type != "cuda":
+        return {}
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"measured": most}
 
 
 def _gb(size: float) -> str:

@@ -16,7 +16,7 @@ from refreshkv.bench.variants import NAMES
 # What follows from other columns stays out of the CSV file.
 LEFT_OUT = (
     *("ms_range", "tokens_per_s", "over_own_dense", "ideal_over_own_dense"),
-    *("share_of_ideal", "notes", "memory"),
+    *("share_of_ideal", "notes", "memory", "rounding"),
 )
 # A variant that yields tokens -> the mode whose bytes it reads.
 _MODES = {
@@ -41,6 +41,7 @@ def report(
     bandwidth: float | None = None,
     notes: Mapping[str, str] | None = None,
     memory: Mapping[str, int] | None = None,
+    rounding: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The record of a run; without `times` one of the same columns. What was skipped is there as `None`.
 
@@ -50,6 +51,7 @@ def report(
         bandwidth: bytes a second that reading reached in this run.
         notes: why a variant is missing, or how it ran.
         memory: bytes by part, as `memory.Needs.as_dict` estimates them.
+        rounding: what transformers loses by rounding in the passes that were checked.
     """
     times, errors = times or {}, errors or {}
     ms, modes = _medians(job, times), job.bytes(sizes)
@@ -83,6 +85,7 @@ def report(
         "relative_rms_error": rounded({name: errors.get(name) for name in _CHECKED}, 3),
         "notes": dict(notes or {}),
         "memory": dict(memory or {}),
+        "rounding": rounded(rounding or {}, 3),
     }
 
 

@@ -1,14 +1,17 @@
-"""Attention of one decode step by the libraries of others, where they can be imported (GPU only)."""
+"""Attention of one decode step by the libraries of others, where they can be imported, and whole steps by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,6 +32,44 @@ def flash_sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`sdpa` by torch's own FlashAttention and nothing else."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(query, keys, values)
+
+
+PACKED = "packed_flash"  # what transformers calls the attention of `InPlace`
+
+
+class InPlace(DynamicLayer):
+    """A layer of transformers' cache over a filled buffer: a new token goes behind its context, and is not kept.
+
+    So nothing is copied or moved in a step, and one can be a CUDA graph: full attention at its best, by `flash_sdpa`.
+
+    Args:
+        keys, values: `[B, Hkv, C, D]`.
+        length: tokens of the context.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.buffers = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The context and the new tokens."""
+        begin = self.keys.shape[2]
+        end = begin + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, begin:end] = new
+        both = [buffer[:, :, :end] for buffer in self.buffers]
+        return both[0], both[1]
+
+
+def _packed(module: Any, query: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+    """One token a row, `[B, Hq, 1, D]`, that sees everything; as transformers calls attention."""
+    return flash_sdpa(query[:, :, 0], keys, values)[:, None], None
+
+
+AttentionInterface.register(PACKED, _packed)
+AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
 
 
 def attention_rivals(device: torch.device, rows: int) -> dict[str, Attend]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.utils import is_flash_attn_2_available
 
 from refreshkv.bench.job import Job
+from refreshkv.bench.rivals import PACKED, InPlace
 from refreshkv.bench.shapes import random_states
 from refreshkv.bench.timing import OUT_OF_MEMORY, Timed, forget
 from refreshkv.cache.store import DenseStore
@@ -35,7 +35,7 @@ NAMES = {
     "full": "full step with re-selection",
     "own_dense": "our full attention without selection",
     "static": "transformers StaticCache, compiled where there is a GPU",
-    "flash": "transformers flash_attention_2 over its DynamicCache, on a GPU",
+    "flash": "full attention by torch's FlashAttention, the GQA group packed, appending in place",
     "default": "transformers DynamicCache, the default of generate",
     "mixed": "step of the mixed mode: a copy of all entries in two bits, K of a head exactly at most",
     "draft": "one draft pass",
@@ -46,8 +46,8 @@ NAMES = {
 }
 # Those that can be left out, the most important first: that is who gets memory.
 VARIANTS = (
-    *("own_dense", "static", "exact", "mixed", "partial", "full"),
-    *("empty", "snapkv", "default", "flash"),
+    *("own_dense", "flash", "static", "exact", "mixed", "partial", "full"),
+    *("empty", "snapkv", "default"),
 )
 
 
@@ -95,6 +95,14 @@ class Context:
             if isinstance(cache, StaticRefreshCache):
                 layer.begin_decoding()
 
+    def in_place(self) -> DynamicCache:
+        """A cache of `rivals.InPlace`."""
+        cache = DynamicCache()
+        cache.layers = [
+            InPlace(layer.keys, layer.values, self.job.context) for layer in self.static.layers
+        ]
+        return cache
+
     def take_back(self, cache: Cache) -> None:
         """One of transformers' caches holds the context and nothing else."""
         for layer, (keys, values) in zip(cache.layers, self.held(), strict=True):
@@ -129,10 +137,12 @@ def caches(
     tokens = {"empty": 1, "snapkv": min(job.budget, job.context)}
     made: dict[str, Cache] = {}
     for name in VARIANTS:
-        if name in skip or (name == "flash" and not _has_flash(job.device)):
+        if name in skip:
             continue
         if name == "static":
             made[name] = context.static
+        elif name == "flash":
+            made[name] = context.in_place()
         elif name not in settings:
             made[name] = DynamicCache(config=config)
             context.take_back(made[name])
@@ -154,10 +164,6 @@ def _ours(
         cache = StaticRefreshCache(config, refresh, max_cache_len=room)
     context.serve(cache, count)
     return cache
-
-
-def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and is_flash_attn_2_available()
 
 
 def forward(
@@ -197,14 +203,16 @@ def step(
     """
     job = context.job
     token = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
-    implementation = "flash_attention_2" if name == "flash" else below
+    implementation = PACKED if name == "flash" else below
     theirs = job.device.type == "cuda" and type(cache) is StaticCache
     ours = job.compiled and isinstance(cache, StaticRefreshCache)
     run: Any = _Compiled(model) if (theirs or ours) and not eager else model
-    back = functools.partial(context.take_back, cache)
+    timed = Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps)
     if isinstance(cache, CACHES):
-        back = functools.partial(take_back, cache, int(cache.served_length() or 0))
-    return Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps, after=back)
+        timed.after = functools.partial(take_back, cache, int(cache.served_length() or 0))
+    elif name != "flash":  # which keeps no token
+        timed.after = functools.partial(context.take_back, cache)
+    return timed
 
 
 class _Compiled:
