@@ -10,6 +10,7 @@ import torch
 
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
 from refreshkv.config import RefreshConfig
+from refreshkv.exact import Cycle, ExactLayer, ExactMixedLayer
 from refreshkv.kernels.backend import triton_backend
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.step import decode_step
@@ -115,3 +116,53 @@ def test_a_step_that_its_partial_attention_decides_is_a_few_more() -> None:
     assert names["attend_kernel"] == names["merge_kernel"] == 2
     assert names["push_kernel"] == names["refresh_kernel"] == names["score_kernel"] == 1
     assert sum(count for name, count in names.items() if "::" in name) <= 20
+
+
+class Lossless:
+    """One layer of a cache of the fixed form in the lossless mode, over tensors of the CPU."""
+
+    def __init__(self, config: RefreshConfig) -> None:
+        self.tokens = random_tokens(length=PROMPT + 8, rows=2, pads=(0, 3), dim=16)
+        static = StaticDecoder(self.tokens, config, PROMPT, options=AttendOptions(scale=0.25))
+        self.cycle = Cycle(static.cache.store.lengths)
+        given = static.cache, AttendOptions(scale=0.25), self.tokens.seen(PROMPT), self.cycle
+        self.layer = (ExactMixedLayer if config.rounds else ExactLayer)(*given)
+
+    def draft(self) -> list[str]:
+        self.cycle.begin_draft(grows=False)
+        at = slice(PROMPT, PROMPT + 1)
+        parts = (self.tokens.queries, self.tokens.keys, self.tokens.values)
+        with counting() as launches:
+            self.layer.draft(*(part[:, :, at][:, :, 0] for part in parts))
+        self.cycle.end_draft()
+        return launches.names
+
+    def verify(self) -> list[str]:
+        at = slice(PROMPT, PROMPT + 4)
+        parts = (self.tokens.queries, self.tokens.keys, self.tokens.values)
+        counts = self.cycle.counts + 4
+        with counting() as launches:
+            self.layer.verify(*(part[:, :, at] for part in parts), counts)
+        return launches.names
+
+    def select(self) -> list[str]:
+        with counting() as launches:
+            self.layer.select()
+        return launches.names
+
+
+DRAFTS = RefreshConfig(mode="exact", budget=6, draft=5)
+
+
+def test_a_draft_and_a_full_pass() -> None:
+    run = Lossless(DRAFTS)
+    assert run.draft() == ["write_kernel", "push_kernel", *ATTEND, "aten::index_copy_"]
+    assert run.verify() == ["write_kernel", *ATTEND, "aten::copy_"]
+    selection = run.select()
+    assert selection[-1] == "refresh_kernel" and len(selection) <= SELECT + 1
+
+
+def test_a_draft_that_fetches() -> None:
+    names = Lossless(replace(DRAFTS, successor=2, anchor=0.25, recent=2)).draft()
+    fetching = ["write_kernel", "push_kernel", *ATTEND, "best_kernel", "fetch_kernel"]
+    assert names == [*fetching, "aten::index_copy_"]

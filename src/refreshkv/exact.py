@@ -254,8 +254,8 @@ class ExactLayer:
 
     def _seen(self) -> Tensor | None:
         """`visible` for all positions of the store."""
-        if self.visible is None:
-            return None
+        if self.visible is None or self.visible.shape[1] == self.cache.length:
+            return self.visible
         return F.pad(self.visible, (0, self.cache.length - self.visible.shape[1]), value=True)
 
 
