@@ -26,13 +26,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """So that a short row has several blocks and several sorted chunks."""
-    rank, radix = (
-        importlib.import_module(f"refreshkv.kernels.triton.{n}") for n in ("select", "radix")
+    chosen, order = (
+        importlib.import_module(f"refreshkv.kernels.triton.{n}") for n in ("select", "order")
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank, "RANK", replace(rank.RANK, block=64))
-        patch.setattr(radix, "COUNT", replace(radix.COUNT, block=64))
-        patch.setattr(radix, "SORT", replace(radix.SORT, block=16))
+        patch.setattr(chosen, "CHOOSE", replace(chosen.CHOOSE, block=64))
+        patch.setattr(chosen, "SORT", replace(order.SORT, block=16))
+        patch.setattr(chosen, "SLOT", replace(chosen.SLOT, block=32))
         yield
 
 
