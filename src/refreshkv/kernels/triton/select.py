@@ -27,9 +27,9 @@ from refreshkv.kernels.triton.order import (
 )
 from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
-CHOOSE = Config(block=8192, warps=16, stages=1)  # tokens
+CHOOSE = Config(block=8192, warps=32, stages=1)  # tokens
 SLOT = Config(block=512, warps=4, stages=1)  # keys
-DIGITS = tl.constexpr(5)
+ANCHORS = tl.constexpr(512)  # at once
 
 
 @on_its_device
@@ -65,6 +65,7 @@ def select(
         ends,
         budget,
         ranks,
+        torch.empty_like(ranks),
         chosen,
         positions if in_order else None,
         filled,
@@ -141,11 +142,25 @@ def ranked(
 @triton.constexpr_function
 def digit_bits(digit):
     """The 31 bits of a score from the top: a histogram takes an operation for each 32 bins and token."""
-    return 6 if digit + 1 < DIGITS.value else 7
+    return 6 if digit < 4 else 7
 
 
 @triton.jit
-def next_digit(ranks_ptr, width, prefix, need, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
+def load_ranks(ranks_ptr, listed_ptr, index, count):
+    """Ranks of the tokens of a list, or of all where it is None; and these tokens. -1 from `count` on."""
+    tokens = index
+    if listed_ptr is not None:
+        tokens = tl.load(listed_ptr + index, mask=index < count, other=0)
+        bits = tl.load(ranks_ptr + tokens, mask=index < count, other=-1)
+    else:
+        bits = tl.load(ranks_ptr + index)
+    return bits, tokens
+
+
+@triton.jit
+def next_digit(
+    ranks_ptr, listed_ptr, count, prefix, need, DIGIT: tl.constexpr, BLOCK: tl.constexpr
+):
     """One more digit of the `need`-th largest, need >= 1, among the ranks that begin with the digits `prefix`.
 
     Returns the digits, which of the ranks that begin with these is meant, and how many these are.
@@ -153,10 +168,11 @@ def next_digit(ranks_ptr, width, prefix, need, DIGIT: tl.constexpr, BLOCK: tl.co
     BITS: tl.constexpr = digit_bits(DIGIT)
     SHIFT: tl.constexpr = 31 - 6 * DIGIT - BITS
     counts = tl.zeros([1 << BITS], tl.int32)
-    for start in range(0, width, BLOCK):
-        bits = tl.load(ranks_ptr + start + tl.arange(0, BLOCK)) >> SHIFT
-        agrees = (bits >> BITS) == prefix
-        counts += tl.histogram(bits & ((1 << BITS) - 1), 1 << BITS, mask=agrees)
+    for start in range(0, count, BLOCK):
+        bits, _ = load_ranks(ranks_ptr, listed_ptr, start + tl.arange(0, BLOCK), count)
+        agrees = (bits >> (SHIFT + BITS)) == prefix
+        digit = (bits >> SHIFT) & ((1 << BITS) - 1)
+        counts += tl.histogram(digit, 1 << BITS, mask=agrees)
     bins = tl.arange(0, 1 << BITS)
     above = tl.sum(counts) - tl.cumsum(counts)
     digit = tl.sum((above >= need).to(tl.int32))
@@ -165,23 +181,50 @@ def next_digit(ranks_ptr, width, prefix, need, DIGIT: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def collect(ranks_ptr, chosen_ptr, width, smallest, left_out, most, BLOCK: tl.constexpr):
-    """Keys, rank over position, of the ranks above `smallest`, and of those equal to it but the first `left_out`."""
+def split(
+    ranks_ptr, listed_ptr, chosen_ptr, width, prefix, most, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Keys of the ranks above all that begin with `prefix`; a list of the tokens whose ranks do. How many are in each."""
     larger, equal = 0, 0
     for start in range(0, width, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        bits = tl.load(ranks_ptr + tokens)
+        bits, tokens = load_ranks(ranks_ptr, None, start + tl.arange(0, BLOCK), width)
+        begin = bits >> SHIFT
         # Two counts in one, 16 bits each.
-        one = tl.where(bits > smallest, 1, 0) + tl.where(bits == smallest, 1 << 16, 0)
-        both = tl.cumsum(one)
-        order = equal + (both >> 16)
-        slot = larger + (both & 0xFFFF) + tl.maximum(order - left_out, 0) - 1
-        taken = (bits > smallest) | ((bits == smallest) & (order > left_out))
+        both = tl.where(begin > prefix, 1, 0) + tl.where(begin == prefix, 1 << 16, 0)
+        order = tl.cumsum(both)
+        slot = larger + (order & 0xFFFF) - 1
         key = (bits.to(tl.int64) << 32) | tokens
-        tl.store(chosen_ptr + slot, key, mask=taken & (slot < most))
-        total = tl.sum(one)
+        tl.store(chosen_ptr + slot, key, mask=(begin > prefix) & (slot < most))
+        tl.store(listed_ptr + equal + (order >> 16) - 1, tokens, mask=begin == prefix)
+        total = tl.sum(both)
         larger += total & 0xFFFF
         equal += total >> 16
+    return larger, equal
+
+
+@triton.jit
+def collect(
+    ranks_ptr,
+    listed_ptr,
+    chosen_ptr,
+    count,
+    taken,
+    smallest,
+    left_out,
+    most,
+    BLOCK: tl.constexpr,
+):
+    """After `taken` keys those of the listed ranks above `smallest`, and of its equals but the first `left_out`."""
+    for start in range(0, count, BLOCK):
+        bits, tokens = load_ranks(ranks_ptr, listed_ptr, start + tl.arange(0, BLOCK), count)
+        equal = (bits == smallest).to(tl.int32)
+        later = tl.cumsum(equal) > left_out
+        left_out -= tl.sum(equal)
+        enters = (bits > smallest) | ((equal > 0) & later)
+        slot = taken + tl.cumsum(enters.to(tl.int32)) - 1
+        taken += tl.sum(enters.to(tl.int32))
+        key = (bits.to(tl.int64) << 32) | tokens
+        tl.store(chosen_ptr + slot, key, mask=enters & (slot < most))
 
 
 @triton.jit(do_not_specialize=["length", "recent", "anchors"])
@@ -194,6 +237,7 @@ def choose_kernel(
     ends_ptr,  # [B] int64, or None
     budget_ptr,  # [B] int64
     ranks_ptr,  # [B, Hkv, L up to a multiple of BLOCK] int32
+    listed_ptr,  # as many
     chosen_ptr,  # [B, Hkv, K] int64
     positions_ptr,  # [B, Hkv, K] int32; None where more than CHUNK have to be sorted
     filled_ptr,  # [B, Hkv] int64
@@ -224,6 +268,7 @@ def choose_kernel(
     own = row * tl.num_programs(0) + head
     width = tl.cdiv(length, BLOCK) * BLOCK
     ranks_ptr += own * width
+    listed_ptr += own * width
     chosen_ptr += own * most
     scores_ptr += row * scores_row + head * scores_head
     if visible_ptr is not None:
@@ -243,8 +288,8 @@ def choose_kernel(
             recent = tl.minimum(tl.maximum(recent, 0), length).to(tl.int32)
         newest = end - recent
         count = 0
-        for start in range(0, width, BLOCK):
-            tokens = start + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK // 2):
+            tokens = start + tl.arange(0, BLOCK // 2)
             bits = ranked(
                 scores_ptr, visible_ptr, tokens, end, newest, scores_token, visible_token, 0.0, POOL
             )
@@ -253,8 +298,8 @@ def choose_kernel(
         if anchors_ptr is not None:
             anchors_ptr += row * anchors_row + head * anchors_head
             tl.debug_barrier()  # anchors are written over what other threads wrote
-            for start in range(0, anchors, BLOCK):
-                each = start + tl.arange(0, BLOCK)
+            for start in range(0, anchors, ANCHORS):
+                each = start + tl.arange(0, ANCHORS)
                 tokens = tl.load(anchors_ptr + each * anchors_token, mask=each < anchors, other=-1)
                 bits = ranked(
                     scores_ptr,
@@ -273,14 +318,37 @@ def choose_kernel(
         filled = need
         if need > 0:
             smallest = 0
-            for digit in tl.static_range(DIGITS):
+            for digit in tl.static_range(2):
                 if count > need:
                     smallest, need, count = next_digit(
-                        ranks_ptr, width, smallest, need, digit, BLOCK
+                        ranks_ptr, None, width, smallest, need, digit, BLOCK
                     )
                 else:  # all that begin so are kept
                     smallest <<= digit_bits(digit)
-            collect(ranks_ptr, chosen_ptr, width, smallest, count - need, most, BLOCK)
+            # Few are left.
+            taken, listed = split(
+                ranks_ptr, listed_ptr, chosen_ptr, width, smallest, most, 19, BLOCK // 2
+            )
+            tl.debug_barrier()
+            for digit in tl.static_range(2, 5):
+                if count > need:
+                    smallest, need, count = next_digit(
+                        ranks_ptr, listed_ptr, listed, smallest, need, digit, BLOCK // 4
+                    )
+                else:
+                    smallest <<= digit_bits(digit)
+            left_out = count - need
+            collect(
+                ranks_ptr,
+                listed_ptr,
+                chosen_ptr,
+                listed,
+                taken,
+                smallest,
+                left_out,
+                most,
+                BLOCK // 4,
+            )
         tl.debug_barrier()
         need = filled
     tl.store(filled_ptr + own, need.to(tl.int64))
