@@ -29,6 +29,8 @@ from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
 CHOOSE = Config(block=8192, warps=32, stages=1)  # tokens
 SLOT = Config(block=512, warps=4, stages=1)  # keys
+LIKELY = tl.constexpr((127 - 31) << 23)  # 2^-31
+FEW = tl.constexpr(8)
 ANCHORS = tl.constexpr(512)  # at once
 
 
@@ -49,8 +51,7 @@ def select(
     rows, kv_heads, length = scores.shape
     most = slot_count(budget, slots, length)
     pairs = (rows, kv_heads)
-    blocks = triton.cdiv(length, CHOOSE.block)
-    ranks = budget.new_empty(*pairs, blocks * CHOOSE.block, dtype=torch.int32)
+    ranks = budget.new_empty(*pairs, length, dtype=torch.int32)
     chosen = budget.new_empty(*pairs, most, dtype=torch.int64)
     positions = budget.new_empty(*pairs, most, dtype=torch.int32)
     filled = budget.new_empty(pairs, dtype=torch.int64)
@@ -82,7 +83,7 @@ def select(
         *strides(budget, 1),
         POOL=pool_width(pool_kernel, length),
         FREE=FREE,
-        CHUNK=padded(most) if in_order else SORT.block,
+        CHUNK=padded(most, least=min(SORT.block, 1024)),
         BLOCK=CHOOSE.block,
         num_warps=CHOOSE.warps,
         num_stages=CHOOSE.stages,
@@ -139,67 +140,69 @@ def ranked(
     return tl.where(counted, pooled.to(tl.int32, bitcast=True), -1)
 
 
-@triton.constexpr_function
-def digit_bits(digit):
-    """The 31 bits of a score from the top: a histogram takes an operation for each 32 bins and token."""
-    return 6 if digit < 4 else 7
-
-
 @triton.jit
 def load_ranks(ranks_ptr, listed_ptr, index, count):
     """Ranks of the tokens of a list, or of all where it is None; and these tokens. -1 from `count` on."""
     tokens = index
     if listed_ptr is not None:
         tokens = tl.load(listed_ptr + index, mask=index < count, other=0)
-        bits = tl.load(ranks_ptr + tokens, mask=index < count, other=-1)
-    else:
-        bits = tl.load(ranks_ptr + index)
-    return bits, tokens
+    return tl.load(ranks_ptr + tokens, mask=index < count, other=-1), tokens
 
 
 @triton.jit
-def next_digit(
-    ranks_ptr, listed_ptr, count, prefix, need, DIGIT: tl.constexpr, BLOCK: tl.constexpr
+def narrowed(
+    ranks_ptr, listed_ptr, total, low, left, need, count, GUESS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One more digit of the `need`-th largest, need >= 1, among the ranks that begin with the digits `prefix`.
+    """The next 6 bits of the rank that is the `need`-th largest, need >= 1, of the `count` from low to low + 2^left.
 
-    Returns the digits, which of the ranks that begin with these is meant, and how many these are.
+    Returns the same four numbers of where it lies. A guess of `low` may be wrong: everything else is returned then.
     """
-    BITS: tl.constexpr = digit_bits(DIGIT)
-    SHIFT: tl.constexpr = 31 - 6 * DIGIT - BITS
-    counts = tl.zeros([1 << BITS], tl.int32)
-    for start in range(0, count, BLOCK):
-        bits, _ = load_ranks(ranks_ptr, listed_ptr, start + tl.arange(0, BLOCK), count)
-        agrees = (bits >> (SHIFT + BITS)) == prefix
-        digit = (bits >> SHIFT) & ((1 << BITS) - 1)
-        counts += tl.histogram(digit, 1 << BITS, mask=agrees)
-    bins = tl.arange(0, 1 << BITS)
-    above = tl.sum(counts) - tl.cumsum(counts)
+    shift = tl.maximum(left - 6, 0)
+    counts = tl.zeros([64], tl.int32)
+    for start in range(0, total, BLOCK):
+        bits, _ = load_ranks(ranks_ptr, listed_ptr, start + tl.arange(0, BLOCK), total)
+        digit = (bits - low) >> shift
+        if GUESS:
+            counted = bits >= 0
+            digit = tl.minimum(tl.maximum(digit, 0), 63)
+        else:
+            counted = (digit >= 0) & (digit < 64)
+        counts += tl.histogram(digit, 64, mask=counted)
+    bins = tl.arange(0, 64)
+    above = tl.cumsum(counts, reverse=True) - counts
     digit = tl.sum((above >= need).to(tl.int32))
-    need -= tl.sum(tl.where(bins > digit, counts, 0))
-    return (prefix << BITS) | digit, need, tl.sum(tl.where(bins == digit, counts, 0))
+    if GUESS and ((digit == 0) | (digit == 63)):
+        low, left = 0, 31
+    else:
+        low += digit << shift
+        left = shift
+        need -= tl.sum(tl.where(bins > digit, counts, 0))
+        count = tl.sum(tl.where(bins == digit, counts, 0))
+    return low, left, need, count
 
 
 @triton.jit
-def split(
-    ranks_ptr, listed_ptr, chosen_ptr, width, prefix, most, SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Keys of the ranks above all that begin with `prefix`; a list of the tokens whose ranks do. How many are in each."""
-    larger, equal = 0, 0
-    for start in range(0, width, BLOCK):
-        bits, tokens = load_ranks(ranks_ptr, None, start + tl.arange(0, BLOCK), width)
-        begin = bits >> SHIFT
-        # Two counts in one, 16 bits each.
-        both = tl.where(begin > prefix, 1, 0) + tl.where(begin == prefix, 1 << 16, 0)
-        order = tl.cumsum(both)
+def two_counts(first, second):
+    """How often each is true, all in all and up to every place: one number, the second in its upper 16 bits."""
+    ones = first.to(tl.int32) + (second.to(tl.int32) << 16)
+    return tl.sum(ones), tl.cumsum(ones)
+
+
+@triton.jit
+def split(ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK: tl.constexpr):
+    """Keys of the ranks from low + 2^left on, and a list of the tokens from `low` to there; how many are in each."""
+    larger, near = 0, 0
+    for start in range(0, length, BLOCK):
+        bits, tokens = load_ranks(ranks_ptr, None, start + tl.arange(0, BLOCK), length)
+        digit = (bits - low) >> left
+        both, order = two_counts(digit > 0, digit == 0)
         slot = larger + (order & 0xFFFF) - 1
         key = (bits.to(tl.int64) << 32) | tokens
-        tl.store(chosen_ptr + slot, key, mask=(begin > prefix) & (slot < most))
-        tl.store(listed_ptr + equal + (order >> 16) - 1, tokens, mask=begin == prefix)
-        total = tl.sum(both)
-        larger += total & 0xFFFF
-        equal += total >> 16
-    return larger, equal
+        tl.store(chosen_ptr + slot, key, mask=(digit > 0) & (slot < most))
+        tl.store(listed_ptr + near + (order >> 16) - 1, tokens, mask=digit == 0)
+        larger += both & 0xFFFF
+        near += both >> 16
+    return larger, near
 
 
 @triton.jit
@@ -215,16 +218,17 @@ def collect(
     BLOCK: tl.constexpr,
 ):
     """After `taken` keys those of the listed ranks above `smallest`, and of its equals but the first `left_out`."""
+    larger, equal = 0, 0
     for start in range(0, count, BLOCK):
         bits, tokens = load_ranks(ranks_ptr, listed_ptr, start + tl.arange(0, BLOCK), count)
-        equal = (bits == smallest).to(tl.int32)
-        later = tl.cumsum(equal) > left_out
-        left_out -= tl.sum(equal)
-        enters = (bits > smallest) | ((equal > 0) & later)
-        slot = taken + tl.cumsum(enters.to(tl.int32)) - 1
-        taken += tl.sum(enters.to(tl.int32))
+        both, order = two_counts(bits > smallest, bits == smallest)
+        later = tl.maximum(equal + (order >> 16) - left_out, 0)  # of the equals so far
+        slot = taken + larger + (order & 0xFFFF) + later - 1
+        enters = (bits > smallest) | ((bits == smallest) & (later > 0))
         key = (bits.to(tl.int64) << 32) | tokens
         tl.store(chosen_ptr + slot, key, mask=enters & (slot < most))
+        larger += both & 0xFFFF
+        equal += both >> 16
 
 
 @triton.jit(do_not_specialize=["length", "recent", "anchors"])
@@ -236,8 +240,8 @@ def choose_kernel(
     anchors_ptr,  # [B, Hkv, A] int32, or None
     ends_ptr,  # [B] int64, or None
     budget_ptr,  # [B] int64
-    ranks_ptr,  # [B, Hkv, L up to a multiple of BLOCK] int32
-    listed_ptr,  # as many
+    ranks_ptr,  # [B, Hkv, L] int32
+    listed_ptr,  # [B, Hkv, L] int32
     chosen_ptr,  # [B, Hkv, K] int64
     positions_ptr,  # [B, Hkv, K] int32; None where more than CHUNK have to be sorted
     filled_ptr,  # [B, Hkv] int64
@@ -266,9 +270,8 @@ def choose_kernel(
     """The keys of the tokens that a head keeps, and in order where they fit; grid (Hkv, B)."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own = row * tl.num_programs(0) + head
-    width = tl.cdiv(length, BLOCK) * BLOCK
-    ranks_ptr += own * width
-    listed_ptr += own * width
+    ranks_ptr += own * length
+    listed_ptr += own * length
     chosen_ptr += own * most
     scores_ptr += row * scores_row + head * scores_head
     if visible_ptr is not None:
@@ -288,12 +291,12 @@ def choose_kernel(
             recent = tl.minimum(tl.maximum(recent, 0), length).to(tl.int32)
         newest = end - recent
         count = 0
-        for start in range(0, width, BLOCK // 2):
+        for start in range(0, length, BLOCK // 2):
             tokens = start + tl.arange(0, BLOCK // 2)
             bits = ranked(
                 scores_ptr, visible_ptr, tokens, end, newest, scores_token, visible_token, 0.0, POOL
             )
-            tl.store(ranks_ptr + tokens, bits)
+            tl.store(ranks_ptr + tokens, bits, mask=tokens < length)
             count += tl.sum((bits >= 0).to(tl.int32))
         if anchors_ptr is not None:
             anchors_ptr += row * anchors_row + head * anchors_head
@@ -317,37 +320,28 @@ def choose_kernel(
         need = tl.minimum(need, count)
         filled = need
         if need > 0:
-            smallest = 0
-            for digit in tl.static_range(2):
-                if count > need:
-                    smallest, need, count = next_digit(
-                        ranks_ptr, None, width, smallest, need, digit, BLOCK
-                    )
-                else:  # all that begin so are kept
-                    smallest <<= digit_bits(digit)
-            # Few are left.
-            taken, listed = split(
-                ranks_ptr, listed_ptr, chosen_ptr, width, smallest, most, 19, BLOCK // 2
+            low, left = tl.cast(LIKELY, tl.int32), 28
+            if count > need:
+                low, left, need, count = narrowed(
+                    ranks_ptr, None, length, low, left, need, count, True, BLOCK
+                )
+            else:
+                low, left = 0, 31
+            while (left > 0) & (count > tl.maximum(need, length // FEW)):
+                low, left, need, count = narrowed(
+                    ranks_ptr, None, length, low, left, need, count, False, BLOCK
+                )
+            taken, near = split(
+                ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK // 2
             )
             tl.debug_barrier()
-            for digit in tl.static_range(2, 5):
-                if count > need:
-                    smallest, need, count = next_digit(
-                        ranks_ptr, listed_ptr, listed, smallest, need, digit, BLOCK // 4
-                    )
-                else:
-                    smallest <<= digit_bits(digit)
+            while (left > 0) & (count > need):
+                low, left, need, count = narrowed(
+                    ranks_ptr, listed_ptr, near, low, left, need, count, False, BLOCK // 4
+                )
             left_out = count - need
             collect(
-                ranks_ptr,
-                listed_ptr,
-                chosen_ptr,
-                listed,
-                taken,
-                smallest,
-                left_out,
-                most,
-                BLOCK // 4,
+                ranks_ptr, listed_ptr, chosen_ptr, near, taken, low, left_out, most, BLOCK // 2
             )
         tl.debug_barrier()
         need = filled
