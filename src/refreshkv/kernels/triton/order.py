@@ -12,7 +12,7 @@ import triton.language as tl
 
 from refreshkv.kernels.triton.common import Config
 
-SORT = Config(block=4096, warps=32, stages=1)  # keys
+SORT = Config(block=4096, warps=16, stages=1)  # keys
 LARGEST = tl.constexpr((1 << 63) - 1)  # greater than every key
 
 

@@ -27,7 +27,7 @@ from refreshkv.kernels.triton.order import (
 )
 from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
-CHOOSE = Config(block=8192, warps=32, stages=1)  # tokens
+CHOOSE = Config(block=4096, warps=16, stages=1)  # tokens
 SLOT = Config(block=512, warps=4, stages=1)  # keys
 LIKELY = tl.constexpr((127 - 31) << 23)  # 2^-31
 FEW = tl.constexpr(8)
@@ -290,14 +290,14 @@ def choose_kernel(
             recent = tl.load(recent_ptr + row * recent_row)
             recent = tl.minimum(tl.maximum(recent, 0), length).to(tl.int32)
         newest = end - recent
-        count = 0
-        for start in range(0, length, BLOCK // 2):
+        counts = tl.zeros([BLOCK // 2], tl.int32)
+        for start in range(0, length, BLOCK // 2):  # no more fits into the registers
             tokens = start + tl.arange(0, BLOCK // 2)
             bits = ranked(
                 scores_ptr, visible_ptr, tokens, end, newest, scores_token, visible_token, 0.0, POOL
             )
             tl.store(ranks_ptr + tokens, bits, mask=tokens < length)
-            count += tl.sum((bits >= 0).to(tl.int32))
+            counts += (bits >= 0).to(tl.int32)
         if anchors_ptr is not None:
             anchors_ptr += row * anchors_row + head * anchors_head
             tl.debug_barrier()  # anchors are written over what other threads wrote
@@ -317,6 +317,7 @@ def choose_kernel(
                 )
                 tl.store(ranks_ptr + tokens, bits, mask=bits >= 0)
         tl.debug_barrier()
+        count = tl.sum(counts)
         need = tl.minimum(need, count)
         filled = need
         if need > 0:
@@ -332,16 +333,16 @@ def choose_kernel(
                     ranks_ptr, None, length, low, left, need, count, False, BLOCK
                 )
             taken, near = split(
-                ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK // 2
+                ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK
             )
             tl.debug_barrier()
             while (left > 0) & (count > need):
                 low, left, need, count = narrowed(
-                    ranks_ptr, listed_ptr, near, low, left, need, count, False, BLOCK // 4
+                    ranks_ptr, listed_ptr, near, low, left, need, count, False, BLOCK // 2
                 )
             left_out = count - need
             collect(
-                ranks_ptr, listed_ptr, chosen_ptr, near, taken, low, left_out, most, BLOCK // 2
+                ranks_ptr, listed_ptr, chosen_ptr, near, taken, low, left_out, most, BLOCK
             )
         tl.debug_barrier()
         need = filled
