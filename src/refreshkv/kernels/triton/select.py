@@ -166,7 +166,7 @@ def narrowed(
             counted = bits >= 0
             digit = tl.minimum(tl.maximum(digit, 0), 63)
         else:
-            counted = (digit >= 0) & (digit < 64)
+            counted = ((bits - low) >> left) == 0
         counts += tl.histogram(digit, 64, mask=counted)
     bins = tl.arange(0, 64)
     above = tl.cumsum(counts, reverse=True) - counts
