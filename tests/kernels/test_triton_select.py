@@ -214,7 +214,7 @@ MUTANTS = [
     ("ties", Mutant(SELECT, "(digit == 0) | ", "")),
     ("ties", Mutant(SELECT, " | (digit == 63)", "")),
     ("ties", Mutant(SELECT, "counted = ((bits - low) >> left) == 0", "counted = bits >= low")),
-    ("ties", Mutant(SELECT, "(digit > 0) & (slot", "(digit >= 0) & (slot")),
+    ("ties", Mutant(SELECT, "larger += both & 0xFFFF\n        near", "near")),
     ("ties", Mutant(SELECT, "near += both >> 16", "pass")),
     ("ties", Mutant(SELECT, "- left_out, 0)", ", 0)")),
     ("ties", Mutant(SELECT, "equal += both >> 16", "pass")),

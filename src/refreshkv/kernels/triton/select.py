@@ -315,7 +315,8 @@ def choose_kernel(
                     2.0,
                     POOL,
                 )
-                tl.store(ranks_ptr + tokens, bits, mask=bits >= 0)
+                inside = (tokens >= 0) & (tokens < length)
+                tl.store(ranks_ptr + tokens, bits, mask=inside & (bits >= 0))
         tl.debug_barrier()
         count = tl.sum(counts)
         need = tl.minimum(need, count)
