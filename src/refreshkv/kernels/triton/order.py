@@ -1,6 +1,7 @@
 """Distinct integers in ascending order on a GPU: a chunk by a sorting network, many chunks by looking up.
 
-A chunk is what one program sorts. Where there are more, each key counts how many of every chunk go before it.
+A chunk is what one program sorts. Where there are more, each key counts how many of every chunk go before it. A key is
+a score above a position, which is its lower half.
 
 Source: ours; the network is Batcher's bitonic one.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 from refreshkv.kernels.triton.common import Config
 
 SORT = Config(block=4096, warps=16, stages=1)  # keys
-LARGEST = tl.constexpr((1 << 63) - 1)  # greater than every key
+LARGEST = tl.constexpr((1 << 63) - 1)  # above every key; its lower half is FREE
 
 
 @triton.constexpr_function
@@ -41,13 +42,6 @@ def exchanged(keys, DISTANCE: tl.constexpr, LEVEL: tl.constexpr, COUNT: tl.const
     takes_larger = tl.arange(0, 2)[None, :, None] != ((group >> LEVEL) & 1)
     pairs = tl.where((partner > pairs) == takes_larger, partner, pairs)
     return tl.reshape(pairs, [COUNT])
-
-
-@triton.jit
-def store_positions(positions_ptr, slot, keys, filled, most, FREE: tl.constexpr):
-    """The lower half of each key is a position; slots from `filled` on hold no token."""
-    position = tl.where(slot < filled, (keys & 0xFFFFFFFF).to(tl.int32), FREE)
-    tl.store(positions_ptr + slot, position, mask=slot < most)
 
 
 @triton.jit
@@ -98,5 +92,4 @@ def slot_kernel(
             smaller = tl.where(fits & (probe < key), further, smaller)
             step //= 2
         rank += smaller
-    position = (key & 0xFFFFFFFF).to(tl.int32)
-    tl.store(positions_ptr + rank, position, mask=used & (rank < most))
+    tl.store(positions_ptr + rank, key.to(tl.int32), mask=used & (rank < most))

@@ -23,7 +23,6 @@ from refreshkv.kernels.triton.order import (
     ascending,
     slot_kernel,
     sort_kernel,
-    store_positions,
 )
 from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
@@ -82,7 +81,6 @@ def select(
         *strides(ends, 1),
         *strides(budget, 1),
         POOL=pool_width(pool_kernel, length),
-        FREE=FREE,
         CHUNK=padded(most, least=min(SORT.block, 1024)),
         BLOCK=CHOOSE.block,
         num_warps=CHOOSE.warps,
@@ -263,7 +261,6 @@ def choose_kernel(
     ends_row,
     budget_row,
     POOL: tl.constexpr,
-    FREE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -333,24 +330,19 @@ def choose_kernel(
                 low, left, need, count = narrowed(
                     ranks_ptr, None, length, low, left, need, count, False, BLOCK
                 )
-            taken, near = split(
-                ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK
-            )
+            taken, near = split(ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK)
             tl.debug_barrier()
             while (left > 0) & (count > need):
                 low, left, need, count = narrowed(
                     ranks_ptr, listed_ptr, near, low, left, need, count, False, BLOCK // 2
                 )
             left_out = count - need
-            collect(
-                ranks_ptr, listed_ptr, chosen_ptr, near, taken, low, left_out, most, BLOCK
-            )
+            collect(ranks_ptr, listed_ptr, chosen_ptr, near, taken, low, left_out, most, BLOCK)
         tl.debug_barrier()
         need = filled
     tl.store(filled_ptr + own, need.to(tl.int64))
     if positions_ptr is not None:
         slot = tl.arange(0, CHUNK)
         keys = tl.load(chosen_ptr + slot, mask=slot < need, other=LARGEST)
-        store_positions(
-            positions_ptr + own * most, slot, ascending(keys, CHUNK), need, most, FREE
-        )
+        position = ascending(keys, CHUNK).to(tl.int32)
+        tl.store(positions_ptr + own * most + slot, position, mask=slot < most)
