@@ -97,12 +97,10 @@ def test_what_follows_the_best_is_fetched_in_one() -> None:
     )  # ranks, of one kernel where a block holds the ring
 
 
-@pytest.mark.xfail(strict=False, reason="a selection takes three kernels once `select` is merged")
 def test_a_full_step() -> None:
     assert without_selection(launched(FIXED, 4)) == [*WRITE, *SCORE, "refresh_kernel"]
 
 
-@pytest.mark.xfail(strict=False, reason="a selection takes three kernels once `select` is merged")
 @pytest.mark.parametrize("config", [DRIFT, RECENT], ids=["plain", "recent"])
 def test_a_step_that_decides_by_its_query(config: RefreshConfig) -> None:
     steps = [*WRITE, "drift_kernel", "push_kernel", *ATTEND, *SCORE, "refresh_kernel"]

@@ -80,6 +80,12 @@ def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, d
         for way in ways:
             given = with_guess(arguments(operation, dim, dtype, way, plain=False))
             yield f"everything {way} guess", given
+    if "slots" in wanted:
+        for slots in (LENGTH, 2 * LENGTH):  # one chunk, several
+            scores = torch.empty(ROWS, KV_HEADS, 4 * LENGTH)
+            given = arguments(operation, dim, dtype, "", plain=False)
+            visible = torch.ones(ROWS, 4 * LENGTH, dtype=torch.bool)
+            yield f"{slots} slots", given | {"scores": scores, "slots": slots, "visible": visible}
 
 
 def with_guess(given: dict[str, Any]) -> dict[str, Any]:
