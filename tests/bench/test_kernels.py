@@ -135,6 +135,23 @@ def test_a_rival_that_does_not_run_and_a_kernel_without_memory(
     assert [one["kernel"] for one in found["kernels"]] == [n for n in NAMES if n != "refresh"]
 
 
+def test_a_rival_that_no_graph_can_hold_is_timed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def capture(one: Any, device: torch.device) -> bool:
+        asked.append(one)
+        if len(asked) > 1:
+            raise RuntimeError("not permitted when stream is capturing")
+        return True
+
+    monkeypatch.setattr(kernels.Timed, "capture", capture)
+    case, given = kernels.cases_of(JOB, CPU)["attend"], kernels.Operands(JOB, seed=0)
+    found = kernels._timed(case, CPU, [given], JOB)
+    assert found["cuda_graph"] and found["rival_ms"] > 0 and len(asked) == 3
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rivals_compute_the_same(rows: int) -> None:
     generator = torch.Generator().manual_seed(0)

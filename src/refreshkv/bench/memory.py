@@ -84,15 +84,17 @@ def needs_of(job: Job, sizes: Sizes) -> Needs:
     repeated = group * store // layers
     # What is captured keeps that.
     static = Need(repeated) if job.device.type == "cuda" else Need(0, repeated)
-    # One layer and the head, and one row's keys and values, twice as they are and, by torch, thrice repeated.
+    # One layer and the head, and one row's keys and values of a layer: thrice in the wider dtype; or in that of the
+    # model, where torch repeats them for every query head, up to three times.
     wide = WIDER[job.dtype].itemsize
-    row = wide * job.room * sizes.entry // (layers * sizes.itemsize)
+    row = job.room * sizes.entry // layers
+    rows = max(3 * row * wide // sizes.itemsize, (2 + 3 * group) * row)
     head = config.vocab_size * config.hidden_size
     weights = (sizes.weights // sizes.itemsize - head) // layers + head
     return Needs(
         sizes.stored,
         store,
-        wide * weights + (2 + 3 * group) * row,
+        wide * weights + rows,
         {
             **dict.fromkeys(("own_dense", "flash", "empty", "snapkv"), Need(0)),
             **dict.fromkeys(("partial", "full"), Need(kept)),

@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from refreshkv.bench.checks import relative_rms
 from refreshkv.hosts.transformers.versions import CACHE
 
 # Keys and values of each layer, `[B, Hkv, L, D]`.
 Held = Sequence[tuple[Tensor, Tensor]]
+PACKED = "packed_sdpa"  # the attention of the truth
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -69,10 +71,13 @@ class Yardstick:
     def __init__(
         self, model: PreTrainedModel, implementation: str, held: Held, tokens: Tensor
     ) -> None:
-        self.model, self.implementation = model, implementation
-        self.held, self.tokens, self.inputs = held, tokens, list[Tensor]()
-        with self._theirs():
+        self.model, self.held, self.tokens = model, held, tokens
+        self.inputs: list[Tensor] = []
+        with self._attention(
+            PACKED
+        ):  # in the wider dtype keys that are repeated would take minutes
             self.truth = self._pass(WIDER[model.dtype])
+        with self._attention(implementation):
             self.unit = self._pass(model.dtype).errors(self.truth)
 
     @contextmanager
@@ -121,11 +126,11 @@ class Yardstick:
         return Passed(head(norm(hidden)), attended)
 
     @contextmanager
-    def _theirs(self) -> Iterator[None]:
-        """Inside, attention of the model is not ours."""
+    def _attention(self, implementation: str) -> Iterator[None]:
+        """Inside, the model attends by one of transformers' implementations."""
         config = self.model.config
         attached = config._attn_implementation_internal
-        config._attn_implementation_internal = self.implementation
+        config._attn_implementation_internal = implementation
         try:
             yield
         finally:
@@ -136,6 +141,20 @@ def _as(part: torch.nn.Module, dtype: torch.dtype) -> Any:
     """The part itself, or a copy in another dtype, with the config it has now."""
     same = all(parameter.dtype == dtype for parameter in part.parameters())
     return part if same else copy.deepcopy(part).to(dtype)
+
+
+def _packed(
+    module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls attention, `[B, Hq, T, D]` -> `[B, T, Hq, D]`; no key is repeated for a group of heads."""
+    kv_heads, count = keys.shape[1], query.shape[2]
+    packed = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    seen = None if mask is None else mask.repeat(1, 1, packed.shape[2] // count, 1)
+    output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=seen)
+    return output.unflatten(2, (-1, count)).flatten(1, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED, _packed)
 
 
 class _Row:
