@@ -74,6 +74,12 @@ def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, d
         ways += ["list rows", "list pages rows"]
     for way in ways:
         yield f"everything {way}".strip(), arguments(operation, dim, dtype, way, plain=False)
+    if "slots" in wanted:
+        for slots in (LENGTH, 2 * LENGTH):  # one chunk, several
+            scores = torch.empty(ROWS, KV_HEADS, 4 * LENGTH)
+            given = arguments(operation, dim, dtype, "", plain=False)
+            visible = torch.ones(ROWS, 4 * LENGTH, dtype=torch.bool)
+            yield f"{slots} slots", given | {"scores": scores, "slots": slots, "visible": visible}
 
 
 def arguments(

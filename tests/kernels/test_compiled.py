@@ -1,4 +1,7 @@
-"""Every kernel compiles for Ampere and Hopper as it is launched; in 16 bits none spills and two programs fit an SM."""
+"""Every kernel compiles for Ampere and Hopper as it is launched; in 16 bits none spills, and an SM stays busy.
+
+That is with two programs, or with one of 16 warps.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ LAUNCHES = {  # at most
     "score": 3,
     "verify": 3,
     "vote": 3,
-    "select": 9,
+    "select": 3,
     "gather": 1,
     "insert": 1,
 }
@@ -64,11 +67,12 @@ def test_what_is_launched_fits(target: int, dtype: torch.dtype, dims: tuple[int,
     """float16 becomes the same code as bfloat16. What one operation shares with another is compiled once."""
     assert target in TARGETS
     # Hopper is what they are set for; float32 is there to check with.
-    programs = 2 if target == 90 and dtype.itemsize == 2 else 1
+    tuned = target == 90 and dtype.itemsize == 2
     kernels = resources(target, dtype, dims)
     found = {kernel.operation for kernel in kernels}
     assert found == {name for names in OPERATIONS.values() for name in names}
     for kernel in kernels:
+        programs = 2 if tuned and kernel.warps < 16 else 1
         assert kernel.stack <= SPILLED.get((target, dtype), 0), f"spills: {kernel}"
         assert kernel.local == 0, f"local memory: {kernel}"
         registers = -(-kernel.registers // 8) * 8 * 32 * kernel.warps  # given out by eights

@@ -16,6 +16,7 @@ from refreshkv.policy import selection
 from refreshkv.policy.selection import FREE, Selected
 from tests.kernels.comparison import check_select
 from tests.kernels.interpreted import run_there
+from tests.kernels.launches import counting
 from tests.kernels.mutants import Mutant, mutated
 
 triton_select = importlib.import_module("refreshkv.kernels.triton.select")
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """So that a short row has several blocks and several sorted chunks."""
-    rank, radix = (
-        importlib.import_module(f"refreshkv.kernels.triton.{n}") for n in ("select", "radix")
+    chosen, order = (
+        importlib.import_module(f"refreshkv.kernels.triton.{n}") for n in ("select", "order")
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank, "RANK", replace(rank.RANK, block=64))
-        patch.setattr(radix, "COUNT", replace(radix.COUNT, block=64))
-        patch.setattr(radix, "SORT", replace(radix.SORT, block=16))
+        patch.setattr(chosen, "CHOOSE", replace(chosen.CHOOSE, block=64))
+        patch.setattr(chosen, "SORT", replace(order.SORT, block=16))
+        patch.setattr(chosen, "SLOT", replace(chosen.SLOT, block=32))
         yield
 
 
@@ -54,6 +55,8 @@ def some_scores(gen: torch.Generator, length: int, kind: str, heads: int = 2) ->
     scores = torch.rand(2, heads, length, generator=gen)
     if kind == "many":
         return (20 * (scores - 1)).exp()
+    if kind == "wide":
+        return (100 * (scores - 1)).exp()
     return (scores * 4).floor() / 4 if kind == "few" else scores * 0
 
 
@@ -74,7 +77,7 @@ def check_random(module: Any, seed: int) -> None:
     visible = torch.rand(2, length, generator=gen) < one_of(0.7, 0.02)
     compare(
         module,
-        some_scores(gen, length, one_of("many", "few", "none")),
+        some_scores(gen, length, one_of("many", "wide", "few", "none")),
         budget,
         pool_kernel=one_of(1, 3, 7),
         visible=one_of(None, visible),
@@ -117,6 +120,25 @@ def check_rules(module: Any) -> None:
     )
 
 
+def check_chunk(module: Any) -> None:
+    """What one program brings in order."""
+    gen = torch.Generator().manual_seed(5)
+    compare(module, some_scores(gen, 150, "many"), torch.tensor([16, 13]), slots=16)
+
+
+def check_ties(module: Any) -> None:
+    """At and near the K-th score, over several blocks: plateaus, nothing at all, and scores nobody expects."""
+    plateaus = torch.zeros(4, 2, 170)
+    plateaus[0, 0, 20:160], plateaus[0, 1, ::2], plateaus[0, 1, 1::2] = 0.5, 0.3, 0.3 + 2**-20
+    plateaus[1, 1, 9:150] = 2.0**-40
+    plateaus[2, 0, 9:150], plateaus[2, 1, 60:] = 3.0, float("inf")
+    plateaus[3] = torch.rand(2, 170, generator=torch.Generator().manual_seed(6))
+    budget = torch.tensor([90, 100, 105, 170])
+    anchors = torch.arange(110).expand(4, 2, -1).int().clone()
+    anchors[0], anchors[1:, 0] = FREE, FREE
+    compare(module, plateaus, budget, pool_kernel=1, anchors=anchors)
+
+
 def check_heads(module: Any) -> None:
     scores = some_scores(torch.Generator().manual_seed(2), 20, "many")
     heads = torch.tensor([[True, False], [False, True]])
@@ -146,40 +168,58 @@ def test_select_equals_the_worked_examples() -> None:
         check_select(run_there(triton_select.select))
 
 
-def test_more_tokens_than_a_key_holds() -> None:
-    with pytest.raises(ValueError, match="33554433 tokens are more"):
-        triton_select.select(torch.empty(1, 1, 1).expand(1, 1, 2**25 + 1), torch.tensor([1]))
+def test_one_launch_or_three() -> None:
+    """Where a head keeps more than one program brings in order, and whatever else is asked."""
+    scores = some_scores(torch.Generator().manual_seed(4), 40, "many")
+    rules = {"anchors": torch.zeros(2, 2, 3, dtype=torch.int32), "ends": torch.tensor([30, 40])}
+    budget = torch.tensor([20]).expand(2)
+    with small_blocks():
+        for slots, options, names in (
+            (16, {"recent": 3}, ["choose_kernel"]),
+            (16, rules, ["choose_kernel"]),
+            (17, {"recent": budget}, ["choose_kernel", "sort_kernel", "slot_kernel"]),
+        ):
+            with counting() as launches:
+                triton_select.select(scores, budget, slots=slots, **options)
+            assert launches.names == names
 
 
 # From here on: what the lines of the kernels are for.
 
 BREAKABLE: dict[str, Callable[[Any], None]] = {
     "rules": check_rules,
+    "chunk": check_chunk,
+    "ties": check_ties,
     "heads": check_heads,
     "strides": check_strides,
 }
-SELECT, RADIX = "select", "radix"
+SELECT, ORDER = "select", "order"
 MUTANTS = [
     ("rules", Mutant(SELECT, "tokens + (step - POOL // 2)", "tokens + step")),
     ("rules", Mutant(SELECT, "if step == POOL // 2", "if step == 0")),
     ("rules", Mutant(SELECT, "tl.load(visible, mask=shown, other=0) != 0", "shown")),
-    ("rules", Mutant(SELECT, "(near < end)", "(near < length)")),
-    ("rules", Mutant(SELECT, "tokens >= end - recent", "tokens > end - recent")),
+    ("rules", Mutant(SELECT, "ends_ptr + row * ends_row", "ends_ptr")),
+    ("rules", Mutant(SELECT, "tokens >= newest", "tokens > newest")),
     ("rules", Mutant(SELECT, "4.0, pooled", "1.0, pooled")),
-    ("rules", Mutant(SELECT, "token, 2.0, mask", "token, 0.25, mask")),
-    ("rules", Mutant(SELECT, "bits >> 23", "bits >> 24")),
-    ("rules", Mutant(RADIX, "above >= need", "above > need")),
-    ("rules", Mutant(RADIX, "bins > digit, count", "bins >= digit, count")),
-    ("rules", Mutant(RADIX, "mask=agrees", "mask=key >= 0")),
-    ("rules", Mutant(RADIX, "key >= smallest", "key > smallest")),
-    ("rules", Mutant(RADIX, "slot = before + tl.cumsum", "slot = tl.cumsum")),
-    ("rules", Mutant(RADIX, "== ((index & width) == 0)", "== ((index & width) != 0)")),
-    ("rules", Mutant(RADIX, "probe < key", "probe > key")),
-    ("rules", Mutant(RADIX, "further <= size", "further < size")),
-    ("rules", Mutant(RADIX, "positions_ptr + slot, FREE", "positions_ptr + slot, 0")),
-    ("rules", Mutant(RADIX, "tl.load(budget_ptr + row)", "tl.load(budget_ptr)")),
+    ("rules", Mutant(SELECT, "2.0,\n", "0.25,\n")),
+    ("rules", Mutant(SELECT, "budget_ptr + row * budget_row", "budget_ptr")),
+    ("ties", Mutant(SELECT, "low += digit << shift", "low += (digit + 1) << shift")),
+    ("ties", Mutant(SELECT, "bins > digit, counts", "bins >= digit, counts")),
+    ("ties", Mutant(SELECT, "(digit == 0) | ", "")),
+    ("ties", Mutant(SELECT, " | (digit == 63)", "")),
+    ("ties", Mutant(SELECT, "counted = ((bits - low) >> left) == 0", "counted = bits >= low")),
+    ("ties", Mutant(SELECT, "larger += both & 0xFFFF\n        near", "near")),
+    ("ties", Mutant(SELECT, "near += both >> 16", "pass")),
+    ("ties", Mutant(SELECT, "- left_out, 0)", ", 0)")),
+    ("ties", Mutant(SELECT, "equal += both >> 16", "pass")),
+    ("ties", Mutant(SELECT, "taken + larger", "taken")),
+    ("rules", Mutant(ORDER, "((group >> LEVEL) & 1)", "0")),
+    ("rules", Mutant(ORDER, "probe < key", "probe > key")),
+    ("rules", Mutant(ORDER, "further <= size", "further < size")),
+    ("rules", Mutant(ORDER, "positions_ptr + slot, FREE", "positions_ptr + slot, 0")),
+    ("chunk", Mutant(ORDER, "(partner > pairs) ==", "(partner < pairs) ==")),
     ("heads", Mutant(SELECT, "head * heads_head", "0")),
-    ("strides", Mutant(SELECT, "near * visible_token", "near")),
+    ("strides", Mutant(SELECT, "near.to(tl.int64) * visible_token", "near")),
 ]
 
 
