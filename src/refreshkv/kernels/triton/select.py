@@ -1,9 +1,9 @@
 """Selection on a GPU: the K best tokens of each head, exactly those and in the order of `selection.select`.
 
 One program a head finds them. It leaves the score of each token, pooled and with the rules applied, in scratch as one
-integer, and finds the K-th largest digit by digit, from counts of each. What is larger is chosen, and of its equals
-those that come last. A program also brings as many as it can hold in order; more take two further launches. Launches
-are the same whatever the scores, and nothing asks the device.
+integer, and finds the K-th largest 6 bits at a time, from histograms: first of all tokens, soon of the few that may
+still be it. What is larger is chosen, and of its equals those that come last. A program also sorts as many as it can
+hold; more take two further launches. Launches are the same whatever the scores, and nothing asks the device.
 
 Source: ours.
 """
@@ -28,8 +28,9 @@ from refreshkv.policy.selection import FREE, Selected, pool_width, slot_count
 
 CHOOSE = Config(block=4096, warps=16, stages=1)  # tokens
 SLOT = Config(block=512, warps=4, stages=1)  # keys
-LIKELY = tl.constexpr((127 - 31) << 23)  # 2^-31
-FEW = tl.constexpr(8)
+# The bits of 2^-31: the first histogram has a bin for each half octave from there to 2, where shares of attention lie.
+LIKELY = tl.constexpr((127 - 31) << 23)
+FEW = tl.constexpr(8)  # a list of one token in so many is quicker to look through than all of them
 ANCHORS = tl.constexpr(512)  # at once
 
 
@@ -151,9 +152,14 @@ def load_ranks(ranks_ptr, listed_ptr, index, count):
 def narrowed(
     ranks_ptr, listed_ptr, total, low, left, need, count, GUESS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The next 6 bits of the rank that is the `need`-th largest, need >= 1, of the `count` from low to low + 2^left.
+    """The next 6 bits of the `need`-th largest, need >= 1, of the `count` ranks from `low` to low + 2^left.
 
-    Returns the same four numbers of where it lies. A guess of `low` may be wrong: everything else is returned then.
+    Returns the same four numbers for the bin that it lies in.
+
+    Args:
+        listed_ptr: the `total` tokens to look at; None: the first, which are all.
+        GUESS: the interval may be a wrong one: `need` and `count` are of all ranks. What it leaves out counts in its
+            outermost bins, and if the rank wanted lies in these, the interval returned is that of all.
     """
     shift = tl.maximum(left - 6, 0)
     counts = tl.zeros([64], tl.int32)
@@ -330,6 +336,7 @@ def choose_kernel(
                 low, left, need, count = narrowed(
                     ranks_ptr, None, length, low, left, need, count, False, BLOCK
                 )
+            # Most are decided; the others make a list.
             taken, near = split(ranks_ptr, listed_ptr, chosen_ptr, length, low, left, most, BLOCK)
             tl.debug_barrier()
             while (left > 0) & (count > need):
@@ -341,7 +348,7 @@ def choose_kernel(
         tl.debug_barrier()
         need = filled
     tl.store(filled_ptr + own, need.to(tl.int64))
-    if positions_ptr is not None:
+    if positions_ptr is not None:  # they fit into a chunk
         slot = tl.arange(0, CHUNK)
         keys = tl.load(chosen_ptr + slot, mask=slot < need, other=LARGEST)
         position = ascending(keys, CHUNK).to(tl.int32)
