@@ -48,7 +48,7 @@ VALUES = {  # what has no docstring
     "refreshkv.methods.METHODS": "The methods by name, in the order of tables (`docs/methods.md`).",
 }
 # What layers and `generate` call, not a user.
-INTERNAL = ("_", "on_", "count_on", "record", "prompt", "update", "is_for", "for_cache", "unread")
+INTERNAL = ("_", "on_", "follow", "record", "prompt", "update", "is_for", "for_cache", "unread")
 WIDTH = 100
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"    (\w[\w*, ]*): (.*)")

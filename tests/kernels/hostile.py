@@ -321,7 +321,8 @@ def check_rings_of_nothing(
         "budget": torch.full((3,), 3),
     }
     alike = {name: x if x is None else x.clone() for name, x in ring.items()}
-    entries, none = replace(entries, positions=None), torch.zeros(rows, dtype=torch.int64)
+    own_rows = None if entries.rows is None else torch.arange(rows).int()  # no ring is that of two
+    entries, none = replace(entries, positions=None, rows=own_rows), torch.zeros(rows).long()
     best = torch.zeros(rows, 2, count, dtype=torch.int64)
     wanted, filled = best.int(), torch.full((rows, 2), count)
     for kernels, own in ((backend, ring), (reference, alike)):

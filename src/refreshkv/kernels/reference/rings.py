@@ -3,7 +3,7 @@
 A ring is the partial cache of a KV head: `ring_keys` and `ring_values` `[R, Hkv, C, D]`, both `None` for a ring of
 positions alone; `ring_positions` `[R, Hkv, C]` int32, `FREE` where a slot is free; `state` `[6, R, Hkv]` int64,
 contiguous, the counters of `STATE` one after the other; `budget` `[R]` int64, K of each row, of which no more than C
-count. Row b's ring is `entries.rows[b]`. Sums of counters wrap around.
+count. Row b's ring is `entries.rows[b]`, no ring is that of two rows. Sums of counters wrap around.
 
 `tally` `[B, Hkv, 5]` int64 is what the steps counted, in the order of `stats.COUNTS`, and is added to. `counted` `[B]`
 bool: other rows add nothing to it; `None`: all count.
