@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.kernels.options import AttendOptions, over_heads
-from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
+from refreshkv.mixed import attend_to_copy, learn_prompt
 from refreshkv.step import reselect, select_after_prompt
 
 
@@ -193,11 +193,10 @@ class ExactMixedLayer(ExactLayer):
     def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache, positions = self.cache, self.ends + self.drafted
         cache.store.write(key[:, :, None], value[:, :, None], positions, self._end_of_draft())
-        output, counts = attend_to_copy(cache, query, self.options, self._seen(), positions + 1)
-        for amounts, amount in (
-            (self.read, entries_read(cache, counts, positions + 1)),
-            (self.codes, bytes_of_codes(cache, counts)),
-        ):
+        tally = positions.new_zeros(cache.rows, cache.kv_heads, 2)
+        seen, ends = self._seen(), positions + 1
+        output = attend_to_copy(cache, query, self.options, seen, tally, ends)
+        for amounts, amount in zip((self.read, self.codes), tally.sum(1).unbind(-1), strict=True):
             amounts.index_copy_(0, self.drafted.view(1), amount[None])
         self.drafted += 1
         return output

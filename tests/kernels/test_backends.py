@@ -94,6 +94,7 @@ def arguments(layout: str) -> dict[str, Any]:
         "end": torch.tensor([1, 2]),
         "most": 2,
         "skip": 0.1,
+        "tally": torch.tensor([1, 2]).repeat(2, 2, 1),
     }
 
 

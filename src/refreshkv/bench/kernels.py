@@ -71,6 +71,7 @@ class Operands:
         self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
         self.first = torch.zeros_like(self.budget)
         self.finished = torch.full_like(self.budget, job.context // BLOCK)
+        self.tally = self.budget.new_zeros(len(self.budget), self.full.kv_heads, 2)
         self.room = self._new_room()
 
     @functools.cached_property
@@ -282,7 +283,9 @@ def _attend_mixed(backend: Backend, given: Operands) -> Attended:
     """Without the count of exact entries: by nearly the same logits it is nearly the same."""
     rows = {"first": given.first, "finished": given.finished, "budget": given.budget}
     options = AttendOptions(scale=given.query.shape[-1] ** -0.5)
-    return backend.attend_mixed(given.query, given.full, given.codes, options, **rows)[0]
+    return backend.attend_mixed(
+        given.query, given.full, given.codes, options, **rows, tally=given.tally
+    )
 
 
 def _encode_into(codes: Codes, backend: Backend, given: Operands) -> Codes:

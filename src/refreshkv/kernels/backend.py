@@ -33,7 +33,7 @@ class Backend:
     attend: Callable[..., Attended]
     attend_and_score: Callable[..., tuple[Attended, Scored]]
     attend_and_rank: Callable[..., tuple[Attended, Tensor]]
-    attend_mixed: Callable[..., tuple[Attended, Tensor]]
+    attend_mixed: Callable[..., Attended]
     score: Callable[..., Scored]
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
