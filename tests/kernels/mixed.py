@@ -150,7 +150,12 @@ def counted(attend: Mixed) -> Callable[..., tuple[Attended, Tensor]]:
     return run
 
 
-def check_mixed(attend: Mixed, case: MixedCase, strict: bool = True) -> None:
+def check_mixed(
+    attend: Mixed,
+    case: MixedCase,
+    strict: bool = True,
+    close: dict[torch.dtype, tuple[float, float]] = CLOSE,
+) -> None:
     """As the reference in float32; `strict`: as many exact ones, where no weight lies at the edge of a bucket."""
     (query, entries, codes, options), given = case.mixed()
     ours, exact = counted(attend)(query, entries, codes, options, **given)
@@ -161,7 +166,7 @@ def check_mixed(attend: Mixed, case: MixedCase, strict: bool = True) -> None:
     off = (exact - expected).abs().max()
     assert off <= (0 if strict else 8), f"{off} entries too many or too few are exact"
     assert ours.output.dtype == case.dtype and ours.lse.dtype == torch.float32
-    most, most_lse = CLOSE[case.dtype]
+    most, most_lse = close[case.dtype]
     error = relative_rms(ours.output, theirs.output)
     assert error <= most, f"output is off by {error}"
     assert torch.equal(ours.lse.isfinite(), theirs.lse.isfinite())

@@ -27,6 +27,8 @@ LAUNCHES = {  # at most
     "select": 9,
     "gather": 1,
     "insert": 1,
+    "attend_mixed": 4,
+    "encode": 1,
 }
 
 slow = pytest.mark.slow

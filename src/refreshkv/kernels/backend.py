@@ -92,9 +92,9 @@ def _has_triton() -> bool:
 @functools.cache
 def triton_backend() -> Backend:
     """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
-    from refreshkv.kernels.triton import rings, select, step, verify
+    from refreshkv.kernels.triton import encode, mixed, rings, select, step, verify
 
-    return Backend.of("triton", step, verify, select, rings, reference)
+    return Backend.of("triton", step, verify, select, rings, mixed, encode)
 
 
 def available() -> dict[str, str]:
@@ -106,7 +106,7 @@ def available() -> dict[str, str]:
         )
     if torch.cuda.is_available() and _has_triton():
         names["triton"] = (
-            f"split-K attention and radix selection, for {torch.cuda.get_device_name()}"
+            f"split-K attention, radix selection and codes, for {torch.cuda.get_device_name()}"
         )
     return names
 

@@ -1,0 +1,512 @@
+"""A mixed step: attention by the codes of all entries, and exactly by the few that have weight in it, in four launches.
+
+The unit is a block of 64 positions, as the codes have them: `score` gives each entry a logit, from its codes where it
+has some; `count` finds the log-sum-exp of each head, and counts the largest weights of its GQA group in the buckets of
+`rounding.worth_reading`; `attend` takes the largest ones exactly, the values of the others from their codes, and leaves
+out blocks of little weight; and splits are merged. Logits are kept in between (4 bytes a query head and entry, where
+keys and values at two bits take 64 a KV head at head dim 128), so that all launches choose alike.
+
+Products are those with codes, which are small numbers and exact in 16 bits: a query is multiplied by the step of each
+dim before, a sum of values after. So a query that is not finite gives NaN where the restored key would give -inf.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreshkv.kernels.codes import Codes
+from refreshkv.kernels.options import Attended, AttendOptions, Entries
+from refreshkv.kernels.reference.attention import without_list
+from refreshkv.kernels.triton import codes as layout
+from refreshkv.kernels.triton.codes import (
+    BLOCK,
+    COPY_LIMITS,
+    LONG,
+    codes_of,
+    copy_of,
+    each_of,
+    grid_of,
+    place_of,
+)
+from refreshkv.kernels.triton.common import (
+    MOST_SPLITS,
+    absorb,
+    finished_logits,
+    merge,
+    on_its_device,
+    padded,
+    span,
+    split_count,
+)
+from refreshkv.kernels.triton.layout import (
+    LIMITS,
+    asked_for,
+    kept_row,
+    look_up,
+    options_of,
+    own_length,
+    page_of,
+    shown,
+    store_of,
+    strides,
+)
+from refreshkv.policy import rounding
+
+BUCKETS = tl.constexpr(rounding.BUCKETS)
+STEPS_A_NAT = tl.constexpr(rounding.STEPS_A_NAT)
+MOST_QUERIES = 16  # of a KV head: the rows of a matrix product
+COUNTED = 1024  # entries whose weights one program counts
+# By the larger padded head dim and the bytes of an element.
+WARPS = {(64, 2): 4, (128, 2): 4, (256, 2): 8, (64, 4): 8, (128, 4): 8, (256, 4): 8}
+_UNSPECIALIZED = [*LIMITS, *COPY_LIMITS, "entries"]
+
+
+def serves(query: Tensor, entries: Entries, codes: Codes, options: AttendOptions, **_: Any) -> bool:
+    """As for codes; and the queries of a KV head have to fit into a program."""
+    return layout.serves(entries, codes) and query.shape[1] <= MOST_QUERIES * entries.kv_heads
+
+
+@on_its_device
+def attend_mixed(
+    query: Tensor,
+    entries: Entries,
+    codes: Codes,
+    options: AttendOptions,
+    *,
+    first: Tensor,
+    finished: Tensor,
+    budget: Tensor,
+    skip: float = 0.0,
+    tally: Tensor,
+) -> Attended:
+    """See `reference.attend_mixed`."""
+    values = without_list(entries).values
+    assert values is not None
+    (rows, heads, dim), kv_heads, value_dim = query.shape, entries.kv_heads, values.shape[-1]
+    widest = max(64, padded(dim), padded(value_dim))
+    most = entries.count + BLOCK.value - 1  # positions of the blocks that have any
+    splits = split_count(rows * kv_heads, most, BLOCK.value)
+    width = triton.cdiv(most, BLOCK.value) * BLOCK.value
+    logits = query.new_empty(rows, heads, width, dtype=torch.float32)
+    lse, total = logits.new_empty(rows, heads, splits), logits.new_empty(rows, heads)
+    output = logits.new_empty(rows, heads, splits, value_dim)
+    counts = logits.new_empty(rows, kv_heads, BUCKETS.value, dtype=torch.int32)
+    store, limits = store_of(entries)
+    copy, copy_limits = copy_of(codes, entries, first, finished)
+    how = options_of(options, rows, kv_heads)
+    group = heads // kv_heads
+    warps = WARPS[widest, query.element_size()]
+    where = store, *limits, copy, *copy_limits, how
+    score_kernel[(splits, kv_heads, rows)](
+        query,
+        *where,
+        logits,
+        lse,
+        counts,
+        entries.count,
+        width,
+        *strides(query, 2),
+        PAGE=page_of(entries),
+        EACH=each_of(codes),
+        GROUP=group,
+        TILE=MOST_QUERIES,
+        DIM=dim,
+        DIM_PAD=padded(dim, LONG.value),
+        BITS=codes.bits,
+        num_warps=warps,
+        num_stages=1,
+    )
+    count_kernel[(triton.cdiv(width, COUNTED), kv_heads, rows)](
+        *where,
+        logits,
+        lse,
+        total,
+        counts,
+        entries.count,
+        width,
+        splits,
+        EACH=each_of(codes),
+        GROUP=group,
+        TILE=padded(group, 1),
+        MOST=MOST_SPLITS,
+        AT_ONCE=COUNTED,
+        num_warps=8,
+    )
+    attend_kernel[(splits, kv_heads, rows)](
+        query,
+        *where,
+        logits,
+        total,
+        counts,
+        budget.contiguous(),
+        output,
+        lse,
+        tally,
+        skip,
+        entries.count,
+        width,
+        *strides(query, 2),
+        *strides(tally, 3),
+        *codes.block_bytes,
+        PAGE=page_of(entries),
+        EACH=each_of(codes),
+        GROUP=group,
+        TILE=MOST_QUERIES,
+        DIM=dim,
+        DIM_PAD=padded(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=padded(value_dim),
+        BITS=codes.value_bits,
+        num_warps=warps,
+        num_stages=1,
+    )
+    return merge(
+        output,
+        lse,
+        query.shape[:-1],
+        dtype=values.dtype,
+        sinks=options.sinks,
+        heads=how.heads_ptr,
+    )
+
+
+@triton.jit
+def cut(copy, how, row, head, room, kept, entries):
+    """How a row is cut into blocks. All int32.
+
+    Returns:
+        first: the position of block 0, as near as the row has blocks.
+        before: the number of the block that holds position 0, less than 0 where positions lie before block 0.
+        ahead: where in its block position 0 lies.
+        finished: blocks with codes.
+        end: positions that count, from the beginning of that block on; 0 where none do.
+    """
+    first = tl.maximum(tl.load(copy.first_ptr + row), (room + 1) * -BLOCK)
+    first = tl.minimum(first, entries).to(tl.int32)
+    ahead = -first & (BLOCK - 1)
+    finished = tl.load(copy.finished_ptr + row)
+    finished = tl.minimum(tl.maximum(finished, 0), room).to(tl.int32)
+    length = tl.where(kept >= 0, own_length(how, row, head, entries), 0)
+    return (
+        first,
+        (-first - ahead) // BLOCK,
+        ahead,
+        finished,
+        tl.where(length > 0, length + ahead, 0),
+    )
+
+
+@triton.jit
+def depth_of(logits, total):
+    """The bucket of `rounding.worth_reading` of each entry, BUCKETS for no candidate; logits `[M, N]`, total `[M]`."""
+    weights = logits - tl.where(total == float("-inf"), 0.0, total)[:, None]
+    broken = tl.max((weights != weights).to(tl.int32), 0) > 0  # a maximum may drop a NaN
+    largest = tl.where(broken, float("-inf"), tl.max(weights, 0))
+    candidate = largest > float("-inf")
+    depth = -tl.where(candidate, largest, 0.0) * STEPS_A_NAT
+    depth = tl.minimum(tl.maximum(depth, 0.0), BUCKETS - 1).to(tl.int32)
+    return tl.where(candidate, depth, BUCKETS)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def score_kernel(
+    query_ptr,  # [B, Hq, D]
+    store,
+    width,
+    kept,
+    pages,
+    copy,
+    room,
+    coded,
+    how,
+    logits_ptr,  # [B, Hq, n'] float32, by blocks
+    lse_ptr,  # [B, Hq, S] float32
+    counts_ptr,  # [B, Hkv, BUCKETS] int32
+    entries,
+    columns,
+    query_row,
+    query_head,
+    PAGE: tl.constexpr,
+    EACH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Logits by the keys of the codes, or the exact ones of entries without; grid (S, Hkv, B)."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    own = row * kv_heads + head
+    if split == 0:
+        tl.store(counts_ptr + own * BUCKETS + tl.arange(0, BUCKETS), 0)
+    member = tl.arange(0, TILE)
+    real = member < GROUP
+    queries = own * GROUP + member
+    kept = kept_row(store.rows_ptr, row, kept)
+    block_0, before, ahead, finished, end = cut(copy, how, row, head, room, kept, entries)
+    first, stop = span(end, BLOCK)
+    if first >= stop:
+        tl.store(lse_ptr + queries * splits + split, float("-inf"), mask=real)
+        return
+
+    dims, lanes = tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
+    query_ptr += row * query_row + (head * GROUP + member)[:, None] * query_head
+    query = tl.load(
+        query_ptr + dims[None, :], mask=real[:, None] & (dims < DIM)[None, :], other=0.0
+    )
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    for start in tl.range(first, stop, BLOCK):
+        index = start + lanes
+        position = index - ahead
+        seen = shown(how, row, head, position, (position >= 0) & (index < end))
+        key_at, value_at, seen = look_up(store, width, pages, row, kept, head, position, seen, PAGE)
+        page, place = place_of(copy, coded, row, before + start // BLOCK, finished, EACH)
+        if page >= 0:
+            grids = copy.key_grids_ptr + page * copy.key_grid_row + head * copy.key_grid_head
+            middle, step = grid_of(grids + place * copy.key_grid_block, dims, DIM, BITS)
+            planes = copy.keys_ptr + page * copy.key_row + head * copy.key_head
+            codes = codes_of(planes + place * copy.key_block, lanes, DIM, BLOCK, DIM_PAD, BITS)
+            wide = query.to(tl.float32)
+            stepped = (wide * step[None, :]).to(query.dtype)
+            products = tl.dot(stepped, tl.trans(codes.to(query.dtype)), input_precision="ieee")
+            products += tl.sum(wide * middle[None, :], 1)[:, None]
+        else:
+            # What is not seen is not read: it may hold anything.
+            keys = tl.load(
+                store.keys_ptr + key_at[:, None] + dims[None, :],
+                mask=seen[:, None] & (dims < DIM)[None, :],
+                other=0.0,
+            )
+            products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        logits = finished_logits(products, how.scale, how.softcap)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        kept_logits = logits_ptr + queries[:, None] * columns + index[None, :]
+        tl.store(kept_logits, logits, mask=real[:, None])
+        nothing, top, mass = absorb(logits, None, top, top, mass)
+    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
+    tl.store(lse_ptr + queries * splits + split, lse, mask=real)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def count_kernel(
+    store,
+    width,
+    kept,
+    pages,
+    copy,
+    room,
+    coded,
+    how,
+    logits_ptr,  # [B, Hq, n'] float32
+    lse_ptr,  # [B, Hq, S] float32
+    total_ptr,  # [B, Hq] float32
+    counts_ptr,  # [B, Hkv, BUCKETS] int32, zeros
+    entries,
+    columns,
+    splits,
+    EACH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    MOST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The log-sum-exp of each head and its sink, and in which buckets the entries are; grid (n' / N, Hkv, B)."""
+    part, head, kv_heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    own = row * kv_heads + head
+    kept = kept_row(store.rows_ptr, row, kept)
+    block_0, before, ahead, finished, end = cut(copy, how, row, head, room, kept, entries)
+    member, every = tl.arange(0, TILE), tl.arange(0, MOST)
+    real = member < GROUP
+    queries = own * GROUP + member
+    lses = tl.load(
+        lse_ptr + queries[:, None] * splits + every[None, :],
+        mask=real[:, None] & (every < splits)[None, :],
+        other=float("-inf"),
+    )
+    top = tl.max(lses, 1)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    total = origin + tl.log(tl.sum(tl.exp(lses - origin[:, None]), 1))
+    if how.sinks_ptr is not None:
+        sinks = tl.load(how.sinks_ptr + head * GROUP + member, mask=real, other=0.0)
+        total = add_exponentials(total, sinks.to(tl.float32))
+    tl.store(total_ptr + queries, total, mask=real & (part == 0))
+
+    index = part * AT_ONCE + tl.arange(0, AT_ONCE)
+    page, place = place_of(copy, coded, row, before + index // BLOCK, finished, EACH)
+    covered = (page >= 0) & (index < tl.cdiv(end, BLOCK) * BLOCK)
+    logits = tl.load(
+        logits_ptr + queries[:, None] * columns + index[None, :],
+        mask=real[:, None] & covered[None, :],
+        other=float("-inf"),
+    )
+    depth = depth_of(logits, tl.where(real, total, 0.0))
+    count = tl.histogram(depth, BUCKETS, mask=covered & (depth < BUCKETS))
+    tl.atomic_add(counts_ptr + own * BUCKETS + tl.arange(0, BUCKETS), count, mask=count > 0)
+
+
+@triton.jit
+def add_exponentials(one, other):
+    """log(exp(one) + exp(other)), as `torch.logaddexp`."""
+    top = tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+    sum = top + tl.log(tl.exp(one - top) + tl.exp(other - top))
+    return tl.where(tl.abs(top) == float("inf"), top, sum)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def attend_kernel(
+    query_ptr,  # [B, Hq, D]
+    store,
+    width,
+    kept,
+    pages,
+    copy,
+    room,
+    coded,
+    how,
+    logits_ptr,  # [B, Hq, n'] float32
+    total_ptr,  # [B, Hq] float32
+    counts_ptr,  # [B, Hkv, BUCKETS] int32
+    budget_ptr,  # [B] int64
+    output_ptr,  # [B, Hq, S, Dv] float32
+    lse_ptr,  # [B, Hq, S] float32
+    tally_ptr,  # [B, Hkv, 2] int64
+    skip,
+    entries,
+    columns,
+    query_row,
+    query_head,
+    tally_row,
+    tally_head,
+    tally_kind,
+    key_bytes,
+    value_bytes,
+    PAGE: tl.constexpr,
+    EACH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """The chosen entries exactly, others by their codes where their block has weight; grid (S, Hkv, B)."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    if not asked_for(how.heads_ptr, row, head, kv_heads):
+        return
+    own = row * kv_heads + head
+    member = tl.arange(0, TILE)
+    real = member < GROUP
+    queries = own * GROUP + member
+    kept = kept_row(store.rows_ptr, row, kept)
+    block_0, before, ahead, finished, end = cut(copy, how, row, head, room, kept, entries)
+    tally_ptr += row * tally_row + head * tally_head
+    if split == 0:
+        behind = own_length(how, row, head, entries) - tl.maximum(block_0 + finished * BLOCK, 0)
+        tl.atomic_add(tally_ptr, tl.maximum(behind, 0).to(tl.int64))
+        tl.atomic_add(tally_ptr + tally_kind, finished.to(tl.int64) * key_bytes)
+    first, stop = span(end, BLOCK)
+    if first >= stop:
+        tl.store(lse_ptr + queries * splits + split, float("-inf"), mask=real)
+        return
+
+    counts = tl.load(counts_ptr + own * BUCKETS + tl.arange(0, BUCKETS))
+    fit = tl.sum((tl.cumsum(counts, 0) <= tl.load(budget_ptr + row)).to(tl.int32), 0)
+    blocks = tl.maximum(tl.load(copy.finished_ptr + row), 1).to(tl.float32)
+    total = tl.load(total_ptr + queries, mask=real, other=0.0)
+    dims, value_dims, lanes = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, BLOCK)
+    query_ptr += row * query_row + (head * GROUP + member)[:, None] * query_head
+    query = tl.load(
+        query_ptr + dims[None, :], mask=real[:, None] & (dims < DIM)[None, :], other=0.0
+    )
+    acc = tl.zeros([TILE, VALUE_PAD], tl.float32)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    exact, read = finished * 0, finished * 0
+    for start in tl.range(first, stop, BLOCK):
+        index = start + lanes
+        logits = tl.load(
+            logits_ptr + queries[:, None] * columns + index[None, :],
+            mask=real[:, None],
+            other=float("-inf"),
+        )
+        page, place = place_of(copy, coded, row, before + start // BLOCK, finished, EACH)
+        wanted = lanes >= 0
+        if page >= 0:
+            wanted = depth_of(logits, total) < fit
+            rounded = tl.where(wanted[None, :], float("-inf"), logits)
+            if has_weight(rounded, total, skip / blocks):
+                grids = copy.value_grids_ptr + page * copy.value_grid_row
+                grids += head * copy.value_grid_head + place * copy.value_grid_block
+                middle, step = grid_of(grids, value_dims, VALUE_DIM, BITS)
+                planes = copy.values_ptr + page * copy.value_row + head * copy.value_head
+                planes += place * copy.value_block
+                codes = codes_of(planes, value_dims, BLOCK, VALUE_DIM, BLOCK, BITS)
+                codes = tl.trans(codes.to(query.dtype))
+                empty = tl.zeros([TILE, VALUE_PAD], tl.float32)
+                sums, new_top, weight = absorb(rounded, codes, empty, top, mass * 0)
+                decay = tl.exp(top - tl.where(new_top == float("-inf"), 0.0, new_top))
+                acc = (
+                    acc * decay[:, None] + middle[None, :] * weight[:, None] + step[None, :] * sums
+                )
+                top, mass = new_top, mass * decay + weight
+                read += 1
+        chosen = tl.sum(wanted.to(tl.int32), 0)
+        if chosen > 0:
+            position = index - ahead
+            seen = shown(how, row, head, position, wanted & (position >= 0) & (index < end))
+            key_at, value_at, seen = look_up(
+                store, width, pages, row, kept, head, position, seen, PAGE
+            )
+            if page >= 0:
+                exact += chosen
+                keys = tl.load(
+                    store.keys_ptr + key_at[:, None] + dims[None, :],
+                    mask=seen[:, None] & (dims < DIM)[None, :],
+                    other=0.0,
+                )
+                products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+                logits = finished_logits(products, how.scale, how.softcap)
+                logits = tl.where(seen[None, :], logits, float("-inf"))
+            values = tl.load(
+                store.values_ptr + value_at[:, None] + value_dims[None, :],
+                mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+            acc, top, mass = absorb(logits, values, acc, top, mass)
+
+    tl.atomic_add(tally_ptr, exact.to(tl.int64), mask=exact > 0)
+    tl.atomic_add(tally_ptr + tally_kind, read.to(tl.int64) * value_bytes, mask=read > 0)
+    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
+    tl.store(lse_ptr + queries * splits + split, lse, mask=real)
+    acc /= tl.where(mass == 0, 1.0, mass)[:, None]
+    tl.store(
+        output_ptr + (queries * splits + split)[:, None] * VALUE_DIM + value_dims[None, :],
+        acc,
+        mask=real[:, None] & (value_dims < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit
+def has_weight(logits, total, least):
+    """Whether a query head gives entries any weight, and not less than `least`; logits `[M, N]`, total `[M]`."""
+    weights = tl.exp(logits - tl.where(total == float("-inf"), 0.0, total)[:, None])
+    weights = tl.sum(tl.where(logits == float("-inf"), 0.0, weights), 1)
+    broken = tl.max((weights != weights).to(tl.int32), 0) > 0
+    most = tl.max(weights, 0)
+    return broken | ((most != 0) & (most >= least))
