@@ -23,6 +23,9 @@ EACH = 2  # blocks of a page of codes
 # Relative RMS of outputs; log-sum-exp, absolute. In bfloat16 a query times the step of a channel is rounded too.
 CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (5e-4, 1e-4), torch.bfloat16: (9e-3, 1e-2)}
 
+# What an entry or a block changes that is read in one way here and in another there.
+EDGE = (3e-2, 6e-2)
+
 
 @dataclass(frozen=True)
 class MixedCase(Case):
@@ -154,7 +157,6 @@ def check_mixed(
     attend: Mixed,
     case: MixedCase,
     strict: bool = True,
-    close: dict[torch.dtype, tuple[float, float]] = CLOSE,
 ) -> None:
     """As the reference in float32; `strict`: as many exact ones, where no weight lies at the edge of a bucket."""
     (query, entries, codes, options), given = case.mixed()
@@ -166,7 +168,7 @@ def check_mixed(
     off = (exact - expected).abs().max()
     assert off <= (0 if strict else 8), f"{off} entries too many or too few are exact"
     assert ours.output.dtype == case.dtype and ours.lse.dtype == torch.float32
-    most, most_lse = close[case.dtype]
+    most, most_lse = EDGE if off else CLOSE[case.dtype]
     error = relative_rms(ours.output, theirs.output)
     assert error <= most, f"output is off by {error}"
     assert torch.equal(ours.lse.isfinite(), theirs.lse.isfinite())

@@ -16,7 +16,10 @@ from tests.kernels.mutants import Mutant, mutated
 
 triton_encode = importlib.import_module("refreshkv.kernels.triton.encode")
 
-pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
 HEAD = MixedCase(rows=1, kv_heads=1, group=1, length=200)
 CASES = [

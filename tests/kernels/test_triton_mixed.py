@@ -26,6 +26,7 @@ from tests.kernels.mixed import (
     counted,
 )
 from tests.kernels.mutants import Mutant, mutated
+from tests.kernels.test_triton_encode import encode_there
 
 triton_common = importlib.import_module("refreshkv.kernels.triton.common")
 triton_mixed = importlib.import_module("refreshkv.kernels.triton.mixed")
@@ -58,3 +59,14 @@ def test_it_equals_the_reference(case: MixedCase, dtype: torch.dtype) -> None:
         replace(case, dtype=dtype),
         strict=dtype == torch.float32,
     )
+
+
+@EVERY_DTYPE
+def test_nan_in_is_nan_out(dtype: torch.dtype) -> None:
+    check_broken_numbers(
+        written_there(triton_mixed.attend_mixed), reference.encode, BROKEN, dtype
+    )
+
+
+def test_no_place_leads_elsewhere() -> None:
+    check_broken_places(written_there(triton_mixed.attend_mixed), encode_there(), count=12)
