@@ -31,11 +31,11 @@ from refreshkv.kernels.triton.codes import (
     copy_of,
     each_of,
     grid_of,
+    offset_of,
     place_of,
 )
 from refreshkv.kernels.triton.common import (
     MOST_SPLITS,
-    absorb,
     finished_logits,
     merge,
     on_its_device,
@@ -59,10 +59,12 @@ from refreshkv.policy import rounding
 
 BUCKETS = tl.constexpr(rounding.BUCKETS)
 STEPS_A_NAT = tl.constexpr(rounding.STEPS_A_NAT)
-MOST_QUERIES = 16  # of a KV head: the rows of a matrix product
+MOST_QUERIES = 16  # of a KV head: columns of a matrix product
+_LEAST_QUERIES = 8  # columns of one
+_LIFT = 2.0**12  # of weights in float16, which has no number between 0 and 2^-24
 COUNTED = 1024  # entries whose weights one program counts
 # By the larger padded head dim and the bytes of an element.
-WARPS = {(64, 2): 4, (128, 2): 4, (256, 2): 8, (64, 4): 8, (128, 4): 8, (256, 4): 8}
+WARPS = {(64, 2): 4, (128, 2): 4, (256, 2): 4, (64, 4): 8, (128, 4): 8, (256, 4): 8}
 _UNSPECIALIZED = [*LIMITS, *COPY_LIMITS, "entries"]
 
 
@@ -114,7 +116,7 @@ def attend_mixed(
         PAGE=page_of(entries),
         EACH=each_of(codes),
         GROUP=group,
-        TILE=MOST_QUERIES,
+        TILE=padded(group, _LEAST_QUERIES),
         DIM=dim,
         DIM_PAD=padded(dim, LONG.value),
         BITS=codes.bits,
@@ -156,12 +158,13 @@ def attend_mixed(
         PAGE=page_of(entries),
         EACH=each_of(codes),
         GROUP=group,
-        TILE=MOST_QUERIES,
+        TILE=padded(group, _LEAST_QUERIES),
         DIM=dim,
         DIM_PAD=padded(dim),
         VALUE_DIM=value_dim,
         VALUE_PAD=padded(value_dim),
         BITS=codes.value_bits,
+        LIFT=_LIFT if query.dtype == torch.float16 else 1.0,
         num_warps=warps,
         num_stages=1,
     )
@@ -203,10 +206,10 @@ def cut(copy, how, row, head, room, kept, entries):
 
 @triton.jit
 def depth_of(logits, total):
-    """The bucket of `rounding.worth_reading` of each entry, BUCKETS for no candidate; logits `[M, N]`, total `[M]`."""
-    weights = logits - tl.where(total == float("-inf"), 0.0, total)[:, None]
-    broken = tl.max((weights != weights).to(tl.int32), 0) > 0  # a maximum may drop a NaN
-    largest = tl.where(broken, float("-inf"), tl.max(weights, 0))
+    """The bucket of `rounding.worth_reading` of each entry, BUCKETS for no candidate; logits `[N, M]`, total `[M]`."""
+    weights = logits - tl.where(total == float("-inf"), 0.0, total)[None, :]
+    broken = tl.max((weights != weights).to(tl.int32), 1) > 0  # a maximum may drop a NaN
+    largest = tl.where(broken, float("-inf"), tl.max(weights, 1))
     candidate = largest > float("-inf")
     depth = -tl.where(candidate, largest, 0.0) * STEPS_A_NAT
     depth = tl.minimum(tl.maximum(depth, 0.0), BUCKETS - 1).to(tl.int32)
@@ -263,8 +266,10 @@ def score_kernel(
     query = tl.load(
         query_ptr + dims[None, :], mask=real[:, None] & (dims < DIM)[None, :], other=0.0
     )
-    top = tl.full([TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
+    # Of each place in a block by itself: what is common to them waits for the end.
+    top = tl.full([BLOCK, TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK, TILE], tl.float32)
+    offset: tl.constexpr = offset_of(query.dtype, BITS)
     for start in tl.range(first, stop, BLOCK):
         index = start + lanes
         position = index - ahead
@@ -275,11 +280,13 @@ def score_kernel(
             grids = copy.key_grids_ptr + page * copy.key_grid_row + head * copy.key_grid_head
             middle, step = grid_of(grids + place * copy.key_grid_block, dims, DIM, BITS)
             planes = copy.keys_ptr + page * copy.key_row + head * copy.key_head
-            codes = codes_of(planes + place * copy.key_block, lanes, DIM, BLOCK, DIM_PAD, BITS)
+            planes += place * copy.key_block
+            codes = codes_of(planes, lanes, DIM, BLOCK, DIM_PAD, BITS, query.dtype)
             wide = query.to(tl.float32)
             stepped = (wide * step[None, :]).to(query.dtype)
-            products = tl.dot(stepped, tl.trans(codes.to(query.dtype)), input_precision="ieee")
-            products += tl.sum(wide * middle[None, :], 1)[:, None]
+            beside = wide * middle[None, :] - stepped.to(tl.float32) * offset
+            products = tl.dot(codes, tl.trans(stepped), input_precision="ieee")
+            products += tl.sum(beside, 1)[None, :]
         else:
             # What is not seen is not read: it may hold anything.
             keys = tl.load(
@@ -287,13 +294,19 @@ def score_kernel(
                 mask=seen[:, None] & (dims < DIM)[None, :],
                 other=0.0,
             )
-            products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+            products = tl.dot(keys, tl.trans(query), input_precision="ieee")
         logits = finished_logits(products, how.scale, how.softcap)
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        kept_logits = logits_ptr + queries[:, None] * columns + index[None, :]
-        tl.store(kept_logits, logits, mask=real[:, None])
-        nothing, top, mass = absorb(logits, None, top, top, mass)
-    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
+        logits = tl.where(seen[:, None], logits, float("-inf"))
+        kept_logits = logits_ptr + queries[None, :] * columns + index[:, None]
+        tl.store(kept_logits, logits, mask=real[None, :])
+        new_top = tl.maximum(top, logits)
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        mass = mass * tl.exp(top - origin) + tl.exp(logits - origin)
+        top = new_top
+    highest = tl.max(top, 0)
+    origin = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(mass * tl.exp(top - origin[None, :]), 0)
+    lse = tl.where(total == 0, float("-inf"), origin + tl.log(total))  # NaN stays
     tl.store(lse_ptr + queries * splits + split, lse, mask=real)
 
 
@@ -348,8 +361,8 @@ def count_kernel(
     page, place = place_of(copy, coded, row, before + index // BLOCK, finished, EACH)
     covered = (page >= 0) & (index < tl.cdiv(end, BLOCK) * BLOCK)
     logits = tl.load(
-        logits_ptr + queries[:, None] * columns + index[None, :],
-        mask=real[:, None] & covered[None, :],
+        logits_ptr + queries[None, :] * columns + index[:, None],
+        mask=real[None, :] & covered[:, None],
         other=float("-inf"),
     )
     depth = depth_of(logits, tl.where(real, total, 0.0))
@@ -402,6 +415,7 @@ def attend_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BITS: tl.constexpr,
+    LIFT: tl.constexpr,
 ):
     """The chosen entries exactly, others by their codes where their block has weight; grid (S, Hkv, B)."""
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -429,42 +443,48 @@ def attend_kernel(
     fit = tl.sum((tl.cumsum(counts, 0) <= tl.load(budget_ptr + row)).to(tl.int32), 0)
     blocks = tl.maximum(tl.load(copy.finished_ptr + row), 1).to(tl.float32)
     total = tl.load(total_ptr + queries, mask=real, other=0.0)
+    base = tl.where(total == float("-inf"), 0.0, total)
     dims, value_dims, lanes = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, BLOCK)
     query_ptr += row * query_row + (head * GROUP + member)[:, None] * query_head
     query = tl.load(
         query_ptr + dims[None, :], mask=real[:, None] & (dims < DIM)[None, :], other=0.0
     )
-    acc = tl.zeros([TILE, VALUE_PAD], tl.float32)
+    offset: tl.constexpr = offset_of(query.dtype, BITS)
+    exact_acc = tl.zeros([VALUE_PAD, TILE], tl.float32)
+    exact_mass = tl.zeros([TILE], tl.float32)
     top = tl.full([TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
+    rounded_acc, rounded_mass = (
+        exact_acc,
+        exact_mass,
+    )  # as weights beside `total`, which none of them exceeds
     exact, read = finished * 0, finished * 0
     for start in tl.range(first, stop, BLOCK):
         index = start + lanes
         logits = tl.load(
-            logits_ptr + queries[:, None] * columns + index[None, :],
-            mask=real[:, None],
+            logits_ptr + queries[None, :] * columns + index[:, None],
+            mask=real[None, :],
             other=float("-inf"),
         )
         page, place = place_of(copy, coded, row, before + start // BLOCK, finished, EACH)
         wanted = lanes >= 0
         if page >= 0:
             wanted = depth_of(logits, total) < fit
-            rounded = tl.where(wanted[None, :], float("-inf"), logits)
-            if has_weight(rounded, total, skip / blocks):
+            rounded = (logits > float("-inf")) | (logits != logits)
+            weights = tl.exp(logits - base[None, :])
+            weights = tl.where(rounded & (wanted[:, None] == 0), weights, 0.0)
+            mass = tl.sum(weights, 0)
+            if has_weight(mass, skip / blocks):
                 grids = copy.value_grids_ptr + page * copy.value_grid_row
                 grids += head * copy.value_grid_head + place * copy.value_grid_block
                 middle, step = grid_of(grids, value_dims, VALUE_DIM, BITS)
                 planes = copy.values_ptr + page * copy.value_row + head * copy.value_head
                 planes += place * copy.value_block
-                codes = codes_of(planes, value_dims, BLOCK, VALUE_DIM, BLOCK, BITS)
-                codes = tl.trans(codes.to(query.dtype))
-                empty = tl.zeros([TILE, VALUE_PAD], tl.float32)
-                sums, new_top, weight = absorb(rounded, codes, empty, top, mass * 0)
-                decay = tl.exp(top - tl.where(new_top == float("-inf"), 0.0, new_top))
-                acc = (
-                    acc * decay[:, None] + middle[None, :] * weight[:, None] + step[None, :] * sums
-                )
-                top, mass = new_top, mass * decay + weight
+                codes = codes_of(planes, value_dims, BLOCK, VALUE_DIM, BLOCK, BITS, query.dtype)
+                short = (weights * LIFT).to(query.dtype)
+                sums = tl.dot(codes, short, input_precision="ieee")
+                sums -= (tl.sum(short.to(tl.float32), 0) * offset)[None, :]
+                rounded_acc += middle[:, None] * mass[None, :] + step[:, None] * (sums / LIFT)
+                rounded_mass += mass
                 read += 1
         chosen = tl.sum(wanted.to(tl.int32), 0)
         if chosen > 0:
@@ -480,33 +500,45 @@ def attend_kernel(
                     mask=seen[:, None] & (dims < DIM)[None, :],
                     other=0.0,
                 )
-                products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+                products = tl.dot(keys, tl.trans(query), input_precision="ieee")
                 logits = finished_logits(products, how.scale, how.softcap)
-                logits = tl.where(seen[None, :], logits, float("-inf"))
+                logits = tl.where(seen[:, None], logits, float("-inf"))
             values = tl.load(
                 store.values_ptr + value_at[:, None] + value_dims[None, :],
                 mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
                 other=0.0,
             )
-            acc, top, mass = absorb(logits, values, acc, top, mass)
+            new_top = tl.maximum(top, tl.max(logits, 0))
+            origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp(logits - origin[None, :])
+            decay = tl.exp(top - origin)
+            exact_mass = exact_mass * decay + tl.sum(weights, 0)
+            exact_acc = exact_acc * decay[None, :]
+            short = weights.to(values.dtype)
+            exact_acc += tl.dot(tl.trans(values), short, input_precision="ieee")
+            top = new_top
 
     tl.atomic_add(tally_ptr, exact.to(tl.int64), mask=exact > 0)
     tl.atomic_add(tally_ptr + tally_kind, read.to(tl.int64) * value_bytes, mask=read > 0)
-    lse = tl.where(mass == 0, float("-inf"), top + tl.log(mass))  # NaN stays
+    top_of_all = tl.maximum(top, tl.where(rounded_mass == 0, float("-inf"), base))
+    origin = tl.where(top_of_all == float("-inf"), 0.0, top_of_all)
+    of_exact, of_rounded = tl.exp(top - origin), tl.exp(base - origin)
+    of_rounded = tl.where(rounded_mass == 0, 0.0, of_rounded)
+    mass = exact_mass * of_exact + rounded_mass * of_rounded
+    acc = exact_acc * of_exact[None, :] + rounded_acc * of_rounded[None, :]
+    lse = tl.where(mass == 0, float("-inf"), origin + tl.log(mass))  # NaN stays
     tl.store(lse_ptr + queries * splits + split, lse, mask=real)
-    acc /= tl.where(mass == 0, 1.0, mass)[:, None]
+    acc /= tl.where(mass == 0, 1.0, mass)[None, :]
     tl.store(
-        output_ptr + (queries * splits + split)[:, None] * VALUE_DIM + value_dims[None, :],
+        output_ptr + (queries * splits + split)[None, :] * VALUE_DIM + value_dims[:, None],
         acc,
-        mask=real[:, None] & (value_dims < VALUE_DIM)[None, :],
+        mask=real[None, :] & (value_dims < VALUE_DIM)[:, None],
     )
 
 
 @triton.jit
-def has_weight(logits, total, least):
-    """Whether a query head gives entries any weight, and not less than `least`; logits `[M, N]`, total `[M]`."""
-    weights = tl.exp(logits - tl.where(total == float("-inf"), 0.0, total)[:, None])
-    weights = tl.sum(tl.where(logits == float("-inf"), 0.0, weights), 1)
-    broken = tl.max((weights != weights).to(tl.int32), 0) > 0
-    most = tl.max(weights, 0)
+def has_weight(masses, least):
+    """Whether any query head gives a block weight `[M]`, and not less than `least`."""
+    broken = tl.max((masses != masses).to(tl.int32), 0) > 0
+    most = tl.max(masses, 0)
     return broken | ((most != 0) & (most >= least))
