@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 
 from tests.kernels.interpreted import each_tensor, there  # isort: skip  # before any kernel
 from tests.kernels.mixed import CLOSE, EVERYTHING, Encode, MixedCase, check_encode
-from tests.kernels.mutants import Mutant, mutated
 
 triton_encode = importlib.import_module("refreshkv.kernels.triton.encode")
 

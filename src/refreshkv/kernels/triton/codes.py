@@ -148,13 +148,6 @@ def words_of(across, SUMMED: tl.constexpr, ACROSS: tl.constexpr, PAD: tl.constex
 
 
 @triton.jit
-def shifts():
-    """Which bit of a word each of its numbers has, in their order: pairs have the same in either half."""
-    number = tl.arange(0, LONG)
-    return number // 2 + number % 2 * 16
-
-
-@triton.jit
 def codes_of(
     planes_ptr,
     across,
@@ -166,8 +159,8 @@ def codes_of(
 ):
     """Codes of one block plus `offset_of(DTYPE)`, `[A, PAD]` of that type; arguments as for `words_of`.
 
-    In 16 bits nothing is converted: a number from 2^m on, where m is how many bits its mantissa has, has the code in the
-    last of them. A word is halved five times, so that its numbers lie beside each other in one thread.
+    In 16 bits nothing is converted: 2^m plus a code has the code as the last of the m bits of its mantissa. A word is
+    halved five times, so that its numbers lie beside each other in one thread.
     """
     at, exist = words_of(across, SUMMED, ACROSS, PAD, BITS)
     if tl.bfloat16 == DTYPE:

@@ -29,7 +29,6 @@ from refreshkv.kernels.triton.codes import (
     each_of,
     low_and_step,
     place_of,
-    shifts,
     words_of,
 )
 from refreshkv.kernels.triton.common import on_its_device, padded
@@ -218,6 +217,13 @@ def kept_grid(low, step):
 def nearest(numbers):
     """Rounded half to even, of float32 below 2^22."""
     return (numbers + _ROUND) - _ROUND
+
+
+@triton.jit
+def shifts():
+    """Which bit of a word each of its numbers has, in their order: pairs have the same in either half."""
+    number = tl.arange(0, LONG)
+    return number // 2 + number % 2 * 16
 
 
 @triton.jit
