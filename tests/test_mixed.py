@@ -282,14 +282,17 @@ def test_what_is_left_out_has_no_more_weight_than_it_may(skip: float) -> None:
         "budget": torch.zeros(3, dtype=torch.int64),
     }
     options = PLAIN.over(visible[:, None])
-    (every, whole), (some, counts) = (
-        cache.store.attend_mixed(query, cache.copy.codes, options, **rows, skip=share)
-        for share in (0.0, skip)
+    whole, counts = torch.zeros(2, 3, 2, 2, dtype=torch.int64)
+    every, some = (
+        cache.store.attend_mixed(query, cache.copy.codes, options, **rows, skip=share, tally=tally)
+        for share, tally in ((0.0, whole), (skip, counts))
     )
     left_out = 1 - (some.lse - every.lse).exp()
     assert float(left_out.min()) > -1e-5 and float(left_out.max()) <= skip + 1e-5
-    assert torch.equal(whole[..., 1], cache.copy.finished[:, None].expand(-1, 2))
-    unread = (whole - counts)[..., 1]
+    of_keys, of_values = cache.copy.codes.block_bytes
+    blocks = cache.copy.finished[:, None].expand(-1, 2)
+    assert torch.equal(whole[..., 1], blocks * (of_keys + of_values))
+    unread = (whole - counts)[..., 1] // of_values
     assert bool((unread.repeat_interleave(2, 1)[left_out > 1e-5] > 0).all())
     assert int(unread.sum()) >= {0.0: 0, 0.02: 0, 0.3: 1, 1.0: 4}[skip]
 

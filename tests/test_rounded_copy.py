@@ -259,7 +259,8 @@ def test_a_step_of_the_fixed_form_never_asks_the_device() -> None:
         )
         options = AttendOptions(scale=0.3, visible=visible[:, None], lengths=rows[:, None])
         of_rows = {"first": rows, "finished": rows, "budget": rows}
-        attended, _ = reference.attend_mixed(query, entries, codes, options, **of_rows, skip=0.1)
+        of_rows["tally"] = rows.new_zeros(2, HEADS, 2)
+        attended = reference.attend_mixed(query, entries, codes, options, **of_rows, skip=0.1)
         assert attended.output.shape == (2, HEADS, VALUE_DIM)
 
 

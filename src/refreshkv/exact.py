@@ -20,7 +20,7 @@ from torch import Tensor
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import BLOCK
 from refreshkv.kernels.options import AttendOptions, over_heads
-from refreshkv.mixed import attend_to_copy, bytes_of_codes, entries_read, learn_prompt
+from refreshkv.mixed import COPY_COUNTS, attend_to_copy, learn_prompt
 from refreshkv.stats import COUNTS
 from refreshkv.step import reselect, select_after_prompt
 
@@ -32,6 +32,7 @@ class Cycle:
         ends: `[B]` int64, where each row ends; what the stores hold after that is left over from refused drafts.
         ahead: int64 scalar, tokens drafted in this cycle.
         positions: `[B]` int64, where the token goes that is being drafted.
+        next: `[B]` int64, the position after that.
         columns: `[2]` int64, `ahead` and the one after it.
         counted: `[B]` bool, rows that draft; what others read along with them is not counted.
         counts: `[B]` int64, tokens of each row in the full pass that are real; 0 for a row that sits out.
@@ -44,6 +45,7 @@ class Cycle:
         self.ends = ends.clone()
         self.ahead = torch.zeros((), dtype=torch.int64, device=ends.device)
         self.positions = ends.clone()
+        self.next = ends + 1
         self.columns = torch.arange(2, device=ends.device)
         self.counted = torch.ones_like(ends, dtype=torch.bool)
         self.counts = torch.zeros_like(ends)
@@ -53,6 +55,7 @@ class Cycle:
     def begin_draft(self, grows: bool) -> None:
         """A pass over the next token of each row. `grows`: stores have to make room, and the device is asked."""
         torch.add(self.ends, self.ahead, out=self.positions)
+        torch.add(self.positions, 1, out=self.next)
         if grows:
             self.end = (int(self.ends.max()) if self.end is None else self.end) + 1
 
@@ -276,13 +279,9 @@ class ExactMixedLayer(ExactLayer):
 
     def _draft(self, query: Tensor) -> Tensor:
         cache, cycle = self.cache, self.cycle
-        ends = cycle.positions + 1
-        output, counts = attend_to_copy(cache, query, self.options, self._seen(), ends)
-        for name, amount in (
-            ("read", entries_read(cache, counts, ends)),
-            ("rounded", bytes_of_codes(cache, counts)),
-        ):
-            self.tally[:, 0, COUNTS.index(name)] += amount.where(cycle.counted, 0)
+        read = self.tally.new_zeros(cache.rows, cache.kv_heads, 2)
+        output = attend_to_copy(cache, query, self.options, self._seen(), read, cycle.next)
+        self.tally[..., COPY_COUNTS] += read * cycle.counted[:, None, None]
         return output
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.kernels.options import AttendOptions, over_heads
-from refreshkv.policy.rounding import BLOCK
+from refreshkv.stats import COUNTS
+
+# Of a tally, what a step over the copy adds to: "read" and "rounded".
+COPY_COUNTS = slice(COUNTS.index("read"), COUNTS.index("rounded") + 1)
 
 
 def learn_prompt(cache: LayerCache, visible: Tensor | None) -> None:
@@ -43,14 +46,23 @@ def mixed_step(
     learn_prompt(cache, visible)
     lengths = cache.store.lengths
     assert cache.copy is not None and cache.hidden is not None
-    cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
-    output, counts = attend_to_copy(cache, query, options, visible)
+    if cache.due != "partial":  # the host does not know that no block is complete
+        cache.copy.follow(cache.store, lengths - 1, visible, most=1 if cache.fixed else None)
+    if cache.tally is not None:
+        read = cache.tally[..., COPY_COUNTS]
+        return attend_to_copy(cache, query, options, visible, read)
     heads = cache.kv_heads
-    cache.count(
+    tally = lengths.new_zeros(cache.rows, heads, 2)
+    output = attend_to_copy(cache, query, options, visible, tally)
+    read, rounded = tally.sum(1).unbind(-1)
+    cache.stats.record(
+        cache.index,
+        kv_heads=heads,
+        entry_bytes=cache.store.entry_bytes,
         full=0,
         steps=cache.rows * heads,
-        read=entries_read(cache, counts, lengths),
-        rounded=bytes_of_codes(cache, counts),
+        read=read,
+        rounded=rounded,
         available=(lengths - cache.hidden) * heads,
     )
     return output
@@ -61,17 +73,17 @@ def attend_to_copy(
     query: Tensor,
     options: AttendOptions,
     visible: Tensor | None,
+    tally: Tensor,
     ends: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one query a row over the copy as it is, and exactly over what it does not cover.
+) -> Tensor:
+    """Attention of one query a row over the copy as it is, and exactly over what it does not cover; `[B, Hq, D]`.
 
-    `ends` `[B]`: over the first so many positions; `None`: those that a row has. Returns `[B, Hq, D]`, and counts as
-    `reference.attend_mixed` does.
+    `tally`: see `reference.attend_mixed`. `ends` `[B]`: over the first so many positions; `None`: those that a row has.
     """
     copy = cache.copy
     assert copy is not None and copy.codes is not None and cache.budget is not None
     assert copy.first is not None and copy.finished is not None
-    attended, counts = cache.store.attend_mixed(
+    return cache.store.attend_mixed(
         query,
         copy.codes,
         options.over(over_heads(visible)),
@@ -80,21 +92,5 @@ def attend_to_copy(
         finished=copy.finished,
         budget=cache.budget,
         skip=cache.config.skip,
-    )
-    return attended.output, counts
-
-
-def entries_read(cache: LayerCache, counts: Tensor, ends: Tensor) -> Tensor:
-    """`[B]`: entries that a step read exactly, those that no code covers among the first `ends` positions with them."""
-    copy = cache.copy
-    assert copy is not None and copy.first is not None and copy.finished is not None
-    uncovered = ends - copy.first - BLOCK * copy.finished
-    return counts[..., 0].sum(-1) + uncovered * cache.kv_heads
-
-
-def bytes_of_codes(cache: LayerCache, counts: Tensor) -> Tensor:
-    """`[B]`: bytes of the codes that a step read, the keys of all blocks and the values of some."""
-    copy = cache.copy
-    assert copy is not None and copy.codes is not None and copy.finished is not None
-    keys, values = copy.codes.block_bytes
-    return copy.finished * cache.kv_heads * keys + counts[..., 1].sum(-1) * values
+        tally=tally,
+    ).output

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import AttendOptions, Entries
+from refreshkv.policy.rounding import BLOCK
 
 # The modules of kernels and their operations, with the signatures of `reference`: `arguments` fills them in by name.
 OPERATIONS = {
@@ -31,10 +33,12 @@ OPERATIONS = {
     "select": ("select",),
     "begin": ("write", "drift"),
     "rings": ("push", "fetch", "refresh"),
+    "mixed": ("attend_mixed",),
+    "encode": ("encode",),
 }
 TARGETS = (80, 90)  # Ampere and Hopper
 DIMS = (64, 80, 128, 256)
-ROWS, KV_HEADS, GROUP, LENGTH, SLOTS, PAGE, QUERIES = 2, 8, 4, 4096, 512, 16, 9
+ROWS, KV_HEADS, GROUP, LENGTH, SLOTS, PAGE, QUERIES, BITS = 2, 8, 4, 4096, 512, 16, 9, 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def calls(operation: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[str, d
     ways = [""]
     if "entries" in wanted:
         ways = ["rows", "pages"]
-    if "entries" in wanted and not {"starts", "ring_keys"} & {*wanted}:
+    if "entries" in wanted and not {"starts", "ring_keys", "codes"} & {*wanted}:
         ways += ["list rows", "list pages rows"]
     for way in ways:
         yield f"everything {way}".strip(), arguments(operation, dim, dtype, way, plain=False)
@@ -104,6 +108,9 @@ def arguments(
         rows: int = ROWS, entries: int = LENGTH
     ) -> torch.Tensor:  # K beside V, as vLLM keeps them
         return torch.empty(rows, KV_HEADS, entries, 2 * dim, dtype=dtype)
+
+    def room(rows: int, blocks: int) -> Codes:
+        return Codes.room(cache(rows, 0), (dim, dim), blocks, BITS, BITS)
 
     both = cache(ROWS * LENGTH // PAGE, PAGE) if "pages" in layout else cache()
     listed = torch.zeros(ROWS, KV_HEADS, SLOTS, dtype=torch.int32) if "list" in layout else None
@@ -139,7 +146,9 @@ def arguments(
         "ring_positions": torch.zeros(ROWS, KV_HEADS, LENGTH, dtype=torch.int32),
         "filled": per_head,
         "state": torch.zeros(6, ROWS, KV_HEADS, dtype=torch.int64),
-        "tally": torch.zeros(ROWS, KV_HEADS, 5, dtype=torch.int64),
+        "tally": torch.zeros(ROWS, KV_HEADS, 5, dtype=torch.int64)[
+            ..., -2 if "codes" in wanted else 0 :
+        ],
         "hidden": per_head[:, 0],
         "at": per_head[:, 0],
         "back": 1,
@@ -152,6 +161,10 @@ def arguments(
         "stride": 10,
         "threshold": 0.85,
         "per_head": True,
+        "codes": room(ROWS, LENGTH // BLOCK),
+        **dict.fromkeys(("first", "finished", "begin", "end"), per_head[:, 0]),
+        "most": 1,
+        "skip": 0.02,
     }
     if not plain:
         mask = torch.ones(ROWS, 1, entries.count, dtype=torch.bool)
@@ -172,6 +185,9 @@ def arguments(
             "new_values": torch.empty(ROWS, KV_HEADS, LENGTH, dim, dtype=dtype),
             "anchors": torch.zeros(ROWS, KV_HEADS, 4, dtype=torch.int32),
         }
+    if "pages" in layout:
+        table = torch.zeros(ROWS, LENGTH // BLOCK // 2, dtype=torch.int32)
+        typical["codes"] = replace(room(table.numel(), 2), blocks=table)
     return {name: value for name, value in typical.items() if name in wanted}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.options import AttendOptions, Entries
 
 pytest.importorskip("triton", reason="needs triton, which is installed with torch on Linux")
@@ -79,10 +80,10 @@ def written_there(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same nest of tuples, dictionaries, `Entries` and `AttendOptions` with every tensor in it changed."""
+    """The same nest of tuples, dictionaries, `Entries`, `Codes` and `AttendOptions` with every tensor in it changed."""
 
     def changed(leaf: Any) -> Any:
-        if isinstance(leaf, Entries | AttendOptions):
+        if isinstance(leaf, Entries | AttendOptions | Codes):
             return type(leaf)(**tree_map(changed, vars(leaf)))
         return change(leaf) if isinstance(leaf, Tensor) else leaf
 

@@ -125,6 +125,8 @@ def taken_by(name: str) -> dict[str, Any]:
         every["query"] = every["query"][:, :, None].repeat(1, 1, 3, 1)
     if name in ("select", "attend_mixed"):
         every["budget"] = every["budget"][:2]
+    if name == "attend_mixed":
+        every["tally"] = every["tally"][..., 2:4]
     if name == "write":
         every["full"] = True
     if name == "drift":

@@ -31,6 +31,8 @@ LAUNCHES = {  # at most
     "push": 1,
     "fetch": 1,
     "refresh": 1,
+    "attend_mixed": 4,
+    "encode": 1,
 }
 
 slow = pytest.mark.slow

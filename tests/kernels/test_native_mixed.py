@@ -16,17 +16,25 @@ from refreshkv.kernels import reference
 from refreshkv.kernels.backend import CPU
 from refreshkv.kernels.codes import Codes
 from refreshkv.kernels.native import build, mixed
-from refreshkv.kernels.options import Attended, Entries
+from refreshkv.kernels.options import Entries
 from tests.helpers import needs_compiler
 from tests.kernels import hostile
-from tests.kernels.mixed import CLOSE, MixedCase, check_encode, check_mixed
+from tests.kernels.mixed import (
+    BROKEN,
+    CLOSE,
+    EVERYTHING,
+    Mixed,
+    MixedCase,
+    check_broken_numbers,
+    check_broken_places,
+    check_encode,
+    check_mixed,
+    counted,
+)
 from tests.kernels.test_native import BUILDS, CHUNK, built, mutant
 
 pytestmark = needs_compiler
 
-EVERYTHING = MixedCase(
-    rows=3, hidden="holes", softcap=3.0, sinks=True, value_dim=48, code_pages=True
-)
 CASES = [
     MixedCase(),
     EVERYTHING,
@@ -48,7 +56,7 @@ LONG = [
 EVERY_DTYPE = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
 
 
-def on(threads: int) -> Callable[..., tuple[Attended, Tensor]]:
+def on(threads: int) -> Mixed:
     return lambda *given, **named: mixed.run(*given, **named, threads=threads)
 
 
@@ -80,9 +88,9 @@ def test_long_texts_are_worked_off_in_chunks(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [EVERYTHING, *LONG], ids=str)
 def test_neither_threads_nor_other_rows_change_a_bit(case: MixedCase, dtype: torch.dtype) -> None:
     (query, entries, codes, options), given = replace(case, dtype=dtype).mixed()
-    (expected, lse), exact = on(1)(query, entries, codes, options, **given)
+    (expected, lse), exact = counted(on(1))(query, entries, codes, options, **given)
     for threads in (2, 3, 8):
-        (output, other), count = on(threads)(query, entries, codes, options, **given)
+        (output, other), count = counted(on(threads))(query, entries, codes, options, **given)
         assert (
             torch.equal(output, expected) and torch.equal(other, lse) and torch.equal(count, exact)
         )
@@ -98,7 +106,7 @@ def test_neither_threads_nor_other_rows_change_a_bit(case: MixedCase, dtype: tor
         of_row = replace(options, visible=seen)
         named = {k: x[only] if isinstance(x, Tensor) else x for k, x in given.items()}
         for threads in (1, 2, 8):
-            (output, _), count = on(threads)(query[only], alone, where, of_row, **named)
+            (output, _), count = counted(on(threads))(query[only], alone, where, of_row, **named)
             assert torch.equal(output, expected[only]) and torch.equal(count, exact[only])
 
 
@@ -106,10 +114,10 @@ def test_neither_threads_nor_other_rows_change_a_bit(case: MixedCase, dtype: tor
 def test_where_entries_and_codes_lie_changes_no_bit(dtype: torch.dtype) -> None:
     for case in (MixedCase(dtype=dtype), replace(EVERYTHING, dtype=dtype)):
         dense, given = case.mixed()
-        expected, exact = mixed.attend_mixed(*dense, **given)
+        expected, exact = counted(mixed.attend_mixed)(*dense, **given)
         for layout in ("rows", "pages", "pages rows"):
             moved, given = replace(case, layout=layout).mixed()
-            output, count = mixed.attend_mixed(*moved, **given)
+            output, count = counted(mixed.attend_mixed)(*moved, **given)
             assert all(map(torch.equal, output, expected)) and torch.equal(count, exact)
 
 
@@ -121,7 +129,9 @@ def test_a_budget_of_everything_is_full_attention(dtype: torch.dtype) -> None:
         full = CPU.attend(query, entries, options)
         for finished in (given["finished"], given["finished"] * 0):
             named = given | {"finished": finished}
-            (output, lse), exact = mixed.attend_mixed(query, entries, codes, options, **named)
+            (output, lse), exact = counted(mixed.attend_mixed)(
+                query, entries, codes, options, **named
+            )
             torch.testing.assert_close(output, full.output, **hostile.CLOSE[dtype])
             torch.testing.assert_close(lse, full.lse, rtol=1e-3, atol=1e-3)
             assert bool((exact > 0).any()) == bool(finished.any())
@@ -132,8 +142,8 @@ def test_lengths_hide_what_lies_beyond() -> None:
         (query, entries, codes, options), given = case.mixed()
         lengths = torch.tensor([[0, 300], [40, 333], [129, 64]])[: case.rows]
         kind = replace(options, lengths=lengths)
-        expected, exact = reference.attend_mixed(query, entries, codes, kind, **given)
-        ours, count = mixed.attend_mixed(query, entries, codes, kind, **given)
+        expected, exact = counted(reference.attend_mixed)(query, entries, codes, kind, **given)
+        ours, count = counted(mixed.attend_mixed)(query, entries, codes, kind, **given)
         torch.testing.assert_close(ours.output, expected.output, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.lse, expected.lse)
         assert torch.equal(count, exact) and not ours.output[0, : case.group].any()
@@ -158,37 +168,12 @@ def test_what_they_do_not_take_goes_to_the_reference(change: Callable[..., Any])
     assert not mixed.serves(query, entries, codes, options, **given)
     assert not mixed.serves(entries, codes, **MixedCase().span())
     CPU.encode(entries, codes, **MixedCase().span())
-    ours, _ = CPU.attend_mixed(query, entries, codes, options, **given)
-    expected, _ = reference.attend_mixed(query, entries, codes, options, **given)
+    ours, _ = counted(CPU.attend_mixed)(query, entries, codes, options, **given)
+    expected, _ = counted(reference.attend_mixed)(query, entries, codes, options, **given)
     assert torch.equal(ours.output, expected.output)
 
 
 # From here on: what no caller should send, and kernels that are wrong.
-
-
-def check_broken_numbers(dtype: torch.dtype = torch.float32) -> None:
-    """One number that is none, before the codes are made of it: what comes out is what the reference says."""
-    for case in (MixedCase(dtype=dtype), replace(EVERYTHING, dtype=dtype), LONG[0]):
-        for what in ("query", "keys", "values", "sinks", "hidden"):
-            for number in (hostile.NAN, hostile.INF):
-                if what in ("sinks", "hidden") and not case.sinks:
-                    continue
-                several, entries, options, _ = hostile.spoiled(case, what, number)
-                query = several[:, :, -1]
-                ours, theirs = case.room(entries), case.room(entries)
-                seen = None if options.visible is None else options.visible[:, 0]
-                mixed.encode(entries, ours, **case.span(), visible=seen)
-                reference.encode(entries, theirs, **case.span(), visible=seen)
-                assert all(map(torch.equal, ours.tensors, theirs.tensors))
-                _, given = case.mixed()
-                wide = Entries(entries.keys.float(), entries.values.float())
-                expected, _ = reference.attend_mixed(query.float(), wide, theirs, options, **given)
-                (output, lse), exact = mixed.attend_mixed(query, entries, ours, options, **given)
-                assert bool((exact[..., 0] <= given["budget"][:, None]).all())
-                if what == "hidden":
-                    assert not output.isnan().any()
-                hostile.close(output, expected.output, case.dtype)
-                hostile.close(lse, expected.lse, case.dtype)
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -198,65 +183,20 @@ def test_nan_in_is_nan_out_in_every_build(
 ) -> None:
     library = built(name)
     monkeypatch.setattr(mixed, "compiled", lambda: library)
-    check_broken_numbers(dtype)
-
-
-def check_broken_places(count: int = 30) -> None:
-    """Blocks, pages, rows, lengths and budgets of any size."""
-    for seed in range(count):
-        gen = torch.Generator().manual_seed(seed)
-        case = MixedCase(rows=3, dim=16, kv_heads=1, group=2, code_pages=seed % 2 == 0,
-                         layout=("", "rows", "pages", "pages rows")[seed % 4])  # fmt: skip
-        (query, entries, codes, options), given = case.mixed()
-
-        def some(most: int, gen: torch.Generator = gen) -> Tensor:
-            return hostile.integers((3,), most, gen)
-
-        if entries.rows is not None:
-            entries = replace(entries, rows=hostile.indices((3,), len(codes.keys), gen))
-        if codes.blocks is not None:
-            codes = replace(
-                codes, blocks=hostile.indices(tuple(codes.blocks.shape), len(codes.keys), gen)
-            )
-        if entries.blocks is not None:
-            near = entries.blocks.where(torch.rand(entries.blocks.shape, generator=gen) < 0.7, -5)
-            entries = replace(entries, blocks=near)
-        kind = replace(options, lengths=hostile.integers((3, 1), case.length, gen))
-        for finished in (given["finished"], some(6)):
-            for first in (given["first"], some(case.length), some(3) - 70):
-                named = {"first": first, "finished": finished, "budget": some(30)}
-                expected, exact = reference.attend_mixed(query, entries, codes, kind, **named)
-                ours, counted = mixed.attend_mixed(query, entries, codes, kind, **named)
-                hostile.close(ours.output, expected.output, case.dtype)
-                hostile.close(ours.lse, expected.lse, case.dtype)
-                assert torch.equal(counted, exact)
-                if (
-                    codes.blocks is not None
-                    and codes.blocks.flatten().unique().numel() < codes.blocks.numel()
-                ):
-                    continue  # two blocks at one place: which is written last, nobody says
-                if entries.rows is not None and entries.rows.unique().numel() < 3:
-                    continue
-                parts = [replace(codes, keys=codes.keys.clone(), key_grids=codes.key_grids.clone(),
-                                 values=codes.values.clone(), value_grids=codes.value_grids.clone())
-                         for _ in range(2)]  # fmt: skip
-                span = {"first": first, "begin": some(5), "end": finished, "most": 4}
-                mixed.encode(entries, parts[0], **span)
-                reference.encode(entries, parts[1], **span)
-                assert all(map(torch.equal, parts[0].tensors, parts[1].tensors))
+    check_broken_numbers(mixed.attend_mixed, mixed.encode, [*BROKEN, LONG[0]], dtype)
 
 
 def test_no_place_leads_elsewhere() -> None:
-    check_broken_places()
+    check_broken_places(mixed.attend_mixed, mixed.encode)
 
 
 def test_without_entries_or_rows_there_is_nothing() -> None:
     (query, entries, codes, options), given = MixedCase().mixed()
     none = Entries(entries.keys[:, :, :0], entries.values[:, :, :0])
-    ours, exact = mixed.attend_mixed(query, none, codes, options, **given)
+    ours, exact = counted(mixed.attend_mixed)(query, none, codes, options, **given)
     assert not ours.output.any() and bool((ours.lse == -torch.inf).all()) and not exact.any()
     empty = Codes.room(entries.keys, (64, 64), 0, 2, 2)
-    ours, exact = mixed.attend_mixed(query, entries, empty, options, **given)
+    ours, exact = counted(mixed.attend_mixed)(query, entries, empty, options, **given)
     assert torch.equal(ours.output, CPU.attend(query, entries, options).output) and not exact.any()
     mixed.encode(entries, empty, **MixedCase().span())
 

@@ -81,6 +81,7 @@ class Operands:
         self.ring = [torch.full_like(kept, float("nan")) for kept in _both(self.kept)]
         self.first = torch.zeros_like(self.budget)
         self.finished = torch.full_like(self.budget, job.context // BLOCK)
+        self.tally = self.budget.new_zeros(len(self.budget), self.full.kv_heads, 2)
         self.room = self._new_room()
 
     @functools.cached_property
@@ -344,7 +345,9 @@ def _attend_mixed(backend: Backend, given: Operands, budget: Tensor | None = Non
     rows = {"first": given.first, "finished": given.finished}
     rows["budget"] = given.budget if budget is None else budget
     options = AttendOptions(scale=given.query.shape[-1] ** -0.5)
-    return backend.attend_mixed(given.query, given.full, given.codes, options, **rows)[0]
+    return backend.attend_mixed(
+        given.query, given.full, given.codes, options, **rows, tally=given.tally
+    )
 
 
 def _mixed_at_both_ends(backend: Backend, given: Operands) -> list[Attended]:

@@ -208,7 +208,7 @@ class Store(ABC):
         options: AttendOptions,
         ends: Tensor | None = None,
         **rules: Any,
-    ) -> tuple[Attended, Tensor]:
+    ) -> Attended:
         """Attention of one query a row over codes, and few tokens exactly; see `reference.attend_mixed`.
 
         `ends` `[B]`: over the first so many positions; `None`: those that a row has.

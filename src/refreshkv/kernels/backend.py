@@ -34,7 +34,7 @@ class Backend:
     attend: Callable[..., Attended]
     attend_and_score: Callable[..., tuple[Attended, Scored]]
     attend_and_rank: Callable[..., tuple[Attended, Tensor]]
-    attend_mixed: Callable[..., tuple[Attended, Tensor]]
+    attend_mixed: Callable[..., Attended]
     score: Callable[..., Scored]
     verify: Callable[..., tuple[Attended, Scored]]
     vote: Callable[..., Scored]
@@ -96,9 +96,9 @@ def _has_triton() -> bool:
 @functools.cache
 def triton_backend() -> Backend:
     """The Triton kernels. Triton is imported here and nowhere else, so that the package works without it."""
-    from refreshkv.kernels.triton import begin, rings, select, step, verify
+    from refreshkv.kernels.triton import begin, encode, mixed, rings, select, step, verify
 
-    return Backend.of("triton", step, verify, select, begin, rings, reference)
+    return Backend.of("triton", step, verify, select, begin, rings, mixed, encode)
 
 
 def available() -> dict[str, str]:
@@ -110,7 +110,7 @@ def available() -> dict[str, str]:
         )
     if torch.cuda.is_available() and _has_triton():
         names["triton"] = (
-            f"split-K attention and radix selection, for {torch.cuda.get_device_name()}"
+            f"split-K attention, radix selection and codes, for {torch.cuda.get_device_name()}"
         )
     return names
 

@@ -65,6 +65,11 @@ class Codes:
         return self.keys, self.key_grids, self.values, self.value_grids
 
     @property
+    def row_blocks(self) -> int:
+        """Blocks of a row that there is room for."""
+        return self.keys.shape[2] * (1 if self.blocks is None else self.blocks.shape[1])
+
+    @property
     def block_bytes(self) -> tuple[int, int]:
         """Bytes of the keys and of the values of one block of one KV head."""
         widths = [part.shape[-1] * part.element_size() for part in self.tensors]

@@ -72,12 +72,11 @@ _attend_and_rank = _operator(
 )
 _attend_mixed = _operator(
     "attend_mixed",
-    f"Tensor query, {_ENTRIES}, {_CODES}, {_OPTIONS}, Tensor first, Tensor finished, Tensor budget, float skip",
-    3,
-    lambda budget, **given: (
-        *_attended(**given),
-        budget.new_empty(len(budget), given["code_keys"].shape[1], 2),
-    ),
+    f"Tensor query, {_ENTRIES}, {_CODES}, {_OPTIONS}, Tensor first, Tensor finished, Tensor budget,"
+    " float skip, Tensor(a!) tally",
+    2,
+    _attended,
+    writes=("tally",),
 )
 _score = _operator(
     "score",
@@ -140,11 +139,11 @@ def attend_mixed(
     finished: Tensor,
     budget: Tensor,
     skip: float = 0.0,
-) -> tuple[Attended, Tensor]:
+    tally: Tensor,
+) -> Attended:
     """See `reference.attend_mixed`."""
     flat = *_entries(entries), *codes.tensors, codes.blocks, *_options(options)
-    output, lse, counts = _attend_mixed(query, *flat, first, finished, budget, skip)
-    return Attended(output, lse), counts
+    return Attended(*_attend_mixed(query, *flat, first, finished, budget, skip, tally))
 
 
 def score(query: Tensor, entries: Entries, options: AttendOptions) -> Scored:

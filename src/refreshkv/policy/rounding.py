@@ -19,14 +19,14 @@ from torch import Tensor
 
 from refreshkv.config import BLOCK as BLOCK
 
-_STEP_BITS = 7
-_QUARTERS = 4  # of a step, in which `low` is counted
-_FURTHEST = 255  # quarters from 0 that it may lie; what is one more away means NaN
+STEP_BITS = 7
+QUARTERS = 4  # of a step, in which `low` is counted
+FURTHEST = 255  # quarters from 0 that it may lie; what is one more away means NaN
 # A step as it is kept is the top of a float32, less what 2^-20 has there.
-_STEP_SHIFT = 21
-_STEP_BASE = 107 << 2
-_STEPS_A_NAT = 8  # buckets of the histogram of log-weights; the last one has no end
-_BUCKETS = 256
+STEP_SHIFT = 21
+STEP_BASE = 107 << 2
+STEPS_A_NAT = 8  # buckets of the histogram of log-weights; the last one has no end
+BUCKETS = 256
 
 
 class Rounded(NamedTuple):
@@ -68,9 +68,9 @@ def restored(rounded: Rounded) -> Tensor:
 def low_and_step(grid: Tensor) -> tuple[Tensor, Tensor]:
     """Least value and step of grids, float32, shaped as they are."""
     kept = grid.int()
-    quarters = kept >> _STEP_BITS
-    step = (((kept & (2**_STEP_BITS - 1)) + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
-    low = (step * quarters / _QUARTERS).masked_fill(quarters < -_FURTHEST, float("nan"))
+    quarters = kept >> STEP_BITS
+    step = (((kept & (2**STEP_BITS - 1)) + STEP_BASE) << STEP_SHIFT).view(torch.float32)
+    low = (step * quarters / QUARTERS).masked_fill(quarters < -FURTHEST, float("nan"))
     return low, step
 
 
@@ -90,14 +90,14 @@ def _around_the_mean(exact: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kept(low: Tensor, step: Tensor) -> Tensor:
     """The grid nearest to one, int16; a step that `low` is too far away for becomes a longer one."""
-    step = torch.maximum(step, low.abs() * (_QUARTERS / _FURTHEST))
-    bits = (step.contiguous().view(torch.int32) + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT
+    step = torch.maximum(step, low.abs() * (QUARTERS / FURTHEST))
+    bits = (step.contiguous().view(torch.int32) + (1 << (STEP_SHIFT - 1))) >> STEP_SHIFT
     broken = ~(step < float("inf"))
-    kept = (bits - _STEP_BASE).clamp(0, 2**_STEP_BITS - 1).masked_fill(broken, 0)
-    unit = ((kept + _STEP_BASE) << _STEP_SHIFT).view(torch.float32)
-    quarters = (low / unit * _QUARTERS).round().clamp(-_FURTHEST, _FURTHEST)
-    quarters = quarters.masked_fill(broken, -_FURTHEST - 1)
-    return ((quarters.int() << _STEP_BITS) | kept).to(torch.int16)
+    kept = (bits - STEP_BASE).clamp(0, 2**STEP_BITS - 1).masked_fill(broken, 0)
+    unit = ((kept + STEP_BASE) << STEP_SHIFT).view(torch.float32)
+    quarters = (low / unit * QUARTERS).round().clamp(-FURTHEST, FURTHEST)
+    quarters = quarters.masked_fill(broken, -FURTHEST - 1)
+    return ((quarters.int() << STEP_BITS) | kept).to(torch.int16)
 
 
 def largest_weights(logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
@@ -121,9 +121,9 @@ def worth_reading(weights: Tensor, budget: Tensor) -> Tensor:
         budget: `[B]` int64, K.
     """
     candidate = weights > float("-inf")
-    depth = (-weights.where(candidate, 0.0) * _STEPS_A_NAT).clamp(0, _BUCKETS - 1)
-    bucket = depth.long().where(candidate, _BUCKETS)
-    counts = torch.zeros(*weights.shape[:2], _BUCKETS + 1, dtype=torch.int64, device=weights.device)
+    depth = (-weights.where(candidate, 0.0) * STEPS_A_NAT).clamp(0, BUCKETS - 1)
+    bucket = depth.long().where(candidate, BUCKETS)
+    counts = torch.zeros(*weights.shape[:2], BUCKETS + 1, dtype=torch.int64, device=weights.device)
     counts.scatter_add_(-1, bucket, torch.ones_like(bucket))
-    fits = counts[..., :_BUCKETS].cumsum(-1) <= budget[:, None, None]
+    fits = counts[..., :BUCKETS].cumsum(-1) <= budget[:, None, None]
     return bucket < fits.sum(-1, keepdim=True)

@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticLayer
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.static import StaticStore
-from refreshkv.config import RefreshConfig
+from refreshkv.config import BLOCK, RefreshConfig
 from refreshkv.exact import Cycle
 from refreshkv.hosts.transformers.graphs import Graphs
 from refreshkv.hosts.transformers.masks import newest_row
@@ -186,6 +186,9 @@ class StaticRefreshCache(ServedCache, StaticCache):
         self._in_pass = False
         self._padding: Tensor | None = None  # stays where it is, for graphs
         self._steps = 0  # since the prompt
+        self._blocks: list[int] | None = (
+            None  # positions of the prompt that blocks can lie in, of each row
+        )
         for index, layer in enumerate(self.layers):
             if type(layer) is StaticLayer and may_serve(self._decoder, index):
                 self.layers[index] = StaticRefreshLayer(
@@ -201,7 +204,7 @@ class StaticRefreshCache(ServedCache, StaticCache):
 
     def begin_decoding(self) -> None:
         """After the last pass over a prompt, in a loop of your own: what follows are decode steps."""
-        self._steps = 0
+        self._steps, self._blocks = 0, None
         for layer in self.served:
             assert isinstance(layer, StaticRefreshLayer)
             layer.inner.due = None
@@ -245,10 +248,22 @@ class StaticRefreshCache(ServedCache, StaticCache):
         """A decode step begins: its kind, as far as the host knows the schedule; `None`: each is like the others."""
         self._steps += 1
         first = self.served[0].inner
-        kind = first.trigger.kind(self._steps) if self.refresh.mode == "refresh" else None
+        kind = None
+        if self.refresh.mode == "refresh":
+            kind = first.trigger.kind(self._steps)
+        elif self.refresh.mode == "mixed" and not self._completes():
+            kind = "partial"
         for layer in self.served:
             layer.inner.due = kind
         return kind
+
+    def _completes(self) -> bool:
+        """Whether a block of some row is complete before the token of this step, and has no codes yet."""
+        if self._blocks is None:  # at the prompt's end the device is asked once
+            copy, ends = self.served[0].inner.copy, self.served[0].inner.store.ends
+            assert copy is not None and copy.first is not None and ends is not None
+            self._blocks = (ends - copy.first).tolist()
+        return any((tokens + self._steps - 1) % BLOCK == 0 for tokens in self._blocks)
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` tokens a row. What a graph has captured is elsewhere then, so each is made anew."""

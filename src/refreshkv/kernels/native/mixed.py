@@ -15,6 +15,7 @@ from refreshkv.kernels.native.attention import KINDS, MOST_QUERIES, WIDEST, Job,
 from refreshkv.kernels.native.build import address, compiled, ready, whole
 from refreshkv.kernels.native.entries import numbers, pointers
 from refreshkv.kernels.options import Attended, AttendOptions
+from refreshkv.kernels.reference.mixed import add_to_tally
 
 _MOST_BITS = 7
 
@@ -100,10 +101,11 @@ def attend_mixed(
     finished: Tensor,
     budget: Tensor,
     skip: float = 0.0,
-) -> tuple[Attended, Tensor]:
+    tally: Tensor,
+) -> Attended:
     """See `reference.attend_mixed`."""
-    rules = {"first": first, "finished": finished, "budget": budget, "skip": skip}
-    return run(query, entries, codes, options, **rules)
+    rows = {"first": first, "finished": finished, "budget": budget}
+    return run(query, entries, codes, options, **rows, skip=skip, tally=tally)
 
 
 def run(
@@ -116,8 +118,9 @@ def run(
     finished: Tensor,
     budget: Tensor,
     skip: float = 0.0,
+    tally: Tensor,
     threads: int | None = None,
-) -> tuple[Attended, Tensor]:
+) -> Attended:
     """`attend_mixed` on so many threads, or as many as torch uses."""
     assert entries.values is not None
     rows, query_heads, _ = query.shape
@@ -125,14 +128,16 @@ def run(
     lse = query.new_empty(rows, query_heads, dtype=torch.float32)
     counts = torch.zeros(rows, entries.kv_heads, 2, dtype=torch.int64)
     if not (entries.count and entries.keys.numel()):  # as in `attention.run`
-        return Attended(output.zero_(), lse.fill_(float("-inf"))), counts
+        add_to_tally(tally, counts, entries, codes, options, first, finished)
+        return Attended(output.zero_(), lse.fill_(float("-inf")))
     job = job_of(query[:, :, None], entries, options, (output, lse, None), threads=threads)
     where = Codes(codes)
     inputs = [whole(x, torch.int64) for x in (first, finished, budget)]
     mixed = Mixed(job, where, *map(address, (*inputs, counts)), skip)
     if compiled().refreshkv_attend_mixed(ctypes.byref(mixed)):
         raise MemoryError(f"attention over {entries.count} entries: not enough memory")
-    return Attended(output, lse), counts
+    add_to_tally(tally, counts, entries, codes, options, first, finished)
+    return Attended(output, lse)
 
 
 def encode(

@@ -100,7 +100,8 @@ def attend_mixed(
     finished: Tensor,
     budget: Tensor,
     skip: float = 0.0,
-) -> tuple[Attended, Tensor]:
+    tally: Tensor,
+) -> Attended:
     """Attention of one query token `[B, Hq, D]`: few entries exactly, others by their codes, one softmax over both.
 
     Entries that no finished block covers are exact, and so are those of `policy.rounding.worth_reading`, by the weights
@@ -115,10 +116,11 @@ def attend_mixed(
         budget: `[B]` int64, the most entries of a KV head that are read exactly although they are covered.
         skip: the most weight of a query head, as the rounded keys give it, that blocks left out may have together; each
             has less than this share by the number of finished blocks, in every query head of the group.
+        tally: `[B, Hkv, 2]` int64, to which is added what was read: how many entries exactly, and how many bytes of
+            codes. See `add_to_tally`.
 
     Returns:
-        See `attend`, without the blocks left out; and `[B, Hkv, 2]` int64: how many entries were exact although they
-        are covered, and of how many blocks the values were read.
+        See `attend`, without the blocks left out.
     """
     keys, values, visible = seen_entries(without_list(entries), options, len(query))
     assert values is not None
@@ -146,8 +148,7 @@ def attend_mixed(
     chosen = worth_reading(weights, budget)
 
     rounded = covered & ~chosen
-    pages = 1 if codes.blocks is None else codes.blocks.shape[1]
-    masses = _masses(logits, total, rounded, block, codes.keys.shape[2] * pages)
+    masses = _masses(logits, total, rounded, block, codes.row_blocks)
     blocks = finished.clamp(min=1)[:, None, None]
     read = ~(masses < skip / blocks) & (masses != 0)
     there = block.clamp(0, max(read.shape[2] - 1, 0))
@@ -161,7 +162,32 @@ def attend_mixed(
     )
     output, lse = attend(query, mixed, options.over(visible))
     counts = torch.stack([chosen.sum(-1), read.sum(-1)], -1)
-    return Attended(output.to(values.dtype), lse), counts
+    add_to_tally(tally, counts, entries, codes, options, first, finished)
+    return Attended(output.to(values.dtype), lse)
+
+
+def add_to_tally(
+    tally: Tensor,
+    counts: Tensor,
+    entries: Entries,
+    codes: Codes,
+    options: AttendOptions,
+    first: Tensor,
+    finished: Tensor,
+) -> None:
+    """Add to `tally` what a mixed step has read of each KV head; nothing for the heads that nobody asked for.
+
+    That is, of entries, those that were chosen and all behind the finished blocks, whether or not a mask hides them;
+    of codes, the keys of all finished blocks and the values of some. `counts` `[B, Hkv, 2]` int64: how many entries
+    were chosen, and of how many blocks the values were read.
+    """
+    finished = finished.clamp(0, codes.row_blocks)[:, None]
+    begin = first.clamp(-BLOCK * codes.row_blocks, entries.count)[:, None]
+    lengths = entries.count if options.lengths is None else options.lengths.clamp(0, entries.count)
+    behind = (lengths - (begin + BLOCK * finished).clamp(min=0)).clamp(min=0)
+    keys, values = codes.block_bytes
+    read = torch.stack([counts[..., 0] + behind, counts[..., 1] * values + finished * keys], -1)
+    tally += read if options.heads is None else read * options.heads[..., None]
 
 
 def _masses(logits: Tensor, total: Tensor, rounded: Tensor, block: Tensor, blocks: int) -> Tensor:
