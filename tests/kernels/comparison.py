@@ -17,7 +17,7 @@ from refreshkv.kernels import reference
 from refreshkv.kernels.options import Attended, Scored
 from refreshkv.policy.selection import FREE
 from tests.helpers import relative_rms
-from tests.kernels.cases import QUERIES, Case
+from tests.kernels.cases import QUERIES, SPARE_ROWS, WHOLE, Case
 
 # Relative RMS error against float32 on the same inputs: twice the worst that was measured over `CASES`, which was
 # (output, scores, lse) float32 7.7e-7, 7.2e-7, 2.0e-7: the order of the sums; bfloat16 7.3e-3, 6.7e-3, 2.2e-3 and
@@ -221,6 +221,55 @@ def check_lengths(backend: Any, case: Case) -> None:
                 backend.verify(several, entries, kind, starts=starts)[0], expected[0], case
             )
             check_scored(backend.vote(several, entries, kind, starts=starts), expected[1], case)
+
+
+def check_refresh(refresh: Callable[..., None]) -> None:
+    """What a refresh leaves in the rings that it is given, wherever the store keeps its entries."""
+    wanted = torch.tensor([[[3, 29, 0], [7, 7, FREE]], [[1, FREE, FREE], [FREE] * 3]]).int()
+    filled = (wanted != FREE).sum(-1)
+    for layout in WHOLE:
+        case = Case(length=30, dim=8, value_dim=16, layout=layout)
+        _, dense, _ = case.dense()
+        _, entries, _ = case.inputs()
+        rows = [0, 1] if entries.rows is None else entries.rows.tolist()
+        count = 2 + SPARE_ROWS * (entries.rows is not None)
+        for heads in (None, torch.tensor([[True, False], [True, True]])):
+            assert dense.values is not None
+            copies = [
+                torch.full((count, 2, 5, x.shape[-1]), 7.0) for x in (dense.keys, dense.values)
+            ]
+            positions = torch.full((count, 2, 5), 9, dtype=torch.int32)
+            state, tally = torch.full((6, count, 2), 4), torch.zeros(2, 2, 5, dtype=torch.int64)
+            refresh(
+                entries,
+                wanted,
+                filled,
+                ring_keys=copies[0],
+                ring_values=copies[1],
+                ring_positions=positions,
+                state=state,
+                budget=torch.full((count,), 2),
+                heads=heads,
+                ends=torch.tensor([30, 20]),
+                hidden=torch.tensor([0, 3]),
+                tally=tally,
+            )
+            for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                own, held = rows[row], copies[0][rows[row], head]
+                if heads is not None and not heads[row, head]:
+                    assert bool((held == 7).all()) and bool((positions[own, head] == 9).all())
+                    assert state[:, own, head].tolist() == [4] * 6 and not tally[row, head].any()
+                    continue
+                assert positions[own, head].tolist() == [*wanted[row, head].tolist(), FREE, FREE]
+                many = int(filled[row, head])
+                assert state[:, own, head].tolist() == [many, 0, 0, 4, min(many, 2), 0]
+                assert tally[row, head].tolist() == [1, 0, (30, 17)[row], 0, 0]
+                for copied, source in zip(copies, (dense.keys, dense.values), strict=True):
+                    expected = torch.full_like(copied[own, head], 7.0)
+                    for slot, position in enumerate(wanted[row, head].tolist()):
+                        if position != FREE:
+                            expected[slot] = source[row, head, position]
+                    assert torch.equal(copied[own, head], expected)
 
 
 def check_select(select: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refreshkv.kernels.backend import CPU, REFERENCE, Backend
-from tests.kernels import hostile
+from tests.kernels import hostile, rings
 from tests.kernels.cases import LAYOUTS, WHOLE, Case
 
 backends = pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda b: b.name)
@@ -21,13 +21,9 @@ def test_a_selection_is_valid_whatever_the_numbers(backend: Backend) -> None:
 
 
 @backends
-def test_entries_are_copied_from_where_they_are(backend: Backend) -> None:
-    hostile.check_gather(backend.gather)
-
-
-@backends
-def test_entries_enter_the_slots_that_are_there(backend: Backend) -> None:
-    hostile.check_insert(backend.insert)
+@pytest.mark.parametrize("name", rings.WRITERS)
+def test_rings_are_kept_in_the_slots_that_are_there(backend: Backend, name: str) -> None:
+    rings.check_writer(name, getattr(backend, name), count=48)
 
 
 @backends

@@ -16,6 +16,7 @@ from tests.kernels.cases import CASES, EVERYTHING, LAYOUTS, PER_HEAD, PLAIN, Cas
 from tests.kernels.comparison import (
     ATTENTION_CHECKS,
     check_lengths,
+    check_refresh,
     check_select,
 )
 from tests.slow import slow_logits, slow_weights
@@ -135,6 +136,11 @@ def test_the_heads_asked_for_are_right(backend: Backend) -> None:
     assert torch.equal(some.output[wanted], every.output[wanted])
     assert torch.equal(some.lse[wanted], every.lse[wanted])
     assert torch.equal(some_scored.scores[heads], every_scored.scores[heads])
+
+
+@both
+def test_a_refresh_writes_what_is_wanted_and_nothing_else(backend: Backend) -> None:
+    check_refresh(backend.refresh)
 
 
 def test_select_equals_the_worked_examples() -> None:
