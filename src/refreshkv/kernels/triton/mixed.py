@@ -70,7 +70,7 @@ COUNTED = 1024  # entries whose weights one program counts
 WARPS = {2: 4, 4: 8}  # by the bytes of an element
 # Registers of a thread in `attend`, by the larger padded head dim: in 16 bits three programs fit an SM of Hopper, or
 # two. In `score` as many as there are: left to itself, the assembler spills a few bytes for the sake of a further one.
-REGISTERS = {64: 168, 128: 168, 256: 255}
+REGISTERS = {64: 192, 128: 168, 256: 255}
 MOST_REGISTERS = 255
 
 
@@ -174,7 +174,7 @@ def attend_mixed(
         VALUE_DIM=value_dim,
         VALUE_PAD=padded(value_dim),
         BITS=codes.value_bits,
-        maxnreg=REGISTERS[widest] if query.element_size() == 2 else MOST_REGISTERS,
+        maxnreg=REGISTERS[widest] if query.element_size() == 2 else None,
         LIFT=_LIFT if query.dtype == torch.float16 else 1.0,
         num_warps=warps,
         num_stages=1,
