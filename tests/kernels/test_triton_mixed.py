@@ -18,7 +18,6 @@ from refreshkv.kernels.options import Entries
 from tests.kernels import hostile
 from tests.kernels.mixed import (
     BROKEN,
-    CLOSE,
     EVERYTHING,
     MixedCase,
     check_broken_numbers,
@@ -59,7 +58,9 @@ CASES = [
 
 
 def check(case: MixedCase, module: Any = triton_mixed) -> None:
-    check_mixed(written_there(module.attend_mixed), case, strict=case.dtype == torch.float32)
+    """In 16 bits sums are over codes and a large number, 1024 in float16: a log-sum-exp is off by some 2^-12."""
+    strict = case.dtype == torch.float32
+    check_mixed(written_there(module.attend_mixed), case, strict, off_by=0 if strict else 4e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -78,8 +79,7 @@ def test_a_long_row(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More entries than one program counts; and with one split several blocks in it, as on a GPU that is full."""
     monkeypatch.setattr(triton_common, "FILL", most)
     monkeypatch.setattr(triton_common, "WAVES", most)
-    for skip in (0.0, 0.5):
-        check(replace(HEAD, rows=2, length=2400, budget=100, skip=skip, hidden="holes"))
+    check(replace(HEAD, rows=2, length=1500, budget=100, skip=0.5, hidden="holes"))
 
 
 def check_lengths(module: Any) -> None:
@@ -122,14 +122,14 @@ def test_the_heads_asked_for_are_right_and_the_others_not_touched() -> None:
     check_heads(triton_mixed)
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_nan_in_is_nan_out(dtype: torch.dtype) -> None:
     attend = written_there(triton_mixed.attend_mixed)
     check_broken_numbers(attend, reference.encode, BROKEN[-1:], dtype)
 
 
 def test_no_place_leads_elsewhere() -> None:
-    check_broken_places(written_there(triton_mixed.attend_mixed), encode_there(), count=8)
+    check_broken_places(written_there(triton_mixed.attend_mixed), encode_there(), count=4)
 
 
 def test_without_entries_rows_or_codes() -> None:
@@ -170,6 +170,15 @@ def check_long_splits(module: Any) -> None:
         check(replace(HEAD, length=300, budget=30), module)
 
 
+def check_budgets(module: Any) -> None:
+    """Rows that read nothing exactly, and much."""
+    (query, entries, codes, options), given = MixedCase().mixed()
+    given["budget"] = torch.tensor([0, 90])
+    _, exact = counted(written_there(module.attend_mixed))(query, entries, codes, options, **given)
+    _, expected = counted(reference.attend_mixed)(query, entries, codes, options, **given)
+    assert torch.equal(exact, expected)
+
+
 def of(case: MixedCase) -> Callable[[Any], None]:
     return lambda module: check(case, module)
 
@@ -183,6 +192,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "bfloat16": of(replace(HEAD, dtype=torch.bfloat16)),
     "rows": of(MixedCase(layout="rows", rows=3)),
     "long": of(replace(HEAD, length=2000, budget=100)),
+    "budgets": check_budgets,
     "long splits": check_long_splits,
     "lengths": check_lengths,
     "heads": check_heads,
@@ -204,20 +214,19 @@ MUTANTS = [
     ("plain", Mutant(ROUGH, "wide * middle[None, :]", "0 * wide * middle[None, :]")),
     ("plain", Mutant(ROUGH, "tl.where(seen[:, None], logits", "tl.where(seen[:, None] | True, logits")),
     ("plain", Mutant(ROUGH, "tl.maximum(depth, 0.0), BUCKETS - 1)", "tl.maximum(depth, 0.0), 20.0)")),
-    ("plain", Mutant(ROUGH, "mask=covered & (depth < BUCKETS)", "mask=depth < BUCKETS")),
+    ("plain", Mutant(ROUGH, "(page >= 0) & (index < tl.cdiv", "(index < tl.cdiv")),
     ("plain", Mutant(ROUGH, "tl.store(counts_ptr + own * BUCKETS", "tl.store(counts_ptr + 0 * BUCKETS")),
     ("everything", Mutant(ROUGH, "head * GROUP + member, mask=real, other=0.0)", "member, mask=real, other=0.0)")),
     ("everything", Mutant(ROUGH, "total = add_exponentials(", "add_exponentials(")),
     ("long", Mutant(ROUGH, "index = part * AT_ONCE + ", "index = ")),
     ("long splits", Mutant(ROUGH, "mass * tl.exp(top - origin) +", "")),
-    ("lengths", Mutant(ROUGH, "tl.where(length > 0, length + ahead, 0)", "length + ahead")),
     ("plain", Mutant(MIXED, "depth_of(logits, total) < fit", "depth_of(logits, total) <= fit")),
-    ("plain", Mutant(MIXED, "<= tl.load(budget_ptr + row)", "<= tl.load(budget_ptr)")),
+    ("budgets", Mutant(MIXED, "<= tl.load(budget_ptr + row)", "<= tl.load(budget_ptr)")),
     ("plain", Mutant(MIXED, "rounded & (wanted[:, None] == 0)", "rounded")),
     ("plain", Mutant(MIXED, "tl.sum(short.to(tl.float32), 0) * offset", "tl.sum(short.to(tl.float32), 0) * 0")),
     ("plain", Mutant(MIXED, "middle[:, None] * mass[None, :] +", "")),
-    ("plain", Mutant(MIXED, "                rounded_mass += mass", "                rounded_mass = mass")),
-    ("plain", Mutant(MIXED, "rounded_acc * of_rounded[None, :]", "rounded_acc")),
+    ("long splits", Mutant(MIXED, "                rounded_mass += mass", "                rounded_mass = mass")),
+    ("plain", Mutant(MIXED, "exact_acc * of_exact[None, :]", "exact_acc")),
     ("plain", Mutant(MIXED, "exact += chosen", "exact += 1")),
     ("plain", Mutant(MIXED, "read.to(tl.int64) * value_bytes", "read.to(tl.int64)")),
     ("plain", Mutant(MIXED, "tl.maximum(block_0 + finished * BLOCK, 0)", "finished * BLOCK")),
@@ -227,9 +236,9 @@ MUTANTS = [
     ("skip", Mutant(MIXED, "skip / blocks", "skip")),
     ("long splits", Mutant(MIXED, "exact_mass * decay +", "")),
     ("long splits", Mutant(MIXED, "exact_acc * decay[None, :]", "exact_acc")),
-    ("exact", Mutant(MIXED, "wanted & (position >= 0)", "(position >= 0)")),
-    ("exact", Mutant(MIXED, "            if page >= 0:\n                exact", "            if page >= 9:\n                exact")),
-    ("heads", Mutant(MIXED, "tl.atomic_add(tally_ptr, exact.to(tl.int64)", "tl.atomic_add(tally_ptr, 2 * exact.to(tl.int64)")),
+    ("plain", Mutant(MIXED, "wanted & (position >= 0)", "(position >= 0)")),
+    ("heads", Mutant(MIXED, "if not asked_for(how.heads_ptr, row, head, kv_heads):", "if kept < -9:")),
+    ("everything", Mutant(MIXED, "mass * beside,", "mass * 0,")),
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ COUNTED = 1024  # entries whose weights one program counts
 WARPS = {2: 4, 4: 8}  # by the bytes of an element
 # Registers of a thread in `attend`, by the larger padded head dim: in 16 bits three programs fit an SM of Hopper, or
 # two. In `score` as many as there are: left to itself, the assembler spills a few bytes for the sake of a further one.
-REGISTERS = {64: 168, 128: 168, 256: 255}
+REGISTERS = {64: 192, 128: 168, 256: 255}
 MOST_REGISTERS = 255
 
 
@@ -101,7 +101,8 @@ def attend_mixed(
     splits = split_count(rows * kv_heads, most, BLOCK.value)
     width = triton.cdiv(most, BLOCK.value) * BLOCK.value
     logits = query.new_empty(rows, heads, width, dtype=torch.float32)
-    lse, total = logits.new_empty(rows, heads, splits), logits.new_empty(rows, heads)
+    lse = logits.new_empty(rows, heads, splits)
+    alone, total = logits.new_empty(2, rows, heads)
     output = logits.new_empty(rows, heads, splits, value_dim)
     counts = logits.new_empty(rows, kv_heads, BUCKETS.value, dtype=torch.int32)
     store, limits = store_of(entries)
@@ -134,6 +135,7 @@ def attend_mixed(
         *where,
         logits,
         lse,
+        alone,
         total,
         counts,
         entries.count,
@@ -150,6 +152,7 @@ def attend_mixed(
         query,
         *where,
         logits,
+        alone,
         total,
         counts,
         budget.contiguous(),
@@ -171,7 +174,7 @@ def attend_mixed(
         VALUE_DIM=value_dim,
         VALUE_PAD=padded(value_dim),
         BITS=codes.value_bits,
-        maxnreg=REGISTERS[widest] if query.element_size() == 2 else MOST_REGISTERS,
+        maxnreg=REGISTERS[widest] if query.element_size() == 2 else None,
         LIFT=_LIFT if query.dtype == torch.float16 else 1.0,
         num_warps=warps,
         num_stages=1,
@@ -198,6 +201,7 @@ def attend_kernel(
     coded,
     how,
     logits_ptr,  # [B, Hq, n'] float32
+    alone_ptr,  # [B, Hq] float32, the log-sum-exp without the sink
     total_ptr,  # [B, Hq] float32
     counts_ptr,  # [B, Hkv, BUCKETS] int32
     budget_ptr,  # [B] int64
@@ -251,7 +255,9 @@ def attend_kernel(
     fit = tl.sum((tl.cumsum(counts, 0) <= tl.load(budget_ptr + row)).to(tl.int32), 0)
     blocks = tl.maximum(tl.load(copy.finished_ptr + row), 1).to(tl.float32)
     total = tl.load(total_ptr + queries, mask=real, other=0.0)
-    base = tl.where(total == float("-inf"), 0.0, total)
+    alone = tl.load(alone_ptr + queries, mask=real, other=0.0)
+    base = tl.where(alone == float("-inf"), 0.0, alone)
+    beside = tl.where(alone == float("-inf"), 0.0, tl.exp(alone - total))  # what a sink leaves
     dims, value_dims, lanes = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, BLOCK)
     query_ptr += row * query_row + (head * GROUP + member)[:, None] * query_head
     query = tl.load(
@@ -264,7 +270,7 @@ def attend_kernel(
     rounded_acc, rounded_mass = (
         exact_acc,
         exact_mass,
-    )  # as weights beside `total`, which none of them exceeds
+    )  # of weights beside `alone`, at most 1
     exact, read = finished * 0, finished * 0
     for start in tl.range(first, stop, BLOCK):
         index = start + lanes
@@ -281,7 +287,7 @@ def attend_kernel(
             weights = tl.exp(logits - base[None, :])
             weights = tl.where(rounded & (wanted[:, None] == 0), weights, 0.0)
             mass = tl.sum(weights, 0)
-            if has_weight(mass, skip / blocks):
+            if has_weight(mass * beside, skip / blocks):
                 grids = copy.value_grids_ptr + page * copy.value_grid_row
                 grids += head * copy.value_grid_head + place * copy.value_grid_block
                 middle, step = grid_of(grids, value_dims, VALUE_DIM, BITS)

@@ -38,7 +38,7 @@ def cut(copy, how, row, head, room, kept, entries):
         before: the number of the block that holds position 0, less than 0 where positions lie before block 0.
         ahead: where in its block position 0 lies.
         finished: blocks with codes.
-        end: positions that count, from the beginning of that block on; 0 where none do.
+        end: where the positions that count end, from the beginning of that block on.
     """
     first = tl.maximum(tl.load(copy.first_ptr + row), (room + 1) * -BLOCK)
     first = tl.minimum(first, entries).to(tl.int32)
@@ -51,7 +51,7 @@ def cut(copy, how, row, head, room, kept, entries):
         (-first - ahead) // BLOCK,
         ahead,
         finished,
-        tl.where(length > 0, length + ahead, 0),
+        length + ahead,
     )
 
 
@@ -175,6 +175,7 @@ def count_kernel(
     how,
     logits_ptr,  # [B, Hq, n'] float32
     lse_ptr,  # [B, Hq, S] float32
+    alone_ptr,  # [B, Hq] float32, without the sink
     total_ptr,  # [B, Hq] float32
     counts_ptr,  # [B, Hkv, BUCKETS] int32, zeros
     entries,
@@ -204,10 +205,12 @@ def count_kernel(
     )
     top = tl.max(lses, 1)
     origin = tl.where(top == float("-inf"), 0.0, top)
-    total = origin + tl.log(tl.sum(tl.exp(lses - origin[:, None]), 1))
+    alone = origin + tl.log(tl.sum(tl.exp(lses - origin[:, None]), 1))
+    total = alone
     if how.sinks_ptr is not None:
         sinks = tl.load(how.sinks_ptr + head * GROUP + member, mask=real, other=0.0)
-        total = add_exponentials(total, sinks.to(tl.float32))
+        total = add_exponentials(alone, sinks.to(tl.float32))
+    tl.store(alone_ptr + queries, alone, mask=real & (part == 0))
     tl.store(total_ptr + queries, total, mask=real & (part == 0))
 
     index = part * AT_ONCE + tl.arange(0, AT_ONCE)
@@ -219,7 +222,7 @@ def count_kernel(
         other=float("-inf"),
     )
     depth = depth_of(logits, tl.where(real, total, 0.0))
-    count = tl.histogram(depth, BUCKETS, mask=covered & (depth < BUCKETS))
+    count = tl.histogram(depth, BUCKETS, mask=depth < BUCKETS)
     tl.atomic_add(counts_ptr + own * BUCKETS + tl.arange(0, BUCKETS), count, mask=count > 0)
 
 
