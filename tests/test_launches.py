@@ -68,6 +68,8 @@ def launched(config: RefreshConfig, step: int, *, known: bool = True) -> list[st
     for now in range(1, step + 1):
         if known and config.mode == "refresh":
             cache.due = cache.trigger.kind(now)
+        elif known and config.mode == "mixed":
+            cache.due = "partial"
         static.next()
     return written[-1] + seen[-1]
 
@@ -164,3 +166,22 @@ def test_a_draft_that_fetches() -> None:
     names = Lossless(replace(DRAFTS, successor=2, anchor=0.25, recent=2)).draft()
     fetching = ["write_kernel", "push_kernel", *ATTEND, "best_kernel", "fetch_kernel"]
     assert names == [*fetching, "aten::index_copy_"]
+
+
+MIXED = RefreshConfig(mode="mixed", budget=6)
+OVER_CODES = ["score_kernel", "count_kernel", "attend_kernel", "merge_kernel"]
+
+
+def test_a_mixed_step() -> None:
+    """A host that knows in which steps no block is complete leaves out what would look for one."""
+    assert launched(MIXED, 2) == [*WRITE, *OVER_CODES]
+    names = launched(MIXED, 2, known=False)
+    assert names[-4:] == OVER_CODES and len(names) <= len(WRITE) + len(OVER_CODES) + 7
+
+
+def test_a_mixed_draft_and_a_full_pass() -> None:
+    run = Lossless(RefreshConfig(mode="exact", drafter="mixed", budget=6, draft=5))
+    names = run.draft()
+    assert [name for name in names if "::" not in name] == ["write_kernel", *OVER_CODES]
+    assert len(names) <= len(WRITE) + len(ATTEND) + 4
+    assert run.verify() == ["write_kernel", *ATTEND, "aten::copy_"]

@@ -281,7 +281,7 @@ class ExactMixedLayer(ExactLayer):
         cache, cycle = self.cache, self.cycle
         read = self.tally.new_zeros(cache.rows, cache.kv_heads, 2)
         output = attend_to_copy(cache, query, self.options, self._seen(), read, cycle.next)
-        self.tally[..., COPY_COUNTS] += read * cycle.counted[:, None, None]
+        self.tally[..., COPY_COUNTS].add_(read * cycle.counted[:, None, None])
         return output
 
 
