@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from refreshkv.methods import METHODS
 
 from ..conftest import build
 from .prompts import greedy, left_padded, refreshed, tokens
+from .test_graphs import CONFIGS as CAPTURED
+from .test_graphs import LOSSLESS
 
 pytestmark = pytest.mark.gpu
 
@@ -113,3 +116,30 @@ def test_a_step_in_the_static_form_never_waits() -> None:
                 torch.cuda.set_sync_debug_mode("default")
                 raise
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [*CAPTURED, *LOSSLESS])
+def test_generate_by_graphs(name: str, padded: bool) -> None:
+    """What the tapes of `test_graphs.py` stand for; a warning that it decodes without graphs is an error."""
+    model = build("llama").cuda()
+    inputs = left_padded([90, 70, 21]) if padded else {"input_ids": tokens(2, 90)}
+    inputs = {key: tensor.cuda() for key, tensor in inputs.items()}
+    config = {**CAPTURED, **LOSSLESS}[name]
+    with refreshkv.attach(model, config, graphs=False):
+        expected = greedy(model, inputs, new=40)
+    with warnings.catch_warnings(), refreshkv.attach(model, config) as session:
+        warnings.filterwarnings("error", message="decoding without CUDA graphs")
+        for _ in range(2):
+            assert torch.equal(greedy(model, inputs, new=40), expected)
+    assert session.stats.layers
+
+
+@pytest.mark.parametrize("config", [CAPTURED["published"], LOSSLESS["default"]])
+def test_generate_by_graphs_of_compiled_layers(config: RefreshConfig) -> None:
+    model = build("llama").cuda()
+    ids = tokens(2, 90).cuda()
+    with refreshkv.attach(model, config, graphs=False):
+        expected = greedy(model, ids)
+    with refreshkv.attach(model, config, compiled=True):
+        assert torch.equal(greedy(model, ids), expected)
