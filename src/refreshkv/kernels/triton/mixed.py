@@ -7,7 +7,8 @@ out blocks of little weight; and splits are merged. Logits are kept in between (
 keys and values at two bits take 64 a KV head at head dim 128), so that all launches choose alike.
 
 Products are those with codes, which are small numbers and exact in 16 bits: a query is multiplied by the step of each
-dim before, a sum of values after. So a query that is not finite gives NaN where the restored key would give -inf.
+dim before, a sum of values after. So a query that is not finite, or one in float16 that such a product leaves its range
+for, gives NaN where the restored key may give -inf.
 """
 
 from __future__ import annotations
@@ -267,10 +268,8 @@ def attend_kernel(
     exact_acc = tl.zeros([VALUE_PAD, TILE], tl.float32)
     exact_mass = tl.zeros([TILE], tl.float32)
     top = tl.full([TILE], float("-inf"), tl.float32)
-    rounded_acc, rounded_mass = (
-        exact_acc,
-        exact_mass,
-    )  # of weights beside `alone`, at most 1
+    # Of what is rounded the log-sum-exp is known before: its weights are at most 1, without a maximum.
+    rounded_acc, rounded_mass = exact_acc, exact_mass
     exact, read = finished * 0, finished * 0
     for start in tl.range(first, stop, BLOCK):
         index = start + lanes

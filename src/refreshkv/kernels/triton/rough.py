@@ -46,13 +46,7 @@ def cut(copy, how, row, head, room, kept, entries):
     finished = tl.load(copy.finished_ptr + row)
     finished = tl.minimum(tl.maximum(finished, 0), room).to(tl.int32)
     length = tl.where(kept >= 0, own_length(how, row, head, entries), 0)
-    return (
-        first,
-        (-first - ahead) // BLOCK,
-        ahead,
-        finished,
-        length + ahead,
-    )
+    return first, (-first - ahead) // BLOCK, ahead, finished, length + ahead
 
 
 @triton.jit
