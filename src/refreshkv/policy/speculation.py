@@ -90,7 +90,16 @@ def accept_sampled(
     proposed = proposed.masked_fill((accepted >= counts)[:, None], 0.0)
     left = (target - proposed).clamp(min=0.0)
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, target)  # p = q, but for rounding
-    return accepted, torch.multinomial(left, 1, generator=generator)[:, 0]
+    return accepted, draw(left, generator)
+
+
+def draw(shares: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One draw from each of `shares` `[B, V]`, which need not sum to 1; `[B]` int64.
+
+    As `torch.multinomial` draws, but that first asks the device whether the shares make sense.
+    """
+    waits = torch.empty_like(shares).exponential_(generator=generator)
+    return (shares / waits).argmax(-1)
 
 
 def _real(drafts: Tensor, counts: Tensor) -> Tensor:

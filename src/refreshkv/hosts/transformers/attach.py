@@ -24,7 +24,7 @@ from refreshkv.hosts.transformers.captured import (
     under_way,
 )
 from refreshkv.hosts.transformers.fallback import CACHES, say_full
-from refreshkv.hosts.transformers.graphs import Graphs, recorder_for
+from refreshkv.hosts.transformers.graphs import recorder_for
 from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.support import (
@@ -67,7 +67,7 @@ def attach(
         preset: a name of `refreshkv.PRESETS`, or the settings of `refreshkv.load_preset`; `None` is "default".
         stats: where decode steps are counted, for example a `RowStats`; `None` is a new `Stats`.
         graphs: on a GPU `generate` decodes by CUDA graphs, captured after the prompt. What cannot be captured runs as
-            it is, and a warning says why.
+            it is, and a warning says why. The cache of a call is kept for the next one, until the session ends.
         compiled: these graphs are of layers that torch compiles first, one for all, which takes some ten seconds.
 
     Raises:
@@ -328,7 +328,7 @@ class Session:
             recorder = recorder_for(device_of(self.model))
             assert recorder is not None
             cache = self.new_static_cache(most)
-            cache.graphs = Graphs(recorder)
+            cache.capture(recorder)
             cache.is_kept = False
             cache.capacity = 0
         cache.reset()

@@ -35,9 +35,10 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share their memory."""
+    """CUDA graphs that share their memory, on one device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def watch(self, call: Call) -> tuple[Any, str | None]:
@@ -59,14 +60,24 @@ class CudaRecorder:
 
     def record(self, call: Call) -> Call:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # "relaxed": a kernel that is used for the first time may be loaded meanwhile.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"),
+        ):
             result = call()
-        return lambda: (graph.replay(), result)[1]
+
+        def replay() -> Any:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return result
+
+        return replay
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on a device; `None`: nothing does."""
-    return CudaRecorder() if device.type == "cuda" else None
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 class Graphs:

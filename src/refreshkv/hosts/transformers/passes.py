@@ -23,7 +23,7 @@ from refreshkv.hosts.transformers.processors import process as apply
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.kernels.options import verify_queries
-from refreshkv.policy.speculation import DraftLength, accept_greedy, accept_sampled
+from refreshkv.policy.speculation import DraftLength, accept_greedy, accept_sampled, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,7 +185,7 @@ class Passes:
         """The best of `scores` `[B, V]`, or a draw from `share`, their softmax; `[B]`."""
         if not self.config.do_sample:
             return scores.argmax(-1)
-        return torch.multinomial(share, 1)[:, 0]
+        return draw(share)
 
     def keep(self, tokens: Tensor, gained: Tensor) -> Tensor:
         """The first `gained` of `tokens` `[B, T]` become text, up to an end token; `[B]`: how many they are."""

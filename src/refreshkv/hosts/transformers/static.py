@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.static import StaticStore
 from refreshkv.config import BLOCK, RefreshConfig
 from refreshkv.exact import Cycle
-from refreshkv.hosts.transformers.graphs import Graphs
+from refreshkv.hosts.transformers.graphs import Graphs, Recorder
 from refreshkv.hosts.transformers.masks import newest_row
 from refreshkv.hosts.transformers.regions import apart
 from refreshkv.hosts.transformers.served import (
@@ -157,6 +157,21 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         return True
 
 
+class RollingWindow(StaticSlidingWindowLayer):
+    """A window beside our layers whose step a graph can hold, once it is full: no index comes from the host."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `StaticSlidingWindowLayer`."""
+        if self.cumulative_length_int < self.max_cache_len or key_states.shape[2] != 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length_int += 1
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer.copy_(torch.cat([buffer[:, :, 1:], new], 2))
+        return self.keys, self.values
+
+
 class StaticRefreshCache(ServedCache, StaticCache):
     """The KV cache of a model under RefreshKV, in buffers for `max_cache_len` tokens.
 
@@ -209,6 +224,13 @@ class StaticRefreshCache(ServedCache, StaticCache):
             assert isinstance(layer, StaticRefreshLayer)
             layer.inner.due = None
             layer.begin_decoding()
+
+    def capture(self, recorder: Recorder) -> None:
+        """From here on our own graphs run its passes. It has no tokens yet."""
+        self.graphs = Graphs(recorder)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is StaticSlidingWindowLayer:
+                self.layers[index] = RollingWindow(layer.max_cache_len, layer.max_cache_len)
 
     @property
     def is_compileable(self) -> bool:
