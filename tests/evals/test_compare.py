@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +37,7 @@ from refreshkv.evals.compare import (
 )
 from refreshkv.evals.decoding import Continued, feed
 from refreshkv.stats import RowStats
+from tests.tape import Tape
 
 NEW = 10
 PROMPTS = {name: make_prompt("key-value", i, 220).prompt for i, name in enumerate(("one", "two"))}
@@ -68,6 +71,21 @@ def compared(loaded: tuple[Any, Any], clock: list[str]) -> Comparison:
     made = Comparison(*loaded, PROMPTS, [parse_candidate(name) for name in NAMES], new_tokens=NEW)
     made.run()
     return made
+
+
+def test_free_runs_by_graphs_where_they_can_be(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = Tape()
+    module = sys.modules["refreshkv.hosts.transformers.attach"]
+    monkeypatch.setattr(module, "recorder_for", lambda device: tape)
+    made = Comparison(*loaded, PROMPTS, [parse_candidate(name) for name in NAMES], new_tokens=NEW)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="decoding without CUDA graphs")
+        made.run()
+    rows = {row.name: row for row in made.rows()}
+    assert tape.replayed > 0
+    assert rows["exact"].same == 2 and rows["fast"].cache_bytes > rows["full"].cache_bytes
 
 
 def test_rows(compared: Comparison, loaded: tuple[Any, Any]) -> None:

@@ -115,7 +115,8 @@ def answer(
     """One method's answers to all prompts of one task."""
     made, texts, parts = [], [], []
     settings = {"budget": budget, **method.settings}
-    with refreshkv.attach(loaded.model, method=method.name, **settings) as session:
+    graphs = method.make is None  # the others have no form for them
+    with refreshkv.attach(loaded.model, method=method.name, graphs=graphs, **settings) as session:
         for one in asked:
             tokens = encode(loaded.tokenizer, one.example.prompt)
             made.append(

@@ -25,7 +25,7 @@ from refreshkv.evals.prefill import Prefills
 from refreshkv.stats import RowStats, Stats
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from refreshkv import RefreshCache
 
@@ -192,13 +192,18 @@ class Comparison:
     def _fed_rows(self) -> list[_Seen]:
         return [s for s in self._seen.values() if s.candidate and not s.candidate.lossless]
 
-    def _continue(self, seen: _Seen, prompt: str) -> tuple[Continued, Stats, RefreshCache | None]:
+    def _continue(self, seen: _Seen, prompt: str) -> tuple[Continued, Stats, Cache | None]:
         """One free run."""
         rows, caps, stats = [self.tokens[prompt]], [self.new_tokens], Stats()
         if seen.candidate is None:
             return decoding.continue_rows(self.model, rows, caps, **GREEDY), stats, None
         made: list[RefreshCache] = []
-        with refreshkv.attach(self.model, stats=stats, **seen.candidate.arguments) as session:
+        arguments = seen.candidate.arguments
+        graphs = "method" not in arguments  # one that is compared has no form for them
+        with refreshkv.attach(self.model, stats=stats, graphs=graphs, **arguments) as session:
+            if session.captures:
+                done = decoding.continue_rows(self.model, rows, caps, **GREEDY)
+                return done, stats, session.kept
 
             def start(tokens: Tensor, mask: Tensor) -> RefreshCache:
                 made.append(session.new_cache(reserve=tokens.shape[1] + self.new_tokens))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
@@ -31,6 +30,7 @@ from refreshkv.hosts.transformers.support import (
     UnsupportedModelError,
     exact_reason,
     supported,
+    unwrapped,
 )
 from refreshkv.hosts.transformers.versions import CACHE, check_version
 from refreshkv.methods import Method, find
@@ -92,7 +92,7 @@ def attach(
     found = None if method is None else find(method)
     make = make_config if found is None else found.config
     settings = make(preset, **overrides) if config is None else config
-    model = _unwrapped(model)
+    model = unwrapped(model)
     support = supported(model)
     if not support.ok:
         raise UnsupportedModelError(support.reason)
@@ -103,28 +103,9 @@ def attach(
 
 def detach(model: PreTrainedModel) -> None:
     """End every session of a model, whoever holds them. Does nothing where there is none."""
-    attachment = attachment_of(_unwrapped(model))
+    attachment = attachment_of(unwrapped(model))
     if attachment is not None:
         attachment.end()
-
-
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model that a PEFT model wraps; any other wrapper is refused, with what to attach instead."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    base = getattr(model, "get_base_model", None)
-    base = base() if callable(base) else None
-    if isinstance(base, PreTrainedModel):
-        return base
-    inside = (name for name in ("module", "_orig_mod", "model") if _holds_model(model, name))
-    remedy = "".join(f"; attach its .{name}" for name in inside)
-    raise UnsupportedModelError(
-        f"attach needs a transformers PreTrainedModel, got {type(model).__name__}{remedy}"
-    )
-
-
-def _holds_model(wrapper: Any, name: str) -> bool:
-    return isinstance(getattr(wrapper, name, None), PreTrainedModel)
 
 
 class Session:
@@ -136,6 +117,7 @@ class Session:
         method: the method, where one was named.
         graphs: whether `generate` decodes by CUDA graphs, where there is a GPU.
         regions: the layers of the model, where they shall be compiled for these.
+        kept: the captured cache that a call of `generate` has left for the next one.
         stats: what happened in all `generate` calls of this session; `stats.reset()` starts over.
         implementation_below: the attention implementation that serves prefill and the layers that are not ours.
     """
@@ -157,8 +139,7 @@ class Session:
         self.graphs = graphs
         self.regions = Regions(model) if compiled else None
         self._key = object()  # marks the caches of this session
-        # A captured cache that a call of `generate` has left, for the next one.
-        self._left: StaticRefreshCache | None = None
+        self.kept: StaticRefreshCache | None = None
         self._attachment = join(model, self)
         self.implementation_below: str = self._attachment.below
 
@@ -195,7 +176,7 @@ class Session:
     def detach(self) -> None:
         """End this session; the model is restored with its last one. Does nothing the second time."""
         self._attachment.end(self)
-        self._left = None
+        self.kept = None
 
     def __enter__(self) -> Session:
         if not self._attachment.holds(self):
@@ -229,7 +210,7 @@ class Session:
         for cache, length in caches:
             _check_used(cache, length)
         if captured is not None and not hasattr(result, CACHE):
-            self._left = captured.cache
+            self.kept = captured.cache
         return result
 
     def on_extract_generation_mode_kwargs(
@@ -312,9 +293,14 @@ class Session:
         """That call."""
         return under_way.get() or original(*args, **kwargs)
 
+    @property
+    def captures(self) -> bool:
+        """Whether `generate` decodes by graphs on this device, if the call allows it."""
+        return self.graphs and recorder_for(device_of(self.model)) is not None
+
     def _captures(self, config: GenerationConfig, mode: Any) -> bool:
         """Whether this call decodes by graphs over a static cache."""
-        if not self.graphs or recorder_for(device_of(self.model)) is None:
+        if not self.captures:
             return False
         reason = reason_against(self, config, mode)
         if reason is not None:
@@ -323,7 +309,7 @@ class Session:
 
     def _captured_cache(self, rows: int | None, most: int) -> StaticRefreshCache:
         """A static cache with graphs, that of the call before where it fits."""
-        cache, self._left = self._left, None
+        cache, self.kept = self.kept, None
         if cache is None or rows is None or cache.rows != rows:
             recorder = recorder_for(device_of(self.model))
             assert recorder is not None

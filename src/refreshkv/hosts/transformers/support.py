@@ -6,6 +6,7 @@ import inspect
 import sys
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -182,3 +183,22 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     return None
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that a PEFT model wraps; any other wrapper is refused, with what to attach instead."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    base = getattr(model, "get_base_model", None)
+    base = base() if callable(base) else None
+    if isinstance(base, PreTrainedModel):
+        return base
+    inside = (name for name in ("module", "_orig_mod", "model") if _holds_model(model, name))
+    remedy = "".join(f"; attach its .{name}" for name in inside)
+    raise UnsupportedModelError(
+        f"attach needs a transformers PreTrainedModel, got {type(model).__name__}{remedy}"
+    )
+
+
+def _holds_model(wrapper: Any, name: str) -> bool:
+    return isinstance(getattr(wrapper, name, None), PreTrainedModel)
