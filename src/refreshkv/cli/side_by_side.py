@@ -13,6 +13,7 @@ from refreshkv.cli.locate import locate
 from refreshkv.config import PRESETS
 from refreshkv.evals.decoding import GREEDY, continue_rows
 from refreshkv.evals.encoding import encode, text_of
+from refreshkv.methods import find
 from refreshkv.tasks.task import Example, Task
 
 
@@ -115,7 +116,7 @@ def answer(
     """One method's answers to all prompts of one task."""
     made, texts, parts = [], [], []
     settings = {"budget": budget, **method.settings}
-    graphs = method.make is None  # the others have no form for them
+    graphs = find(method.name).make is None  # the others have no form for them
     with refreshkv.attach(loaded.model, method=method.name, graphs=graphs, **settings) as session:
         for one in asked:
             tokens = encode(loaded.tokenizer, one.example.prompt)
