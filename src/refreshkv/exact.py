@@ -190,12 +190,15 @@ class ExactLayer:
             cache.resolve_budget(self._seen(), cache.prompt)
             cache.waiting = cache.anchors = None
         cache.store.write(keys, values, self.ends)
+        several, expected = queries.shape[2], None
+        if self.guesses is not None and several <= self.guesses.shape[2]:
+            expected = self.guesses[:, :, :several]
         (output, _), scored = cache.store.verify(
             queries,
             self.options.over(over_heads(self._seen())),
             starts=self.ends,
             counts=counts,
-            expected=None if self.guesses is None else self.guesses[:, :, : queries.shape[2]],
+            expected=expected,
         )
         if cache.fixed:
             assert self.votes is not None

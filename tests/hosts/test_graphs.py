@@ -21,6 +21,7 @@ from refreshkv import RefreshConfig, make_config
 from refreshkv.hosts.transformers import captured
 from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache
+from refreshkv.kernels.backend import REFERENCE
 from refreshkv.stats import RowStats
 from tests.tape import Tape
 
@@ -114,6 +115,34 @@ def test_the_lossless_mode(llama: PreTrainedModel, tape: Tape, name: str, padded
     drafts = session.stats.drafts
     assert tape.replayed > 10 and 0 < drafts.full <= drafts.yielded
     assert name != "every draft stands" or drafts.accepted > 0.9 * drafts.drafted
+
+
+@pytest.mark.parametrize("name", ["default", "mixed drafts"])
+def test_the_lossless_cache_grows(
+    llama: PreTrainedModel, tape: Tape, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "_STEP", 24)
+    monkeypatch.setattr(captured, "_GRAIN", 1)
+    inputs = left_padded(RAGGED)
+    vanilla = greedy(llama, inputs, new=70)
+    with refreshkv.attach(llama, LOSSLESS[name]):
+        assert torch.equal(greedy(llama, inputs, new=70), vanilla)
+    assert tape.replayed > 10
+
+
+def test_votes_from_guesses_and_rows_that_end_early(
+    llama: PreTrainedModel, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of CPUs do not need the guesses that a full pass is given; the reference votes by them."""
+    monkeypatch.setattr("refreshkv.kernels.schema.backend_for", lambda device: REFERENCE)
+    ids, options = tokens(2, 90), {"max_new_tokens": 60, "return_dict_in_generate": True}
+    text = llama.generate(ids, max_new_tokens=60, do_sample=False)[:, 90:]
+    options["eos_token_id"] = next(int(t) for t in text[0, 3:] if t not in text[1])
+    expected = llama.generate(ids, do_sample=False, **options)
+    with refreshkv.attach(llama, LOSSLESS["default"]) as session:
+        found = llama.generate(ids, do_sample=False, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert session.stats.drafts.accepted > 0
 
 
 @pytest.mark.parametrize("name", ["every option", "mixed", "published"])
