@@ -97,6 +97,30 @@ def test_a_second_call_uses_the_graphs_of_the_first(llama: PreTrainedModel, tape
     assert before > 0 and tape.recorded == before
 
 
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_a_prompt_attends_as_over_a_cache_that_grows(
+    llama: PreTrainedModel, tape: Tape, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not over all positions of the static one, with a mask of as many numbers for each token."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    seen: list[tuple[int, bool]] = []
+
+    def noted(query: Any, key: Any, value: Any, attn_mask: Any = None, **named: Any) -> Any:
+        seen.append((key.shape[2], attn_mask is None))
+        return attend(query, key, value, attn_mask=attn_mask, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    found = []
+    for graphs in (False, True):
+        seen.clear()
+        with refreshkv.attach(llama, CONFIGS["published"], graphs=graphs):
+            out = greedy(llama, tokens(2, 90), **options)
+        found.append((out.tolist(), list(seen)))
+    assert found[0] == found[1]
+    assert max(length for length, _ in found[1][1]) == 90 and tape.replayed > 5
+
+
 LOSSLESS = {
     "every draft stands": RefreshConfig(mode="exact", budget=1000, draft=5),
     "hardly any stands": RefreshConfig(mode="exact", budget=6, draft=5),

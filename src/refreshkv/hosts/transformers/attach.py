@@ -286,8 +286,12 @@ class Session:
     def on_valid_auto_compile_criteria(
         self, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Whether `generate` asks for another call than the model's own: ours, where passes are captured."""
-        return under_way.get() is not None or original(*args, **kwargs)
+        """Whether `generate` asks for another call than the model's own: ours, where passes are captured.
+
+        A prompt in chunks is not captured, and not compiled either.
+        """
+        captured = under_way.get()
+        return original(*args, **kwargs) if captured is None else not captured.cache.in_prompt
 
     def on_get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """That call."""

@@ -35,6 +35,7 @@ class Pass:
         drafting: the pass belongs to the exact mode: "draft" or "verify"; None otherwise.
         maskless: the host makes no masks in this pass, and the layers know themselves what is `visible`.
         visible: `[B, width]` bool, False for padding; `None` when everything is.
+        captures: decode steps of the cache are graphs of ours, so the host knows its length and masks.
     """
 
     prompt: bool = False
@@ -42,6 +43,7 @@ class Pass:
     awaiting: ServedLayer | None = None
     maskless: bool = False
     visible: Tensor | None = None
+    captures: bool = False
 
 
 class ServedLayer:
@@ -161,6 +163,11 @@ class ServedCache:
     def served(self) -> list[ServedLayer]:
         """The layers that are ours."""
         return [layer for layer in self.layers if isinstance(layer, ServedLayer)]
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether passes belong to a prompt now."""
+        return self._current.prompt
 
     def served_length(self) -> int | None:
         """Tokens in the fullest of these layers; `None` where there is none."""

@@ -51,6 +51,7 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         self._index = index
         self._stats = stats
         self._prompt: tuple[AttendOptions, Tensor | None] | None = None  # until decoding begins
+        self._told = 0  # tokens of the prompt so far, of a cache that is captured
 
     @property
     def index(self) -> int:
@@ -89,11 +90,31 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
             self.inner.append(keys, values, decodes=one and self.inner.hidden is not None)
         else:
             self._newest = keys, values
-        return self._updated(self.keys, self.values)
+        if not self._is_told:
+            return self._updated(self.keys, self.values)
+        self._told += keys.shape[2]
+        return self._updated(self.keys[:, :, : self._told], self.values[:, :, : self._told])
+
+    @property
+    def _is_told(self) -> bool:
+        """The pass is one over a prompt, and the host counts its tokens.
+
+        It attends as it does over a cache that grows: over what there is, without a mask where nobody is padded. Over
+        all positions of a fixed one it would need a mask of as many numbers for each token of the prompt.
+        """
+        return self.current.captures and self.current.prompt
 
     def get_seq_length(self) -> Any:
-        """Tokens of the first row: an int64 scalar on the device, or 0."""
+        """Tokens of the first row: an int64 scalar on the device, or a number."""
+        if self._is_told:
+            return self._told
         return self.inner.store.lengths[0] if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See `StaticLayer`."""
+        if self._is_told:
+            return self._told + query_length, 0
+        return super().get_mask_sizes(query_length)
 
     def begin_exact(self, visible: Tensor | None, cycle: Cycle) -> None:
         super().begin_exact(visible, cycle)
@@ -139,6 +160,7 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
         if self.is_initialized:
             self.inner.reset()
         self._prompt = self.exact = self._newest = None
+        self._told = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues the old row `beam_idx[i]`."""
@@ -147,7 +169,9 @@ class StaticRefreshLayer(ServedLayer, StaticLayer):
     def _visible(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
-        return newest_row(mask, self.max_cache_len).expand(self.inner.rows, -1)
+        width = self._told if self._is_told else self.max_cache_len
+        row = F.pad(newest_row(mask, width), (0, self.max_cache_len - width), value=True)
+        return row.expand(self.inner.rows, -1)
 
     def _decodes(self) -> bool:
         if self._prompt is not None:
@@ -228,6 +252,7 @@ class StaticRefreshCache(ServedCache, StaticCache):
     def capture(self, recorder: Recorder) -> None:
         """From here on our own graphs run its passes. It has no tokens yet."""
         self.graphs = Graphs(recorder)
+        self._current.captures = True
         for index, layer in enumerate(self.layers):
             if type(layer) is StaticSlidingWindowLayer:
                 self.layers[index] = RollingWindow(layer.max_cache_len, layer.max_cache_len)
