@@ -86,6 +86,7 @@ simple("number beyond any machine", "--max-new-tokens", 10**20)
 simple("prompt that is not UTF-8", "--prompt", "\udce9")
 simple("temperature NaN", "--temperature", "nan")
 simple("top-p without a temperature", "--top-p", "0.9")
+simple("compiled layers without graphs", "--compiled", "--no-graphs")
 simple("chat without a template", "--chat")
 simple("option that does not exist", "--budgets", "5")
 case("two prompt sources")(

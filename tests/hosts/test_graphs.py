@@ -332,3 +332,8 @@ def test_one_compiled_layer_serves_all(
             assert torch.equal(greedy(model, ids), expected)
         found.append(counter.frame_count)
     assert found[0] == found[1] > 0
+
+
+def test_compiled_layers_are_for_graphs(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="compiled=True without graphs has no effect"):
+        refreshkv.attach(llama, compiled=True, graphs=False)

@@ -102,7 +102,7 @@ def command(
     # What can be checked without the model is checked first: a large one takes minutes to load.
     sampling = sampling_settings(temperature, top_p)
     if compiled and not graphs:
-        raise common.BadInput("--compiled is for graphs: leave out --no-graphs")
+        raise common.BadInput("--compiled without graphs has no effect; leave out --no-graphs")
     asked = {**settings.asked(method, preset, given), "graphs": graphs, "compiled": compiled}
     prompt = prompts.read_prompt(text, prompt_file)
     loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -78,7 +78,7 @@ def attach(
         RuntimeError: a transformers outside the tested range.
     """
     if compiled and not graphs:
-        raise ValueError("compiled=True is for graphs: leave out graphs=False")
+        raise ValueError("compiled=True without graphs has no effect; leave out graphs=False")
     check_version()
     if config is not None and not isinstance(config, RefreshConfig):
         raise TypeError(
