@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -230,7 +231,8 @@ def test_whatever_generate_gives_and_is_given(
 def test_hidden_states_are_those_of_each_pass(llama: PreTrainedModel, tape: Tape) -> None:
     ids, given = tokens(1, 60), []
     for graphs in (False, True):
-        with refreshkv.attach(llama, CONFIGS["published"], graphs=graphs):
+        warned = pytest.warns(UserWarning, match="more than logits") if graphs else nullcontext()
+        with refreshkv.attach(llama, CONFIGS["published"], graphs=graphs), warned:
             given.append(greedy_result(llama, ids, output_hidden_states=True).hidden_states)
     for ours, theirs in zip(*given, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -244,9 +246,11 @@ def test_windows_beside_ours(architecture: str, padded: bool, tape: Tape) -> Non
     inputs = left_padded(RAGGED) if padded else tokens(2, 90)
     with refreshkv.attach(model, CONFIGS["published"], graphs=False):
         grown = greedy(model, inputs)
-    with refreshkv.attach(model, CONFIGS["published"]):
+    windows = padded and architecture != "qwen3"
+    warned = pytest.warns(UserWarning, match="need masks") if windows else nullcontext()
+    with refreshkv.attach(model, CONFIGS["published"]), warned:
         assert torch.equal(greedy(model, inputs), grown)
-    assert padded or tape.replayed > 5
+    assert windows or tape.replayed > 5
 
 
 def test_a_pass_that_waits_stays_as_it_is_and_says_why(

@@ -23,7 +23,7 @@ from refreshkv.hosts.transformers.captured import (
     under_way,
 )
 from refreshkv.hosts.transformers.fallback import CACHES, say_full
-from refreshkv.hosts.transformers.graphs import recorder_for
+from refreshkv.hosts.transformers.graphs import recorder_for, say_without
 from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache
 from refreshkv.hosts.transformers.support import (
@@ -308,7 +308,7 @@ class Session:
             return False
         reason = reason_against(self, config, mode)
         if reason is not None:
-            warnings.warn(f"decoding without CUDA graphs: {reason}", stacklevel=4)
+            say_without(reason)
         return reason is None
 
     def _captured_cache(self, rows: int | None, most: int) -> StaticRefreshCache:

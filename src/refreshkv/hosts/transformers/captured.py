@@ -14,6 +14,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from refreshkv.hosts.transformers.graphs import say_without
 from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache, StaticRefreshLayer
 from refreshkv.hosts.transformers.support import exact_reason
@@ -60,6 +61,7 @@ class CapturedModel:
         self.regions = regions
         self._foreign = [x for x in cache.layers if not isinstance(x, StaticRefreshLayer)]
         self._length: int | None = None  # tokens in the cache, once the prompt is over
+        self._said = False
 
     def __call__(self, **inputs: Any) -> Any:
         """A pass over one token a row; inputs and output as those of the model's own `forward`."""
@@ -108,14 +110,18 @@ class CapturedModel:
         return nullcontext() if self.regions is None else self.regions.use()
 
     def _is_plain(self, settings: dict[str, Any]) -> bool:
-        """Whether this pass is not for a graph: transformers has to make a mask, or more than logits is asked for."""
+        """Whether this pass is not for a graph."""
+        reason = None
         if any(value for name, value in settings.items() if name.startswith("output_")):
-            return True
+            reason = "more than logits is asked for"
+        elif self._foreign and self.cache.hides:
+            reason = "windows beside our layers need masks where rows are padded"
+        if reason is not None and not self._said:
+            self._said = True
+            say_without(reason)
         # A window that is full sees all that it holds; one that is not needs a mask which grows.
-        return any(
-            self.cache.hides or layer.cumulative_length_int < layer.max_cache_len
-            for layer in self._foreign
-        )
+        filling = any(x.cumulative_length_int < x.max_cache_len for x in self._foreign)
+        return reason is not None or filling
 
 
 def reason_against(session: Session, config: GenerationConfig, mode: Any) -> str | None:

@@ -116,7 +116,7 @@ class Graphs:
             result, self.reason = self._recorder.watch(lambda: call(**inputs))
             self._replays[key] = None
             if self.reason is not None:
-                self._say()
+                say_without(self.reason)
             return result
         replay = self._replays[key]
         if replay is None:
@@ -125,7 +125,7 @@ class Graphs:
                 replay = self._replays[key] = self._recorder.record(lambda: call(**held))
             except RuntimeError as error:
                 self.reason = str(error).splitlines()[0]
-                self._say()
+                say_without(self.reason)
                 return call(**inputs)
         for name, x in inputs.items():
             self._inputs[key][name].copy_(x)
@@ -136,5 +136,7 @@ class Graphs:
         self._replays = dict.fromkeys(self._replays)
         self._inputs.clear()
 
-    def _say(self) -> None:
-        warnings.warn(f"decoding without CUDA graphs: {self.reason}", stacklevel=4)
+
+def say_without(reason: str) -> None:
+    """One warning: passes are not captured, and why."""
+    warnings.warn(f"decoding without CUDA graphs: {reason}", stacklevel=4)
