@@ -18,7 +18,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from refreshkv.hosts.transformers.cache import RefreshCache
 from refreshkv.hosts.transformers.captured import under_way
 from refreshkv.hosts.transformers.fallback import CACHES, full_reason, say_full
 from refreshkv.hosts.transformers.passes import Passes, Verified
@@ -102,17 +101,9 @@ class _Run(Passes):
         seen: `made`, as the host saw it last; `texts`: the new tokens of each row.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: RefreshCache | StaticRefreshCache,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        new: int | None,
-    ) -> None:
-        super().__init__(model, cache, input_ids, processors, criteria, config, new)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        config = self.config
         pad = config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad.flatten()[0])
         self.go_on = [True] * self.rows
