@@ -127,7 +127,7 @@ class _Pass:
         self.positions = torch.zeros_like(self.tokens)
 
         def run() -> Tensor:
-            with exact.cache.drafting(kind), exact.cache.without_masks():
+            with exact.cache.drafting(kind):
                 return forward(model, below, exact.cache, self.tokens, self.positions)
 
         self.timed = Timed(run, after=exact.take_back)

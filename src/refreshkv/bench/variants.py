@@ -9,6 +9,7 @@ begins where the context ends.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -173,18 +174,23 @@ def forward(
     tokens: Tensor,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named."""
+    """`[B, T]` tokens -> logits `[B, T, V]`. transformers' own caches run on the `implementation` named.
+
+    Over ours transformers makes no masks, as in the passes that `generate` captures: nobody is padded.
+    """
     config = model.config
     attached = config._attn_implementation_internal
-    if not isinstance(cache, CACHES):
+    ours = isinstance(cache, CACHES)
+    if not ours:
         config._attn_implementation_internal = implementation
     try:
-        return model(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE: cache},
-        ).logits
+        with cache.without_masks() if ours else nullcontext():  # type: ignore[attr-defined]
+            return model(
+                input_ids=tokens,
+                position_ids=positions,
+                use_cache=True,
+                **{CACHE: cache},
+            ).logits
     finally:
         config._attn_implementation_internal = attached
 
@@ -208,6 +214,9 @@ def step(
     ours = job.compiled and isinstance(cache, StaticRefreshCache)
     run: Any = _Compiled(model) if (theirs or ours) and not eager else model
     timed = Timed(lambda: forward(run, implementation, cache, token)[:, -1], job.steps)
+    if isinstance(cache, StaticRefreshCache):
+        for _ in range(2):  # the host knows what a step is; the first may complete a block
+            cache.next_step()
     if isinstance(cache, CACHES):
         timed.after = functools.partial(take_back, cache, int(cache.served_length() or 0))
     elif name != "flash":  # which keeps no token
