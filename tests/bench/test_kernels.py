@@ -75,7 +75,7 @@ def shifted(*given: Any, **options: Any) -> Selected:
             "verify",
             broken(
                 "verify",
-                lambda *given, starts: CPU.verify(*given, starts=starts - 1),
+                lambda *given, starts, **guess: CPU.verify(*given, starts=starts - 1, **guess),
             ),
             "verify: differs",
         ),

@@ -89,6 +89,14 @@ class Operands:
         """Made by the kernel that is timed as "encode", because the reference takes seconds."""
         return _encode_into(self._new_room(), backend_for(self.full.keys.device), self)
 
+    @functools.cached_property
+    def lse(self) -> Tensor:
+        """`[B, Hq, s + 1]`, of each query: the lossless mode has a guess of it from its drafts."""
+        options = AttendOptions(scale=self.query.shape[-1] ** -0.5)
+        backend = backend_for(self.full.keys.device)
+        found: Tensor = backend.verify(self.queries, self.full, options, starts=self.starts)[0].lse
+        return found
+
     def forget(self) -> None:
         """What kernels wrote is NaN again."""
         for ring in self.ring:
@@ -198,7 +206,7 @@ def cases_of(job: Job, backend: Backend) -> dict[str, Case]:
         ),
         "refresh": Case(_refresh, 2 * partial, {"torch gather": _torch_gather}),
         "verify": Case(
-            lambda b, x: b.verify(x.queries, x.full, options, starts=x.starts),
+            lambda b, x: b.verify(x.queries, x.full, options, starts=x.starts, expected=x.lse),
             full + weights * job.context,
             {"torch sdpa": _sdpa_verify},
         ),
