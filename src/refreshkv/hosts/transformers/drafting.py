@@ -167,8 +167,10 @@ class _Run(Passes):
     def _replayed_cycle(self) -> Verified:
         """Nobody looks: every row drafts as many tokens as the one that may draft most."""
         assert self.graphs is not None
-        room = [self.most if self.new is None else self.new - made - 1 for made in self.seen]
-        most = max(0, min(max(self.lengths), max(room)))
+        most, rows = 0, zip(self.go_on, self.over, self.seen, self.lengths, strict=True)
+        for goes, over, made, length in rows:
+            room = length if self.new is None else self.new - made - 1
+            most = max(most, min(length, room) if goes and not over else 0)
         self._reserve(self.most + 2)
         self.graphs.run(("begin", self.cycles > 0, most > 0), lambda: self.begin_cycle(most > 0))
         for _ in range(most):
@@ -230,17 +232,26 @@ class _Run(Passes):
 
     def _look(self, kept: Tensor, tokens: Tensor, accepted: Tensor) -> None:
         """What the host has to know of a cycle, and the statistics of it."""
-        parts = [self.made, self.draft.length, kept, self.active, self.drafted, accepted]
+        parts = [
+            self.made,
+            self.draft.length,
+            self.ended,
+            kept,
+            self.active,
+            self.drafted,
+            accepted,
+        ]
         table = torch.cat([torch.stack([p.long() for p in parts], 1), tokens], 1).tolist()
         self.seen = [row[0] for row in table]
         self.lengths = [row[1] for row in table]
+        self.over = [bool(row[2]) for row in table]
         for text, row in zip(self.texts, table, strict=True):
-            text += row[6 : 6 + row[2]]
+            text += row[len(parts) : len(parts) + row[3]]
         if self.cycles:
             self.cache.stats.record_drafts(
                 [
                     DraftCounts(drafted, stood, yielded, active, active * (drafted + 1))
-                    for _, _, yielded, active, drafted, stood, *_ in table
+                    for _, _, _, yielded, active, drafted, stood, *_ in table
                 ]
             )
 
