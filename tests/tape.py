@@ -6,8 +6,10 @@ it was when the call was recorded. And as there, a call that looks at a tensor c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,12 +38,14 @@ class Tape:
         self.recorded = self.replayed = 0
 
     def watch(self, call: Callable[[], Any]) -> tuple[Any, str | None]:
-        with _Watch() as watch:
+        watch = _Watch()
+        with watch, _lists(watch.see):
             result = call()
         return result, watch.looks
 
     def record(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        with _Recording() as recording:
+        recording = _Recording()
+        with recording, _lists(recording.see):
             result = call()
         recording.undo()
         self.recorded += 1
@@ -59,6 +63,19 @@ class Tape:
         return replay
 
 
+@contextmanager
+def _lists(see: Callable[[str], None]) -> Iterator[None]:
+    """`tolist` is no operator on a CPU: `see` is told of it."""
+    tolist = torch.Tensor.tolist
+
+    def looked(tensor: Tensor) -> Any:
+        see("tolist")
+        return tolist(tensor)
+
+    with mock.patch.object(torch.Tensor, "tolist", looked):
+        yield
+
+
 def _alias(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
@@ -68,11 +85,14 @@ class _Watch(TorchDispatchMode):
 
     looks: str | None = None
 
+    def see(self, what: str) -> None:
+        self.looks = f"{what} waits for the device"
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.overloadpacket.__name__ in _LOOKS:
-            self.looks = f"{function} waits for the device"
+            self.see(str(function))
         return function(*args, **(kwargs or {}))
 
 
@@ -89,7 +109,7 @@ class _Recording(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function.overloadpacket.__name__ in _LOOKS:
-            raise RuntimeError(f"{function} waits for the device")
+            self.see(str(function))
         schema = function._schema.arguments
         named = {
             argument.name: value for argument, value in zip(schema, args, strict=False)
@@ -100,6 +120,9 @@ class _Recording(TorchDispatchMode):
         result = function(*args, **kwargs)
         self.calls.append((function, args, kwargs, result))
         return result
+
+    def see(self, what: str) -> None:
+        raise RuntimeError(f"{what} waits for the device")
 
     def undo(self) -> None:
         """A graph that is captured has done nothing yet."""

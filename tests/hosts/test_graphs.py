@@ -338,6 +338,30 @@ def test_one_compiled_layer_serves_all(
     assert found[0] == found[1] > 0
 
 
+def test_a_processor_that_looks_at_the_text(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the lossless mode it is called for each row and position, which the host has to know."""
+    module = sys.modules["refreshkv.hosts.transformers.attach"]
+    monkeypatch.setattr(module, "recorder_for", lambda device: Tape())
+    inputs, options = left_padded(RAGGED), {"repetition_penalty": 1.4}
+    vanilla = greedy(llama, inputs, **options)
+    for config in (LOSSLESS["default"], LOSSLESS["mixed drafts"]):
+        with (
+            refreshkv.attach(llama, config),
+            pytest.warns(UserWarning, match="without CUDA graphs: .* waits for the device"),
+        ):
+            assert torch.equal(greedy(llama, inputs, **options), vanilla)
+    tape = Tape()
+    monkeypatch.setattr(module, "recorder_for", lambda device: tape)
+    with refreshkv.attach(llama, LOSSLESS["default"]):
+        with pytest.warns(UserWarning, match="without CUDA graphs"):
+            greedy(llama, inputs, **options)
+        assert tape.replayed == 0
+        greedy(llama, inputs)  # the next call is captured again
+    assert tape.replayed > 0
+
+
 def test_compiled_layers_are_for_graphs(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="compiled=True without graphs has no effect"):
         refreshkv.attach(llama, compiled=True, graphs=False)

@@ -209,7 +209,7 @@ class Session:
             under_way.reset(outer)
         for cache, length in caches:
             _check_used(cache, length)
-        if captured is not None and not hasattr(result, CACHE):
+        if captured is not None and captured.may_be_kept and not hasattr(result, CACHE):
             self.kept = captured.cache
         return result
 

@@ -85,6 +85,11 @@ class CapturedModel:
             layer.cumulative_length_int = self._length
         return output
 
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the next call may go on with this cache; one that could not be captured leaves nothing."""
+        return self.cache.graphs is not None and self.cache.graphs.reason is None
+
     def make_room(self, more: int, tokens: int | None = None) -> None:
         """Positions for `more` tokens after `tokens` (`None`: those of the passes so far)."""
         tokens = ((self._length or 0) if tokens is None else tokens) + more
