@@ -88,14 +88,22 @@ def test_the_tokens_are_those_of_the_growing_cache(
     assert other.stats.as_dict() == session.stats.as_dict()
 
 
-def test_a_second_call_uses_the_graphs_of_the_first(llama: PreTrainedModel, tape: Tape) -> None:
-    with refreshkv.attach(llama, CONFIGS["every option"], graphs=False):
-        expected = [greedy(llama, left_padded(RAGGED, seed)) for seed in (0, 1)]
-    with refreshkv.attach(llama, CONFIGS["every option"]):
-        for seed in (0, 1):
-            before = tape.recorded
-            assert torch.equal(greedy(llama, left_padded(RAGGED, seed)), expected[seed])
-    assert before > 0 and tape.recorded == before
+@pytest.mark.parametrize("name", ["every option", "published", "mixed", "full"])
+def test_a_second_call_uses_the_graphs_of_the_first(
+    llama: PreTrainedModel, tape: Tape, name: str
+) -> None:
+    """Whatever its prompt: of another length, with other padding or none."""
+    calls = [left_padded(RAGGED), left_padded([40, 61, 55], 1), tokens(3, 70), tokens(3, 33)]
+    with refreshkv.attach(llama, CONFIGS[name], graphs=False):
+        expected = [greedy(llama, inputs) for inputs in calls]
+    with refreshkv.attach(llama, CONFIGS[name]) as session:
+        for _ in range(2):
+            recorded = tape.recorded
+            for inputs, text in zip(calls, expected, strict=True):
+                kept = session.kept
+                assert torch.equal(greedy(llama, inputs), text)
+                assert kept in (None, session.kept)
+    assert 0 < recorded == tape.recorded
 
 
 @pytest.mark.parametrize("chunk", [None, 32])

@@ -248,8 +248,8 @@ class Session:
         if given is None:
             length = kwargs.get("max_cache_length", args[-1] if args else 0)
             mode = kwargs.get("generation_mode", args[0] if args else None)
-            mask = model_kwargs.get("attention_mask")
-            rows = None if mask is None else mask.shape[0]
+            batch = kwargs.get("batch_size", args[-2] if len(args) > 1 else 0)
+            rows = batch * (generation_config.num_return_sequences or 1)
             if type(made) is DynamicCache and self._captures(generation_config, mode):
                 made = model_kwargs[CACHE] = self._captured_cache(rows, length)
             else:
@@ -311,10 +311,10 @@ class Session:
             say_without(reason)
         return reason is None
 
-    def _captured_cache(self, rows: int | None, most: int) -> StaticRefreshCache:
+    def _captured_cache(self, rows: int, most: int) -> StaticRefreshCache:
         """A static cache with graphs, that of the call before where it fits."""
         cache, self.kept = self.kept, None
-        if cache is None or rows is None or cache.rows != rows:
+        if cache is None or cache.rows != rows:
             recorder = recorder_for(device_of(self.model))
             assert recorder is not None
             cache = self.new_static_cache(most)
