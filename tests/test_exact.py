@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refreshkv.cache.layer import LayerCache
 from refreshkv.config import RefreshConfig
-from refreshkv.exact import ExactLayer, ExactWindowLayer
+from refreshkv.exact import Cycle, ExactLayer, ExactWindowLayer
 from refreshkv.kernels import reference
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.stats import RowStats, Stats
@@ -64,11 +64,12 @@ class Run:
         self.tokens, self.options = tokens, options
         cache = LayerCache(config, stats=stats)
         cache.append(tokens.keys[:, :, :PROMPT], tokens.values[:, :, :PROMPT])
+        given, cycle = (cache, options, tokens.seen(PROMPT)), Cycle(cache.store.lengths)
         if window is None:
             cache.await_selection(tokens.queries[:, :, :PROMPT])
-            self.layer = ExactLayer(cache, options, tokens.seen(PROMPT))
+            self.layer = ExactLayer(*given, cycle)
         else:
-            self.layer = ExactWindowLayer(cache, options, tokens.seen(PROMPT), window)
+            self.layer = ExactWindowLayer(*given, window, cycle)
 
     def at(self, what: Tensor, places: Tensor) -> Tensor:
         """`[B, H, T, D]`: of each row the `places` `[B, T]`."""
@@ -87,7 +88,10 @@ class Run:
                 (self.tokens.values, 0.3),
             )
         )
-        return self.layer.draft(query, key, value)
+        self.layer.cycle.begin_draft(grows=True)
+        output = self.layer.draft(query, key, value)
+        self.layer.cycle.end_draft()
+        return output
 
     def verify(self, counts: Tensor) -> Tensor:
         places = self.layer.ends[:, None] + torch.arange(int(counts.max()))
@@ -95,7 +99,12 @@ class Run:
             self.at(what, places)
             for what in (self.tokens.queries, self.tokens.keys, self.tokens.values)
         )
-        return self.layer.verify(*new, counts)
+        self.layer.cycle.counts.copy_(counts)
+        return self.layer.verify(*new)
+
+    def commit(self, kept: Sequence[int]) -> None:
+        self.layer.commit(torch.tensor(kept))
+        self.layer.cycle.advance(torch.tensor(kept))
 
     def cycle(self, drafted: Sequence[int], kept: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         outputs = []
@@ -103,7 +112,7 @@ class Run:
             self.layer.cycle.counted.copy_(torch.tensor(drafted) > step)
             outputs.append(self.draft())
         verified = self.verify(torch.tensor(drafted) + 1)
-        self.layer.commit(torch.tensor(kept))
+        self.commit(kept)
         return outputs, verified
 
     def full(self, row: int, place: int, window: int | None = None) -> Tensor:
@@ -156,7 +165,7 @@ def test_drafts_touch_nothing_before_the_end(window: int | None) -> None:
             run.draft()
             assert the_text_is_there(run)
         run.verify(torch.tensor(drafted) + 1)
-        run.layer.commit(torch.tensor(kept))
+        run.commit(kept)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])

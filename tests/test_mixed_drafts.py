@@ -10,7 +10,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.rounded import RoundedCopy
 from refreshkv.cache.store import DenseStore
 from refreshkv.config import RefreshConfig
-from refreshkv.exact import ExactMixedLayer
+from refreshkv.exact import Cycle, ExactMixedLayer
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.policy.rounding import BLOCK
 from refreshkv.stats import RowStats, Stats
@@ -41,7 +41,8 @@ class MixedRun(Run):
         cache = LayerCache(CONFIG, stats=stats)
         cache.append(self.tokens.keys[:, :, :PROMPT], self.tokens.values[:, :, :PROMPT])
         cache.await_selection(self.tokens.queries[:, :, :PROMPT])
-        self.layer = ExactMixedLayer(cache, options, self.tokens.seen(PROMPT))
+        cycle = Cycle(cache.store.lengths)
+        self.layer = ExactMixedLayer(cache, options, self.tokens.seen(PROMPT), cycle)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

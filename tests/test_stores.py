@@ -14,7 +14,7 @@ from refreshkv.cache.layer import LayerCache
 from refreshkv.cache.paged import PagedStore
 from refreshkv.cache.static import StaticStore
 from refreshkv.cache.store import DenseStore, Store
-from refreshkv.exact import ExactLayer
+from refreshkv.exact import Cycle, ExactLayer
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.policy.selection import FREE
 from refreshkv.step import decode_step
@@ -183,16 +183,21 @@ def test_the_exact_mode_over_pages(ring: str) -> None:
         cache = LayerCache(config, store=store)
         cache.append(tokens.keys[:, :, :20], tokens.values[:, :, :20])
         cache.await_selection(tokens.queries[:, :, :20])
-        layer, outputs = ExactLayer(cache, options, None), []
+        cycle = Cycle(cache.store.lengths)
+        layer, outputs = ExactLayer(cache, options, None, cycle), []
         for kept in ([2, 3], [1, 1], [3, 2]):
             layer.select()
             ends = int(layer.ends.min())
             for ahead in range(2):
                 one = (x[:, :, ends + ahead] for x in (tokens.queries, tokens.keys, tokens.values))
+                cycle.begin_draft(grows=True)
                 outputs.append(layer.draft(*one))
+                cycle.end_draft()
             new = (x[:, :, ends : ends + 3] for x in (tokens.queries, tokens.keys, tokens.values))
-            outputs.append(layer.verify(*new, torch.tensor([3, 3])))
+            cycle.counts.fill_(3)
+            outputs.append(layer.verify(*new))
             layer.commit(torch.tensor(kept))
+            cycle.advance(torch.tensor(kept))
         runs.append(outputs)
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)

@@ -46,7 +46,8 @@ class Cycle:
         self.ahead = torch.zeros((), dtype=torch.int64, device=ends.device)
         self.positions = ends.clone()
         self.next = ends + 1
-        self.columns = torch.arange(2, device=ends.device)
+        self._two = torch.arange(2, device=ends.device)
+        self.columns = self._two.clone()
         self.counted = torch.ones_like(ends, dtype=torch.bool)
         self.counts = torch.zeros_like(ends)
         self.sums = ends.new_zeros(len(ends), len(COUNTS))
@@ -56,13 +57,13 @@ class Cycle:
         """A pass over the next token of each row. `grows`: stores have to make room, and the device is asked."""
         torch.add(self.ends, self.ahead, out=self.positions)
         torch.add(self.positions, 1, out=self.next)
+        torch.add(self._two, self.ahead, out=self.columns)
         if grows:
             self.end = (int(self.ends.max()) if self.end is None else self.end) + 1
 
     def end_draft(self) -> None:
         """That pass is over."""
         self.ahead += 1
-        self.columns += 1
 
     def counted_pass(self, kept: Tensor, hidden: Tensor) -> Tensor:
         """`[B, 5]` int64, what a KV head counts for the full pass of which `kept` `[B]` tokens stay, as `sums`.
@@ -79,7 +80,6 @@ class Cycle:
     def advance(self, kept: Tensor) -> None:
         """Each row has `kept` `[B]` tokens more, and what was drafted is over."""
         self.ends += kept
-        self.columns -= self.ahead
         self.ahead.zero_()
         self.end = None
 
@@ -98,7 +98,7 @@ class ExactLayer:
         cache: the layer after a prompt that is the same number of tokens in every row.
         options: of the model.
         visible: `[B, L]` bool, False for padding; `None` when there is none. Later tokens are visible.
-        cycle: that of the model's layers, which somebody else begins and advances; `None`: this is the only one.
+        cycle: that of the model's layers, which somebody else begins and advances.
     """
 
     def __init__(
@@ -106,13 +106,12 @@ class ExactLayer:
         cache: LayerCache,
         options: AttendOptions,
         visible: Tensor | None,
-        cycle: Cycle | None = None,
+        cycle: Cycle,
     ) -> None:
         self.cache = cache
         self.options = options.over(reduction=cache.config.group_reduction)
         self.visible = visible
-        self.alone = cycle is None
-        self.cycle = Cycle(cache.store.lengths) if cycle is None else cycle
+        self.cycle = cycle
         cache.store.let_rows_differ(self.cycle.ends)
         cache.wait_again()
         # [B, Hkv, L], of the last full pass, from which the next cycle selects
@@ -149,15 +148,10 @@ class ExactLayer:
 
     def draft(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A cheap step over the token `[B, Hkv, D]`; `query` `[B, Hq, D]`; returns `[B, Hq, D]`."""
-        if self.alone:
-            self.cycle.begin_draft(not self.cache.fixed)
         self.cache.store.write(
             key[:, :, None], value[:, :, None], self.cycle.positions, self.cycle.end
         )
-        output = self._draft(query)
-        if self.alone:
-            self.cycle.end_draft()
-        return output
+        return self._draft(query)
 
     def _draft(self, query: Tensor) -> Tensor:
         """A partial step, over the token that is in the store by now."""
@@ -173,15 +167,10 @@ class ExactLayer:
             self.guesses.index_copy_(2, cycle.columns, lse[..., None].expand(-1, -1, 2))
         return output
 
-    def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-        """The full pass over the token before the drafts and the drafts.
+    def verify(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The full pass over the token before the drafts and the drafts, of which the cycle's `counts` are real.
 
-        Args:
-            queries: `[B, Hq, T, D]`; keys, values: `[B, Hkv, T, D]`.
-            counts: `[B]` int64, how many of a row's tokens are real; 0 for a row that sits out.
-
-        Returns:
-            `[B, Hq, T, D]`.
+        `queries` `[B, Hq, T, D]`, keys and values `[B, Hkv, T, D]`; returns `[B, Hq, T, D]`.
         """
         cache = self.cache
         if cache.waiting is not None:
@@ -197,7 +186,7 @@ class ExactLayer:
             queries,
             self.options.over(over_heads(self._seen())),
             starts=self.ends,
-            counts=counts,
+            counts=self.cycle.counts,
             expected=expected,
         )
         if cache.fixed:
@@ -206,29 +195,20 @@ class ExactLayer:
         else:
             self.votes = scored.scores
         self.voted = True
-        if self.alone:
-            self.cycle.counts.copy_(counts)
         return output
 
     def commit(self, kept: Tensor) -> None:
-        """The first `kept` `[B]` tokens of the full pass stay, and as many that it gave are part of the text."""
+        """Count a cycle of a cache that grows: the first `kept` `[B]` tokens of the full pass stay."""
         cache, heads = self.cache, self.cache.kv_heads
         assert cache.hidden is not None
-        if not cache.fixed:
-            counts = self.cycle.counted_pass(kept, cache.hidden) * heads + self.tally.sum(1)
-            cache.stats.record(
-                cache.index,
-                kv_heads=heads,
-                entry_bytes=cache.store.entry_bytes,
-                **dict(zip(COUNTS, counts.unbind(1), strict=True)),
-            )
-            self.tally.zero_()
-        elif self.alone:
-            self.cycle.sums += self.cycle.counted_pass(kept, cache.hidden)
-            self.settle()
-            self.cycle.sums.zero_()
-        if self.alone:
-            self.cycle.advance(kept)
+        counts = self.cycle.counted_pass(kept, cache.hidden) * heads + self.tally.sum(1)
+        cache.stats.record(
+            cache.index,
+            kv_heads=heads,
+            entry_bytes=cache.store.entry_bytes,
+            **dict(zip(COUNTS, counts.unbind(1), strict=True)),
+        )
+        self.tally.zero_()
 
     def settle(self) -> None:
         """What the full passes of a cache of the fixed form counted for all layers, this one counts too."""
@@ -301,7 +281,7 @@ class ExactWindowLayer(ExactLayer):
         options: AttendOptions,
         visible: Tensor | None,
         window: int,
-        cycle: Cycle | None = None,
+        cycle: Cycle,
     ) -> None:
         super().__init__(cache, options, visible, cycle)
         self.window = window
@@ -312,13 +292,12 @@ class ExactWindowLayer(ExactLayer):
     def _draft(self, query: Tensor) -> Tensor:
         return self._attend(query[:, :, None], self.cycle.positions)[:, :, 0]
 
-    def verify(self, queries: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    def verify(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self.cache.store.write(keys, values, self.ends)
         return self._attend(queries, self.ends)
 
     def commit(self, kept: Tensor) -> None:
-        if self.alone:
-            self.cycle.advance(kept)
+        pass
 
     def settle(self) -> None:
         pass

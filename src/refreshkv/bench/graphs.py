@@ -7,37 +7,28 @@ from typing import Any
 
 import torch
 
+from refreshkv.hosts.transformers.graphs import recorder_for
+
 
 def captured(
     call: Callable[[], Any], after: Callable[[], object], device: torch.device
 ) -> Callable[[], Any] | None:
     """The call as a CUDA graph, which Python cannot slow down; `None` where that cannot be.
 
-    It is run a few times, each with `after`, which is no part of the graph. A replay returns what the last of them did:
-    the same tensors, filled anew.
+    It is run twice, each time with `after`, which is no part of the graph. A replay returns the same tensors each time,
+    filled anew.
     """
-    if device.type != "cuda":
+    recorder = recorder_for(device)
+    if recorder is None:
         return None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        call()  # compiles and allocates, which may wait for the device
-        after()
-        # A capture that fails can leave the process unusable, so calls that would wait are found out before.
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return None
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-            torch.cuda.synchronize(device)
-            after()  # of a call that broke off, too
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
+    call()  # compiles and allocates, which may wait for the device
     after()
-    return lambda: (graph.replay(), found)[1]
+    try:  # a capture that fails can leave the process unusable, so calls that wait are found out before
+        _, waits = recorder.watch(call)
+    finally:
+        after()  # of a call that broke off, too
+    if waits is not None:
+        return None
+    graph = recorder.record(call)
+    after()
+    return graph

@@ -18,7 +18,6 @@ from refreshkv.hosts.transformers.attachment import attachment_of, join
 from refreshkv.hosts.transformers.cache import RefreshCache
 from refreshkv.hosts.transformers.captured import (
     CapturedModel,
-    device_of,
     reason_against,
     under_way,
 )
@@ -300,7 +299,7 @@ class Session:
     @property
     def captures(self) -> bool:
         """Whether `generate` decodes by graphs on this device, if the call allows it."""
-        return self.graphs and recorder_for(device_of(self.model)) is not None
+        return self.graphs and recorder_for(self.model.device) is not None
 
     def _captures(self, config: GenerationConfig, mode: Any) -> bool:
         """Whether this call decodes by graphs over a static cache."""
@@ -315,12 +314,11 @@ class Session:
         """A static cache with graphs, that of the call before where it fits."""
         cache, self.kept = self.kept, None
         if cache is None or cache.rows != rows:
-            recorder = recorder_for(device_of(self.model))
+            recorder = recorder_for(self.model.device)
             assert recorder is not None
             cache = self.new_static_cache(most)
             cache.capture(recorder)
             cache.is_kept = False
-            cache.capacity = 0
         cache.reset()
         under_way.set(CapturedModel(self.model, cache, most, self.regions))
         return cache

@@ -7,7 +7,6 @@ import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
@@ -15,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refreshkv.hosts.transformers.graphs import say_without
+from refreshkv.hosts.transformers.masks import padding
 from refreshkv.hosts.transformers.regions import Regions
 from refreshkv.hosts.transformers.static import StaticRefreshCache, StaticRefreshLayer
 from refreshkv.hosts.transformers.support import exact_reason
@@ -99,7 +99,7 @@ class CapturedModel:
     def _begin(self, mask: Tensor | None) -> None:
         """The prompt is over: the host looks how long it was, and at its padding, once."""
         self._length = self.cache.served_length()
-        self.cache.show(None if mask is None or bool(mask.all()) else mask.bool())
+        self.cache.show(padding(mask))
 
     def _pass(self, settings: dict[str, Any]) -> Any:
         def run(**tensors: Tensor) -> Tensor:
@@ -161,8 +161,3 @@ def reason_against(session: Session, config: GenerationConfig, mode: Any) -> str
     if refresh.mode == "exact" and not all(ours):
         return "windows of a static cache cannot take a draft back"
     return None
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model is."""
-    return next(model.parameters()).device

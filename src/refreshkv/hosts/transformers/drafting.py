@@ -20,6 +20,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from refreshkv.hosts.transformers.captured import under_way
 from refreshkv.hosts.transformers.fallback import CACHES, full_reason, say_full
+from refreshkv.hosts.transformers.masks import padding
 from refreshkv.hosts.transformers.passes import Passes, Verified
 from refreshkv.hosts.transformers.shown import Shown
 from refreshkv.hosts.transformers.static import StaticRefreshCache
@@ -123,13 +124,11 @@ class _Run(Passes):
         outputs = self.model._prefill(
             self.ids, self.config, model_kwargs, is_first_iteration=not self.config.is_assistant
         )
-        mask = model_kwargs.get("attention_mask")
-        visible = None if mask is None or bool(mask.all()) else mask.bool()
         self.start = int(self.cache.get_seq_length())
         compiles = self.static and self.graphs is None
         if compiles and self.model._valid_auto_compile_criteria(model_kwargs, self.config):
             self.call = self.model.get_compiled_call(self.config.compile_config)
-        self.cycle_of = self.cache.begin_exact(visible)
+        self.cycle_of = self.cache.begin_exact(padding(model_kwargs.get("attention_mask")))
         if self.graphs is not None:
             self.graphs.forget()  # those of another call read its tensors
         logits = outputs.logits[:, -1:].float()

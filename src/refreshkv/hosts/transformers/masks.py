@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def padding(mask: Tensor | None) -> Tensor | None:
+    """`[B, L]` bool of the mask of a prompt that `generate` holds, False for padding; `None` where nobody is padded."""
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
 def newest_row(mask: Tensor | None, length: int) -> Tensor:
     """`[B or 1, L]` bool, what the newest query sees by the mask of a pass.
 

@@ -122,7 +122,7 @@ class ServedLayer:
             return exact.draft(query[:, :, 0], keys[:, :, 0], values[:, :, 0])[:, :, None]
         if self.current.drafting != "verify":
             raise RuntimeError("this cache is inside an exact `generate`: no other pass may use it")
-        return exact.verify(query, keys, values, exact.cycle.counts)
+        return exact.verify(query, keys, values)
 
     def _visible(self, mask: Tensor | None) -> Tensor | None:
         """`[B, width]` bool, what the newest query sees; `None` when it is everything."""

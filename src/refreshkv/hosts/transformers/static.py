@@ -253,6 +253,7 @@ class StaticRefreshCache(ServedCache, StaticCache):
         """From here on our own graphs run its passes. It has no tokens yet."""
         self.graphs = Graphs(recorder)
         self._current.captures = True
+        self.capacity = 0  # room is made for the prompt, when its length is known
         for index, layer in enumerate(self.layers):
             if type(layer) is StaticSlidingWindowLayer:
                 self.layers[index] = RollingWindow(layer.max_cache_len, layer.max_cache_len)
@@ -327,19 +328,10 @@ class StaticRefreshCache(ServedCache, StaticCache):
         super().reset()
         self._current.visible = None
 
+    @apart
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.update`; raises `RuntimeError` where the model is not attached."""
-        result: tuple[Tensor, Tensor] = _update(
-            self, key_states, value_states, layer_idx, *args, **kwargs
-        )
-        return result
-
-
-@apart
-def _update(
-    cache: StaticRefreshCache, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    cache._check()
-    return StaticCache.update(cache, keys, values, layer, *args, **kwargs)
+        self._check()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
