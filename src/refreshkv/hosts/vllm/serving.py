@@ -1,0 +1,233 @@
+"""A layer and its metadata builder, laid over vLLM's own: prompts go to the stock kernels, decode rows to ours.
+
+`ServedLayer` and `ServedBuilder` are mixed into the attention and builder classes of a stock backend, which `super()`
+is here. Layers that are not full attention (sliding windows, encoders) stay with it altogether. Letters as in `steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refreshkv.hosts.vllm import refusals, settings
+from refreshkv.hosts.vllm.counters import Counter
+from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
+from refreshkv.hosts.vllm.pages import Pages, PageShape
+from refreshkv.hosts.vllm.planner import Numbers, Planner
+from refreshkv.hosts.vllm.steps import Sorter, Step, Where, place
+from refreshkv.kernels.options import AttendOptions
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows that the stock kernels attend together.
+
+    Attributes:
+        tokens: theirs among those of the step.
+        stock: the metadata of the stock backend for them alone.
+        more: what a subclass of `ServedBuilder` adds.
+    """
+
+    tokens: Where
+    stock: Any
+    more: Any = None
+
+
+@dataclass(frozen=True)
+class ServedMetadata:
+    """What a served layer gets for one step."""
+
+    step: Step
+    prompts: Sequence[Prompts]
+    counter: Counter
+
+
+class ServedLayer:
+    """Mixed into an attention implementation of vLLM, before it."""
+
+    served: bool
+    kv_sharing_target_layer_name: str | None
+
+    def serve(
+        self,
+        vllm_config: Any,
+        *,
+        heads: tuple[int, int],
+        head_size: int,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        """Begin to serve this layer; `heads`: of queries and keys."""
+        told = settings.read(vllm_config.additional_config)
+        refusals.check(vllm_config)
+        config = told.config
+        self.page_rounding = config if config.rounds else None
+        options = AttendOptions(
+            scale=scale,
+            softcap=softcap or None,
+            sinks=sinks,
+            reduction=config.group_reduction,
+        )
+        self.decoding: Decoding
+        if config.mode == "refresh":
+            self.decoding = Refresh(
+                config,
+                options,
+                device,
+                rows=vllm_config.scheduler_config.max_num_seqs,
+                slots=config.resolve_budget(vllm_config.model_config.max_model_len),
+                heads=heads[1],
+                dim=head_size,
+            )
+        else:
+            self.decoding = {"mixed": Mixed, "full": Full}[config.mode](config, options, device)
+        self._pages: Pages | None = None
+        self._held: tuple[int, ...] = ()
+
+    def pages(self, cache: Tensor) -> Pages:
+        """The cache of this layer, `[N, Hkv, P, 2 D]`, for our kernels."""
+        held = (cache.data_ptr(), *cache.shape)
+        if self._pages is None or held != self._held:
+            dim = cache.shape[3] // 2
+            shape = PageShape(cache.shape[1], cache.shape[2], (dim, dim), cache.dtype, self.page_rounding)
+            self._pages, self._held = Pages.of(cache, shape), held
+        return self._pages
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the T tokens of a step, `[T, Hq, D]` into `output`; the cache has their keys and values."""
+        given = layer, query, key, value, kv_cache, attn_metadata
+        if not isinstance(attn_metadata, ServedMetadata):  # a profiling run, or a layer of another kind
+            return super().forward(*given, output, output_scale, output_block_scale)  # type: ignore[misc]
+        assert self.served and output_scale is None and output_block_scale is None
+        step = attn_metadata.step
+        pages = self.pages(kv_cache)
+        for prompts in attn_metadata.prompts:
+            self.attend_prompts(layer, query, key, value, kv_cache, prompts, output)
+        if self.kv_sharing_target_layer_name is None:
+            self.decoding.learn(pages, step, query)
+        if step.decodes is not None:
+            at = step.decodes.tokens
+            tally = attn_metadata.counter.rows_of(len(step.decodes))
+            output[at] = self.decoding.attend(query[at], pages, step, tally)
+        return output
+
+    def attend_prompts(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        prompts: Prompts,
+        output: Tensor,
+    ) -> None:
+        """The stock kernels' part; here over vLLM's cache as it is."""
+        at = prompts.tokens
+        of_rows = query[at], key[at], value[at]
+        result = output[at]
+        super().forward(layer, *of_rows, kv_cache, prompts.stock, result)  # type: ignore[misc]
+        if not isinstance(at, slice):
+            output[at] = result
+
+
+class ServedBuilder:
+    """Mixed into a metadata builder of vLLM, before it."""
+
+    reorder_batch_threshold: int | None = 1  # decode rows first: then they are a slice of the step
+
+    def serve(
+        self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, report: Any
+    ) -> None:
+        """Begin to serve the layers of one group; `report` takes a line of the log."""
+        told = settings.read(vllm_config.additional_config)
+        config, rows = told.config, vllm_config.scheduler_config.max_num_seqs
+        planner = None
+        if config.mode == "refresh":
+            asks = config.threshold is not None
+            planner = Planner(rows, config.stride, asks=asks, stagger=told.host.stagger)
+        self.sorter = Sorter(spec.block_size, config, planner)
+        self.counter = Counter(
+            layers=len(layer_names),
+            heads=spec.num_kv_heads,
+            rows=rows,
+            entry_bytes=2 * spec.head_size * spec.dtype.itemsize,
+            interval=told.host.log_interval,
+            report=report,
+            device=device,
+        )
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The metadata of a step; that of the stock backend for a group that is not served."""
+        if not self.served:
+            given = common_prefix_len, common_attn_metadata, fast_build
+            return super().build(*given)  # type: ignore[misc]
+        if common_attn_metadata.causal is not True:
+            refusals.refuse("attention that is not causal", "serve this model without it")
+        step = self.sorter.sort(common_attn_metadata)
+        self.counter.follow(step)
+        prompts = [] if step.prompts is None else self.prompts(common_attn_metadata, step.prompt_rows)
+        return ServedMetadata(step, prompts, self.counter)
+
+    def prompts(self, common: Any, rows: Numbers) -> list[Prompts]:
+        """The rows of prompts; here all at once, over vLLM's cache as it is."""
+        return [Prompts(tokens_of(common, rows), self.stock(only(common, rows)))]
+
+    def stock(self, common: Any) -> Any:
+        """The stock backend's metadata."""
+        return super().build(0, common)  # type: ignore[misc]
+
+
+def tokens_of(common: Any, rows: Numbers) -> Where:
+    """All tokens of some rows among those of the step."""
+    starts = common.query_start_loc_cpu.numpy()
+    spans = [np.arange(starts[row], starts[row + 1]) for row in rows]
+    return place(np.concatenate(spans), common.seq_lens.device)
+
+
+def only(common: Any, rows: Numbers) -> Any:
+    """vLLM's description of a step in which there are these rows alone, which rise."""
+    device = common.seq_lens.device
+    at = place(rows, device)
+    starts = common.query_start_loc_cpu.numpy()
+    queries = np.diff(starts)[rows]
+    begins = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(starts.dtype))
+    tokens = tokens_of(common, rows)
+    per_row = {
+        name: None if (all_of := getattr(common, name)) is None else all_of[place(rows, all_of.device)]
+        for name in ("seq_lens_cpu_upper_bound", "is_prefilling")
+    }
+    lengths = common.seq_lens[at]
+    return replace(
+        common,
+        query_start_loc=begins.to(device),
+        query_start_loc_cpu=begins,
+        seq_lens=lengths,
+        num_reqs=len(rows),
+        num_actual_tokens=int(queries.sum()),
+        max_query_len=int(queries.max()),
+        block_table_tensor=common.block_table_tensor[at],
+        slot_mapping=common.slot_mapping[tokens],
+        positions=None if common.positions is None else common.positions[tokens],
+        req_idx=None if common.req_idx is None else np.asarray(common.req_idx)[rows],
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+        **per_row,
+    )
