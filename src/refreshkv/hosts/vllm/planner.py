@@ -100,6 +100,8 @@ class Planner:
         kinds[decodes & known] = Kind.PARTIAL
         kinds[decodes & known & due] = Kind.DUE if self.asks else Kind.FULL
         now = states[active]
+        # A place that is written again is no longer the end of the row that was there before.
+        self._last[np.isin(self._last, batch.last[active])] = NOWHERE
         self._last[now], self._ends[now] = batch.last[active], batch.ends[active]
         self._steps[now], self._used[now] = steps[active], self._step
         return Plan(kinds, states)
