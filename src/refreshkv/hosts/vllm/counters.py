@@ -7,6 +7,7 @@ multi-process mode: with several API servers, or wherever PROMETHEUS_MULTIPROC_D
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 import weakref
@@ -210,7 +211,7 @@ def reporter_for(owner: object, make: Callable[[], Reporter]) -> tuple[Reporter,
 
 def line(counts: Counts) -> str:
     """Of a log."""
-    parts = [f"{counts.rows:,} decode rows"]
+    parts = [f"{counts.rows:,} decode row{'s' * (counts.rows != 1)}"]
     for name in ("full", "partial", "lost"):
         if number := getattr(counts, name):
             parts.append(f"{number:,} {name}")
@@ -241,4 +242,7 @@ def export(counts: Counts) -> None:
 def _metrics() -> dict[str, Any]:
     from prometheus_client import Counter as Metric
 
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder and not os.path.isdir(folder):  # a worker on another machine, say: it serves without
+        return {}
     return {key: Metric(f"refreshkv_{name}", says) for key, (name, says) in METRICS.items()}
