@@ -105,7 +105,9 @@ class RefreshKVCPUImpl(ServedLayer, CPUAttentionBackendImpl):
         if not self.served:
             return
         if library() is None:
-            refusals.refuse("a CPU without its C++ kernels", "install a C++ compiler (g++ or clang++)")
+            refusals.refuse(
+                "a CPU without its C++ kernels", "install a C++ compiler (g++ or clang++)"
+            )
         alibi = self.alibi_slopes is not None
         refusals.check_layer(head_size=self.head_size, value_size=None, alibi=alibi)
         self.serve(
@@ -170,7 +172,11 @@ class RefreshKVCPUBuilder(ServedBuilder, CPUAttentionMetadataBuilder):
     """What the layers of a group share in a step."""
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.served = type(kv_cache_spec) is FullAttentionSpec
@@ -204,7 +210,9 @@ class RefreshKVCPUBuilder(ServedBuilder, CPUAttentionMetadataBuilder):
             )
             if (queries[some] == ends[some]).all():
                 held = None
-                spans = [np.arange(end) + at * size for at, end in zip(first, ends[some], strict=False)]
+                spans = [
+                    np.arange(end) + at * size for at, end in zip(first, ends[some], strict=False)
+                ]
                 slots = torch.from_numpy(np.concatenate(spans))
             else:
                 there = np.arange(table.shape[1]) < pages[some][:, None]

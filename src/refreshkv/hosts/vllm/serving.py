@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.hosts.vllm import refusals, settings
-from refreshkv.hosts.vllm.counters import Counter
+from refreshkv.hosts.vllm.counters import Counter, Reporter, reporter_for
 from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
 from refreshkv.hosts.vllm.pages import Pages, PageShape
 from refreshkv.hosts.vllm.planner import Numbers, Planner
@@ -96,7 +96,9 @@ class ServedLayer:
         held = (cache.data_ptr(), *cache.shape)
         if self._pages is None or held != self._held:
             dim = cache.shape[3] // 2
-            shape = PageShape(cache.shape[1], cache.shape[2], (dim, dim), cache.dtype, self.page_rounding)
+            shape = PageShape(
+                cache.shape[1], cache.shape[2], (dim, dim), cache.dtype, self.page_rounding
+            )
             self._pages, self._held = Pages.of(cache, shape), held
         return self._pages
 
@@ -114,7 +116,9 @@ class ServedLayer:
     ) -> Tensor:
         """Attention of the T tokens of a step, `[T, Hq, D]` into `output`; the cache has their keys and values."""
         given = layer, query, key, value, kv_cache, attn_metadata
-        if not isinstance(attn_metadata, ServedMetadata):  # a profiling run, or a layer of another kind
+        if not isinstance(
+            attn_metadata, ServedMetadata
+        ):  # a profiling run, or a layer of another kind
             return super().forward(*given, output, output_scale, output_block_scale)  # type: ignore[misc]
         assert self.served and output_scale is None and output_block_scale is None
         step = attn_metadata.step
@@ -169,12 +173,22 @@ class ServedBuilder:
             heads=spec.num_kv_heads,
             rows=rows,
             entry_bytes=2 * spec.head_size * spec.dtype.itemsize,
-            interval=told.host.log_interval,
-            report=report,
             device=device,
         )
+        first = vllm_config.parallel_config.rank == 0
+        self.reporter, new = reporter_for(
+            vllm_config, lambda: Reporter(told.host.log_interval, report, first=first)
+        )
+        self.reporter.add(layer_names[0], self.counter)
+        if new and first:
+            dims = spec.head_size, spec.head_size_v
+            rounding = config if config.rounds else None
+            page = PageShape(spec.num_kv_heads, spec.block_size, dims, spec.dtype, rounding)
+            report(f"RefreshKV is on: {told.words}; a layer's {page.words}")
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
         """The metadata of a step; that of the stock backend for a group that is not served."""
         if not self.served:
             given = common_prefix_len, common_attn_metadata, fast_build
@@ -182,8 +196,11 @@ class ServedBuilder:
         if common_attn_metadata.causal is not True:
             refusals.refuse("attention that is not causal", "serve this model without it")
         step = self.sorter.sort(common_attn_metadata)
+        self.reporter.follow()
         self.counter.follow(step)
-        prompts = [] if step.prompts is None else self.prompts(common_attn_metadata, step.prompt_rows)
+        prompts = (
+            [] if step.prompts is None else self.prompts(common_attn_metadata, step.prompt_rows)
+        )
         return ServedMetadata(step, prompts, self.counter)
 
     def prompts(self, common: Any, rows: Numbers) -> list[Prompts]:
@@ -211,7 +228,9 @@ def only(common: Any, rows: Numbers) -> Any:
     begins = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(starts.dtype))
     tokens = tokens_of(common, rows)
     per_row = {
-        name: None if (all_of := getattr(common, name)) is None else all_of[place(rows, all_of.device)]
+        name: None
+        if (all_of := getattr(common, name)) is None
+        else all_of[place(rows, all_of.device)]
         for name in ("seq_lens_cpu_upper_bound", "is_prefilling")
     }
     lengths = common.seq_lens[at]
