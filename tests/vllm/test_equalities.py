@@ -30,7 +30,9 @@ def test_whoever_reads_everything_is_stock(settings: dict[str, Any], stock: Stoc
     with Engine(settings) as engine:
         assert_same(engine.generate(prompts, NEW), stock.generate(prompts, NEW))
         counts = engine.counts()
-    assert counts.rows == len(prompts) * (NEW - 1)  # our path ran: the first token comes of the prompt
+    assert counts.rows == len(prompts) * (
+        NEW - 1
+    )  # our path ran: the first token comes of the prompt
     assert counts.read == counts.available > 0
 
 
@@ -44,7 +46,9 @@ def test_a_batch_is_its_requests_alone(settings: dict[str, Any], stock: Stock) -
     assert counts.rows == len(prompts) * (NEW - 1) and counts.lost == 0
     assert 0 < counts.read < counts.available
     far = map(distance, together, stock.generate(prompts, NEW))
-    assert max(far) > 1e-3  # the comparison would see another row's entries: it sees those that were left out
+    assert (
+        max(far) > 1e-3
+    )  # the comparison would see another row's entries: it sees those that were left out
 
 
 def test_a_share_is_taken_of_each_row() -> None:
@@ -59,11 +63,18 @@ def test_a_share_is_taken_of_each_row() -> None:
 def test_speculation_by_ngram_is_stock(stock: Stock) -> None:
     prompts, new = ragged((300, 65, 700)), 60
     expected = stock.generate(prompts, new)
-    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 8, "prompt_lookup_max": 8}
+    speculation = {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_min": 8,
+        "prompt_lookup_max": 8,
+    }
     for settings in ({"mode": "mixed", "budget": 2048}, {"mode": "refresh", "budget": 2048}):
         # In a process of its own: after numba, which it imports, no further engine starts in the same one.
         with Elsewhere({"REFRESHKV_VLLM_CPU": "1"}) as elsewhere:
-            found, counts = elsewhere.run(counted, settings, prompts, new, speculative_config=speculation)
+            found, counts = elsewhere.run(
+                counted, settings, prompts, new, speculative_config=speculation
+            )
         assert_same(found, expected)
         # Steps without drafts are ours; those that verify some are prompts of a few tokens to the engine.
         assert 0 < counts.rows < len(prompts) * (new - 1)

@@ -12,7 +12,11 @@ from tests.vllm.engines import Engine
 @pytest.mark.parametrize(
     "settings, options, says",
     [
-        ({"budgte": 64}, {}, r'additional-config .*unknown setting .budgte.; did you mean .budget.'),
+        (
+            {"budgte": 64},
+            {},
+            r"additional-config .*unknown setting .budgte.; did you mean .budget.",
+        ),
         ({"mode": "exact"}, {}, "drafts and verifies"),
         ({"mode": "mixed", "stride": 5}, {}, "stride has no effect in mode 'mixed'"),
         ({"mode": "refresh", "recent": 4}, {}, "recent is not available in vLLM"),

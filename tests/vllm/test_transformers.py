@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import refreshkv
-from refreshkv.demo import MODEL_PATH, load
-from tests.vllm.engines import Answer, Engine, Prompt, assert_same, distance, ragged
+from refreshkv.demo import load
+from tests.vllm.engines import Answer, Engine, Prompt, assert_same, ragged
 
 NEW = 48
 TEXT = Path(__file__).parents[2] / "LICENSE"
@@ -48,7 +48,10 @@ def generated(
                 output_logits=True,
             )
         tokens = out.sequences[0, len(ids) :].tolist()
-        logits = (step[0].float().log_softmax(-1)[token].item() for step, token in zip(out.logits, tokens, strict=True))
+        logits = (
+            step[0].float().log_softmax(-1)[token].item()
+            for step, token in zip(out.logits, tokens, strict=True)
+        )
         found.append(Answer(tuple(tokens), tuple(logits), 0))
     return found
 
