@@ -86,7 +86,11 @@ def check_object(found: object, name: str, parts: tuple[str, ...]) -> None:
     """
     if found is None:
         raise UnsupportedVllm(_message(f"{name} is not there"))
-    has = {*dir(found), *getattr(found, "__dataclass_fields__", ()), *getattr(found, "__annotations__", ())}
+    has = {
+        *dir(found),
+        *getattr(found, "__dataclass_fields__", ()),
+        *getattr(found, "__annotations__", ()),
+    }
     if callable(found):
         has |= set(inspect.signature(found).parameters)
     for part in parts:
