@@ -40,7 +40,7 @@ class Decoding(ABC):
         self.config, self.options = config, options
         self.backend: Backend = backend_for(device)
 
-    def learn(self, pages: Pages, step: Step, query: Tensor) -> None:  # noqa: B027  mode "full" learns nothing
+    def learn(self, pages: Pages, step: Step, query: Tensor) -> None:  # noqa: B027, most modes learn nothing
         """The step's tokens are in the pages, and its prompts attended; `query` `[T, Hq, D]` is that of all tokens."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Which rows of a step are full and which partial, in the published mode. Knows numbers, and no engine (ours).
+"""Which rows of a step are full and which partial, in the published mode; it knows numbers, and no engine (ours).
 
 An engine with continuous batching schedules, preempts, resumes and drops requests as it likes, and tells nobody. So a
 row's state is only believed where it fits: it is that of the row whose last token lies just before this step's first

@@ -6,7 +6,7 @@ Host arrays decide, device tensors go to the kernels, and no loop goes over rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,9 +59,14 @@ class Rows:
 
     def some(self, at: Tensor) -> Rows:
         """Those at these places among them, with the pages of all; their `tokens` and `total` stay."""
-        states = None if self.states is None else self.states[at]
-        of_row = (getattr(self, name)[at] for name in ("blocks", "ends", "budget", "finished"))
-        return Rows(self.tokens, *of_row, states, self.total)
+        return replace(
+            self,
+            blocks=self.blocks[at],
+            ends=self.ends[at],
+            budget=self.budget[at],
+            finished=self.finished[at],
+            states=None if self.states is None else self.states[at],
+        )
 
 
 @dataclass(frozen=True)
@@ -142,16 +147,22 @@ class Sorter:
         if plan is not None:
             states = there(torch.from_numpy(plan.states[which].astype(np.int32)), device)
         lengths = common.seq_lens[at].long()
-        budget = [self.config.resolve_budget(int(end)) for end in ends[which]]
         return Rows(
             place(starts[1:][which] - 1, device),
             common.block_table_tensor[at][:, :pages].contiguous(),
             lengths,
-            there(torch.tensor(budget), device),
+            there(torch.from_numpy(self._budgets(ends[which])), device),
             (lengths - 1) // BLOCK,
             states,
             int(ends[which].sum()),
         )
+
+    def _budgets(self, ends: Numbers) -> Numbers:
+        """K of rows with so many tokens: `RefreshConfig.resolve_budget` of many."""
+        share = self.config.budget
+        if isinstance(share, int):
+            return np.full_like(ends, share)
+        return np.maximum(1, np.ceil(np.round(share * ends, 9))).astype(np.int64)
 
     def _fresh(self, common: Common, queries: Numbers, ends: Numbers) -> Fresh | None:
         begin, end = (ends - queries) // BLOCK, ends // BLOCK
