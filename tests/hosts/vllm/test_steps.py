@@ -73,10 +73,13 @@ def test_padding_rows_do_nothing(request_: int | None) -> None:
     assert step.kinds is not None and step.kinds.tolist() == [Kind.FULL]
 
 
-def test_a_share_of_the_context_is_taken_of_each_row() -> None:
-    half = RefreshConfig(mode="mixed", budget=0.5)
-    step = Sorter(64, half, None).sort(describe([Row(1, 100, [1, 2]), Row(1, 1000, [1] * 16)], 64))
-    assert rows_of(step.decodes).budget.tolist() == [half.resolve_budget(n) for n in (100, 1000)]
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
+def test_a_share_of_the_context_is_taken_of_each_row(share: float) -> None:
+    config = RefreshConfig(mode="mixed", budget=share)
+    rows = [Row(1, end, [1] * 8) for end in range(1, 400)]
+    step = Sorter(64, config, None).sort(describe(rows, 64))
+    expected = [config.resolve_budget(row.end) for row in rows]
+    assert rows_of(step.decodes).budget.tolist() == expected
 
 
 @pytest.mark.parametrize(
