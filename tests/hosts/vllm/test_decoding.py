@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
+from refreshkv.hosts.vllm.decoding import Refresh
 from refreshkv.kernels import reference
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.stats import COUNTS
@@ -216,3 +217,18 @@ def test_rejected_drafts_leave_no_codes(tokens: Tokens) -> None:
     ours = [server.step((0, 1))[0] for _ in range(30)]
     steps = Decoder(tokens.alone(0), config, 194).run(30)
     compare([ours], [[step.output[0] for step in steps]])
+
+
+def test_a_lost_row_takes_its_share_anew(tokens: Tokens) -> None:
+    """One row of state for two requests in turn: every step is lost, and K is that of its own row."""
+    config = RefreshConfig(mode="refresh", budget=0.5, stride=None)
+    server = Server(config, tokens, PROMPTS, slots=1)
+    server.step((0, 150))
+    server.step((1, 70))
+    outputs: list[list[Tensor]] = [[], []]
+    for _ in range(25):
+        for request in (0, 1):
+            outputs[request].append(server.step((request, 1))[request])
+            assert isinstance(server.decoding, Refresh)
+            assert server.decoding.budget.tolist() == [config.resolve_budget(server.ends[request])]
+    compare(outputs, alone(config, tokens, [25, 25, 0], full=True)[:2])

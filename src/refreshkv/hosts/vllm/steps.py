@@ -194,8 +194,10 @@ class Sorter:
         requests = None
         if common.req_idx is not None:
             requests = _padded(np.asarray(common.req_idx, dtype=np.int64), len(ends))
+        written = None
         if common.slot_mapping.device.type == "cpu":
-            last = common.slot_mapping.numpy()[np.maximum(starts[1:] - 1, 0)]
+            written = common.slot_mapping.numpy()[: starts[-1]].astype(np.int64)
+            last = written[np.maximum(starts[1:] - 1, 0)]
             before = np.maximum(ends - queries - 1, 0)
             pages = common.block_table_tensor.numpy()[np.arange(len(ends)), before // self.page]
             previous = pages.astype(np.int64) * self.page + before % self.page
@@ -203,7 +205,7 @@ class Sorter:
             assert requests is not None, "vLLM numbers the requests of a step"
             last = previous = requests
         return self.planner.plan(
-            Batch(queries, ends, last.astype(np.int64), previous, prefilling, requests)
+            Batch(queries, ends, last, previous, prefilling, requests, written)
         )
 
 
