@@ -61,6 +61,11 @@ _DECODE = {
     "mixed step": Column("ms.mixed", _three),
     "mixed over our dense": Column("ratios.mixed_over_own_dense", _TIMES),
 }
+_SERVED = {
+    "ms a step": Column("step_ms", _three),
+    "tokens a second": Column("tokens_per_s", _three),
+    "over stock": Column("over_stock", _TIMES),
+}
 _FLASH = {"FlashAttention": Column("ms.flash", _three)}  # where it was timed
 _EXACT = {
     "K": Column("budget", "{:,}"),
@@ -103,7 +108,32 @@ def section(results: Path) -> str:
     return _places(results, _decode, {"kernels": _kernels, "generate": _generate})
 
 
-DOCUMENTS = {"README.md": summary, "docs/bench.md": section}
+def served(results: Path) -> str:
+    """What stands between the markers in docs/vllm.md: the newest rows of vLLM's decoding."""
+    rows = read(results / "vllm-cpu.csv")
+    same = ("shape", "layers", "context", "requests", "block", "variant", "device", "dtype")
+    last = {tuple(row[name] for name in same): row for row in rows}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in last.values():
+        groups.setdefault((*(row[name] for name in same[:4]), row["time"][:13]), []).append(row)
+    parts = []
+    for group in groups.values():
+        row = group[0]
+        parts.append(
+            f"{row['requests']} requests of {row['context']:,} tokens at once, shape of {row['shape']} with"
+            f" {row['layers']} layers (random weights), {row['dtype']}, {row['device']}, {row['threads']} threads,"
+            f" vLLM {row['versions.vllm']}, blocks of {row['block']} tokens"
+            " (`python benchmarks/vllm_decode.py`, `benchmarks/results/vllm-cpu.csv`):"
+        )
+        lines = ["| | ms a step | tokens a second | over stock |", "|---|---:|---:|---:|"]
+        for one in group:
+            named = [one["variant"], *cells(one, _SERVED)]
+            lines.append(f"| {' | '.join(named)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No row yet: `python benchmarks/vllm_decode.py` makes them."
+
+
+DOCUMENTS = {"README.md": summary, "docs/bench.md": section, "docs/vllm.md": served}
 
 
 def rewrite(text: str, written: str) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,21 @@ def evaluate(
         out / "run",
         *args,
     ]
+
+
+case("server of no model")(lambda tiny, tmp: ["serve", ""])
+case("server in the lossless mode")(lambda tiny, tmp: ["serve", tiny, "--mode", "exact"])
+case("option of vLLM among those of RefreshKV")(lambda tiny, tmp: ["serve", tiny, "--port", 8000])
+case("seconds between lines of the log that are none")(
+    lambda tiny, tmp: ["serve", tiny, "--log-interval", -1]
+)
+
+
+@case("server without vLLM")
+def _(tiny: Path, tmp: Path) -> Args:
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    return ["serve", tiny]
 
 
 case("unknown evaluation task")(lambda tiny, tmp: evaluate(tiny, tmp, tasks="key-valu"))

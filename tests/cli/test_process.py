@@ -43,7 +43,8 @@ def test_help_imports_nothing_heavy() -> None:
         "from refreshkv.cli import cli\n"
         "cli.main(['--help'], standalone_mode=False)\n"
         "cli.main(['generate', '--help'], standalone_mode=False)\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'tqdm'} & set(sys.modules)\n"
+        "cli.main(['serve', '--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'tqdm', 'vllm'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)\n"
     )
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Every `refreshkv` command in README.md and docs/cli.md parses; those that are cheap are run, pipes and all."""
+"""Every `refreshkv` command in README.md and docs/vllm.md parses; those that are cheap are run, pipes and all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def commands(document: str) -> list[str]:
     return [line for line in stripped if re.search(r"(^|\| *)refreshkv\b", line)]
 
 
-LINES = commands("README.md")
+LINES = [*commands("README.md"), *commands("docs/vllm.md")]
 
 
 def calls(line: str) -> list[list[str]]:

@@ -11,19 +11,21 @@ import click
 
 from refreshkv.cli import common
 from refreshkv.cli.common import BadInput
-from refreshkv.config import PRESETS, RefreshConfig, described, make_config, names_of
+from refreshkv.config import PRESETS, RefreshConfig, Settings, described, make_config, names_of
 
 Command = Callable[..., Any]
+preset_option = click.option(
+    "--preset",
+    help=f"Settings to start from: {', '.join(PRESETS)}, or FILE.json by `refreshkv compare`.",
+)
 _NONE = {"stride": common.STRIDE.word}  # the word for `None`; "none" for the others
 
 
-def option(name: str, **attributes: Any) -> Callable[[Command], Command]:
+def option(
+    name: str, theme: type[Settings] = RefreshConfig, **attributes: Any
+) -> Callable[[Command], Command]:
     """The option of one setting; `attributes` are click's, on top of the type and the description."""
-    hint, flag, word = (
-        get_type_hints(RefreshConfig)[name],
-        f"--{name.replace('_', '-')}",
-        _none(name),
-    )
+    hint, flag, word = get_type_hints(theme)[name], f"--{name.replace('_', '-')}", _none(name)
     kinds = set(get_args(hint) or (hint,))
     kind: Any = hint
     if hint is bool:
@@ -35,16 +37,15 @@ def option(name: str, **attributes: Any) -> Callable[[Command], Command]:
         kind = common.OrWord(number, word)
     elif kinds == {int, float}:
         kind = common.Budget()
-    said = described(RefreshConfig)[name].replace("`None`", repr(word)).replace("`", "")
-    return click.option(flag, **{"type": kind, "default": None, "help": said, **attributes})
+    text = described(theme)[name].replace("`None`", repr(word)).replace("`", "")
+    return click.option(flag, **{"type": kind, "default": None, "help": text, **attributes})
 
 
 def options(command: Command) -> Command:
     """`--method`, `--preset` and one option a setting. None has a default here: the preset, or the method, holds it."""
     for name in reversed(names_of(RefreshConfig)):
         command = option(name)(command)
-    presets = f"Settings to start from: {', '.join(PRESETS)}, or FILE.json by `refreshkv compare`."
-    command = click.option("--preset", help=presets)(command)
+    command = preset_option(command)
     compared = "A method that RefreshKV is compared with; `refreshkv eval --list` names them."
     return click.option("--method", help=compared)(command)
 
@@ -55,11 +56,7 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
     Raises:
         BadInput: an unknown method or preset, a value out of range, or one without effect.
     """
-    overrides = {
-        name: None if value == _none(name) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    overrides = said(given)
     if overrides.get("mode") == "full" and "budget" in overrides:  # here nothing is compared
         raise BadInput("--budget has no effect in --mode full; leave it out")
     with common.bad_input():
@@ -71,6 +68,12 @@ def asked(method: str | None, preset: str | None, given: dict[str, Any]) -> dict
 
             find(method).config(settings, **overrides)
     return {"method": method, "preset": settings, **overrides}
+
+
+def said(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as settings."""
+    found = {name: value for name, value in given.items() if value is not None}
+    return {name: None if value == _none(name) else value for name, value in found.items()}
 
 
 def preset_of(given: str | None) -> str | dict[str, Any] | None:

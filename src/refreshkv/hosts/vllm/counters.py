@@ -1,4 +1,4 @@
-"""What a server's decode rows read: in its log at an interval, and in `/metrics` where Prometheus has several processes.
+"""What a server's decode rows read: in its log at an interval, and in `/metrics` where Prometheus is shared.
 
 Counters live in the workers. `/metrics` is answered by another process, which sees them where vLLM uses Prometheus'
 multi-process mode: with several API servers, or wherever PROMETHEUS_MULTIPROC_DIR is set (`refreshkv serve` sets it).
@@ -7,9 +7,12 @@ multi-process mode: with several API servers, or wherever PROMETHEUS_MULTIPROC_D
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,14 @@ from refreshkv.hosts.vllm.planner import Kind
 from refreshkv.hosts.vllm.steps import Step
 from refreshkv.stats import COUNTS
 
+_EVERY = 10.0  # seconds between two updates of the metrics where the log is silent
+_QUIET = 1.0  # seconds without a step after which there may be none to come
+_ROWS = ("rows", "full", "partial", "lost")
+
 
 @dataclass
 class Counts:
-    """Sums over layers and KV heads of one group of layers.
+    """Of rows, and sums over layers and KV heads.
 
     Attributes:
         rows: decode rows.
@@ -32,8 +39,9 @@ class Counts:
         lost: full ones because there was no state.
         full_heads: KV heads of a layer and row that read everything.
         read: entries that were read exactly.
-        code_bytes: of the copy in few bits.
         available: entries that full attention would have read.
+        read_bytes: of keys, values and their copy in few bits.
+        full_bytes: that full attention would have read.
     """
 
     rows: int = 0
@@ -42,132 +50,199 @@ class Counts:
     lost: int = 0
     full_heads: int = 0
     read: int = 0
-    code_bytes: int = 0
     available: int = 0
+    read_bytes: int = 0
+    full_bytes: int = 0
 
-    def add(self, other: Counts) -> None:
-        """The sums of both."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, n) + getattr(other, n) for n in _NAMES))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, n) - getattr(other, n) for n in _NAMES))
+
+    def without_rows(self) -> Counts:
+        """These, of rows that are counted elsewhere."""
+        return replace(self, **dict.fromkeys(_ROWS, 0))
+
+
+_NAMES = [one.name for one in fields(Counts)]
 
 
 class Counter:
     """The counts of one group of layers, which share their rows.
+
+    Nothing is ever set back, so that whoever asks, in whatever thread, takes nothing from the others.
 
     Args:
         layers: how many there are.
         heads: Hkv.
         rows: the most that a step has.
         entry_bytes: of the key and value of one token and KV head.
-        interval: seconds between two reports; 0: none.
-        report: takes a line of the log.
         device: of the layers.
 
     Attributes:
         tally: `[rows, Hkv, 5]` int64, what the kernels add to.
-        total: since the beginning, but for what is still in the tally.
     """
 
     def __init__(
-        self,
-        *,
-        layers: int,
-        heads: int,
-        rows: int,
-        entry_bytes: int,
-        interval: float,
-        report: Callable[[str], Any],
-        device: torch.device,
+        self, *, layers: int, heads: int, rows: int, entry_bytes: int, device: torch.device
     ) -> None:
         self.layers, self.heads, self.entry_bytes = layers, heads, entry_bytes
-        self.interval, self._report = interval, report
         self.tally = torch.zeros(rows, heads, len(COUNTS), dtype=torch.int64, device=device)
-        self.total, self._new = Counts(), Counts()
-        self._last = time.monotonic()
+        self._host, self._collected = Counts(), Counts()
 
     def rows_of(self, count: int) -> Tensor:
         """The tally of so many rows."""
         return self.tally[:count]
 
     def follow(self, step: Step) -> None:
-        """A step begins; from time to time what the ones before it read is told."""
-        if self.interval and time.monotonic() - self._last >= self.interval:
-            self.tell()
+        """A step begins."""
         if step.decodes is None:
             return
-        new, kinds = self._new, step.kinds
-        new.rows += len(step.decodes)
-        new.available += step.decodes.total * self.heads * self.layers
+        host, kinds = self._host, step.kinds
+        host.rows += len(step.decodes)
+        host.available += step.decodes.total * self.heads * self.layers
         if kinds is not None:
-            new.full += int((kinds == Kind.FULL).sum())
-            new.lost += int((kinds == Kind.LOST).sum())
-            new.partial += int(np.isin(kinds, (Kind.PARTIAL, Kind.DUE)).sum())
+            host.full += int((kinds == Kind.FULL).sum())
+            host.lost += int((kinds == Kind.LOST).sum())
+            host.partial += int(np.isin(kinds, (Kind.PARTIAL, Kind.DUE)).sum())
 
-    def collect(self) -> Counts:
-        """What was counted since the last call; waits for the device."""
-        found, self._new = self._new, Counts()
+    @property
+    def rows(self) -> int:
+        """Decode rows so far."""
+        return self._host.rows
+
+    def total(self) -> Counts:
+        """Everything since the beginning; waits for the device."""
+        found = self._host + Counts()
         sums = dict(zip(COUNTS, self.tally.sum((0, 1)).tolist(), strict=True))
-        self.tally.zero_()
-        found.full_heads = sums["full"]
-        found.read, found.code_bytes = sums["read"], sums["rounded"]
-        self.total.add(found)
+        found.full_heads, found.read = sums["full"], sums["read"]
+        found.read_bytes = found.read * self.entry_bytes + sums["rounded"]
+        found.full_bytes = found.available * self.entry_bytes
         return found
 
+    def collect(self) -> Counts:
+        """What was counted since the last call."""
+        before, self._collected = self._collected, self.total()
+        return self._collected - before
+
+
+class Reporter:
+    """Tells what the counters of one worker found, at an interval: as a line of the log, and to Prometheus.
+
+    Steps tell it what time it is. A thread tells the rest where no step follows, so that the last rows before a pause
+    are seen too; it ends when the reporter is dropped.
+
+    Args:
+        interval: seconds between two lines; 0: none, only metrics.
+        report: takes a line of the log.
+        first: this is the first worker of its server. Tensor and pipeline parallel workers have the same rows, so this
+            one alone counts them and writes lines, as all groups of layers have the same rows, and those of the first
+            count. Entries and bytes are of the worker's own heads and layers; the metrics are sums over all of them.
+    """
+
+    def __init__(self, interval: float, report: Callable[[str], Any], *, first: bool) -> None:
+        self._report = report if interval and first else None
+        self._every, self._first = interval or _EVERY, first
+        self._counters: dict[str, Counter] = {}
+        self._told: dict[str, Counts] = {}
+        self._last = self._stepped = time.monotonic()
+        self._lock = threading.Lock()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._every), daemon=True).start()
+
+    def add(self, name: str, counter: Counter) -> None:
+        """The counter of a group of layers; a later one of that name takes its place."""
+        with self._lock:
+            self._counters[name], self._told[name] = counter, Counts()
+
+    def follow(self) -> None:
+        """A step begins."""
+        self._stepped = time.monotonic()
+        if self._stepped - self._last >= self._every:
+            self.tell()
+
+    def tell_if_idle(self) -> None:
+        """Tell what there is, if the steps do not."""
+        if time.monotonic() - self._stepped >= _QUIET:
+            self.tell()
+
     def tell(self) -> None:
-        """A line of the log, and the metrics."""
-        self._last = time.monotonic()
-        found = self.collect()
-        if found.rows:
-            self._report(line(found, self.entry_bytes))
-            export(found, self.entry_bytes)
+        """A line of the log, and the metrics, if there were decode rows."""
+        with self._lock:
+            self._last = time.monotonic()
+            if all(one.rows == self._told[name].rows for name, one in self._counters.items()):
+                return
+            found = Counts()
+            for number, (name, counter) in enumerate(self._counters.items()):
+                total = counter.total()
+                new, self._told[name] = total - self._told[name], total
+                found = found + (new if number == 0 else new.without_rows())
+        if self._report is not None:
+            self._report(line(found))
+        export(found if self._first else found.without_rows())
 
 
-def kv_read_share(counts: Counts, entry_bytes: int) -> float:
-    """Bytes read by those of full attention."""
-    read = counts.read * entry_bytes + counts.code_bytes
-    return read / max(1, counts.available * entry_bytes)
+def _watch(reporter: weakref.ref[Reporter], every: float) -> None:
+    while True:
+        time.sleep(every)
+        found = reporter()
+        if found is None:
+            return
+        found.tell_if_idle()
+        del found
 
 
-def line(counts: Counts, entry_bytes: int) -> str:
+_newest: tuple[weakref.ref[Any], weakref.ref[Reporter]] | None = None
+
+
+def reporter_for(owner: object, make: Callable[[], Reporter]) -> tuple[Reporter, bool]:
+    """The reporter of an engine's worker, known by an object that is its own, and whether it is new.
+
+    vLLM makes the groups of layers of an engine one after the other, before those of another engine.
+    """
+    global _newest
+    if _newest is not None and _newest[0]() is owner:
+        if (known := _newest[1]()) is not None:
+            return known, False
+    made = make()
+    _newest = weakref.ref(owner), weakref.ref(made)
+    return made, True
+
+
+def line(counts: Counts) -> str:
     """Of a log."""
-    parts = [f"{counts.rows:,} decode rows"]
+    parts = [f"{counts.rows:,} decode row{'s' * (counts.rows != 1)}"]
     for name in ("full", "partial", "lost"):
         if number := getattr(counts, name):
             parts.append(f"{number:,} {name}")
-    exact = counts.read / max(1, counts.available)
-    parts.append(f"{exact:.1%} of entries read exactly")
-    return f"RefreshKV: {', '.join(parts)}, KV read {kv_read_share(counts, entry_bytes):.1%}"
+    parts.append(f"{counts.read / max(1, counts.available):.1%} of entries read exactly")
+    share = counts.read_bytes / max(1, counts.full_bytes)
+    return f"RefreshKV: {', '.join(parts)}, KV read {share:.1%}"
 
 
-METRICS = {
-    "rows": "Decode rows that RefreshKV served",
-    "full": "Decode rows that read everything, by the published rule",
-    "partial": "Decode rows that read their partial cache",
-    "lost": "Decode rows that read everything because their state was gone",
-    "exact_entries": "Entries read exactly, over layers and KV heads",
-    "read_bytes": "KV bytes read, codes included",
-    "full_bytes": "KV bytes that full attention would have read",
+METRICS = {  # attribute of `Counts` -> name and description
+    "rows": ("rows", "Decode rows that RefreshKV served"),
+    "full": ("full", "Decode rows that read everything, by the published rule"),
+    "partial": ("partial", "Decode rows that read their partial cache"),
+    "lost": ("lost", "Decode rows that read everything because their state was gone"),
+    "read": ("exact_entries", "Entries read exactly, over layers and KV heads"),
+    "available": ("entries", "Entries that full attention would have read"),
+    "read_bytes": ("read_bytes", "KV bytes read, codes included"),
+    "full_bytes": ("full_bytes", "KV bytes that full attention would have read"),
 }
 
 
-def export(counts: Counts, entry_bytes: int) -> None:
+def export(counts: Counts) -> None:
     """Add to the Prometheus counters `refreshkv_*_total` of this process."""
-    read = counts.read * entry_bytes + counts.code_bytes
-    found = {
-        "rows": counts.rows,
-        "full": counts.full,
-        "partial": counts.partial,
-        "lost": counts.lost,
-        "exact_entries": counts.read,
-        "read_bytes": read,
-        "full_bytes": counts.available * entry_bytes,
-    }
     for name, metric in _metrics().items():
-        metric.inc(found[name])
+        metric.inc(getattr(counts, name))
 
 
 @functools.cache
 def _metrics() -> dict[str, Any]:
     from prometheus_client import Counter as Metric
 
-    return {name: Metric(f"refreshkv_{name}", says) for name, says in METRICS.items()}
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder and not os.path.isdir(folder):  # a worker on another machine, say: it serves without
+        return {}
+    return {key: Metric(f"refreshkv_{name}", says) for key, (name, says) in METRICS.items()}

@@ -60,6 +60,16 @@ class PageShape:
         size = self.kv_bytes + sum(prod(part) * _CODE.itemsize for part in self._parts())
         return -(-size // _ALIGNED) * _ALIGNED if self.rounding is not None else size
 
+    @property
+    def words(self) -> str:
+        """For a log."""
+        more = (
+            f", {self.bytes / self.kv_bytes - 1:.1%} more than without codes"
+            if self.rounding
+            else ""
+        )
+        return f"pages of {self.tokens} tokens take {self.bytes:,} bytes{more}"
+
     def _parts(self) -> list[tuple[int, ...]]:
         """Shapes of the code tensors of one page: keys, their grids, values, their grids."""
         if self.rounding is None:

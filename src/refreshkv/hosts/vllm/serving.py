@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm import refusals, settings
-from refreshkv.hosts.vllm.counters import Counter
+from refreshkv.hosts.vllm.counters import Counter, Reporter, reporter_for
 from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
 from refreshkv.hosts.vllm.pages import Pages, PageShape
 from refreshkv.hosts.vllm.planner import Numbers, Planner
@@ -206,10 +206,18 @@ class ServedBuilder:
             heads=spec.num_kv_heads,
             rows=rows,
             entry_bytes=2 * spec.head_size * spec.dtype.itemsize,
-            interval=told.host.log_interval,
-            report=report,
             device=device,
         )
+        first = vllm_config.parallel_config.rank == 0
+        self.reporter, new = reporter_for(
+            vllm_config, lambda: Reporter(told.host.log_interval, report, first=first)
+        )
+        self.reporter.add(layer_names[0], self.counter)
+        if new and first:
+            dims = spec.head_size, spec.head_size_v
+            rounding = config if config.rounds else None
+            page = PageShape(spec.num_kv_heads, spec.block_size, dims, spec.dtype, rounding)
+            report(f"RefreshKV is on: {told.words}; a layer's {page.words}")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -221,6 +229,7 @@ class ServedBuilder:
         if common_attn_metadata.causal is not True:
             refusals.refuse("attention that is not causal", "serve this model without it")
         step = self.sorter.sort(common_attn_metadata)
+        self.reporter.follow()
         self.counter.follow(step)
         prompts = (
             [] if step.prompts is None else self.prompts(common_attn_metadata, step.prompt_rows)

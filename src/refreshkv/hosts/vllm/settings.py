@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refreshkv.config import (
+    Exact,
     RefreshConfig,
     Schedule,
     Settings,
@@ -19,6 +20,10 @@ from refreshkv.config import (
 KEY = "refreshkv"  # in vLLM's additional config
 # Of the published mode, what has no form here. Each keeps its default.
 _UNSERVED = ("recent", "successor", "window", "anchor", "ring", "trigger", "drop", "score_only")
+# Settings of `RefreshConfig` that have an effect here.
+SERVED = tuple(
+    name for name in names_of(RefreshConfig) if name not in (*_UNSERVED, *names_of(Exact))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,9 @@ class HostSettings(Settings):
     """
 
     stagger: bool = True
-    log_interval: float = setting(10.0, "is a number of seconds >= 0", lambda s: s >= 0)
+    log_interval: float = setting(
+        10.0, "is a number of seconds from 0 to 86400", lambda s: 0 <= s <= 86400
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,18 @@ class ServerSettings:
 
     config: RefreshConfig = field(default_factory=lambda: make_config("fast"))
     host: HostSettings = field(default_factory=HostSettings)
+
+    @property
+    def words(self) -> str:
+        """For a log: the mode, and every setting that it reads."""
+        config, values = self.config, vars(self.config)
+        unread = ("mode", *RefreshConfig.unread(values))
+        read = {name: values[name] for name in SERVED if name not in unread}
+        if config.mode == "full":  # a budget may be given, and is not read
+            read = {}
+        if config.mode == "refresh":
+            read["stagger"] = self.host.stagger
+        return f"mode {config.mode} {' '.join(f'{name}={value}' for name, value in read.items())}".strip()
 
 
 def read(additional: object) -> ServerSettings:
@@ -54,12 +73,18 @@ def read(additional: object) -> ServerSettings:
     try:
         if not isinstance(given, Mapping):
             raise ValueError(f'must be an object such as {{"budget": 0.05}}; got {given!r}')
-        return _read(dict(given))
+        return check(given)
     except ValueError as error:
         raise ValueError(f'--additional-config {{"{KEY}": ...}}: {error}') from None
 
 
-def _read(given: dict[str, Any]) -> ServerSettings:
+def check(given: Mapping[str, Any]) -> ServerSettings:
+    """The settings in such an object.
+
+    Raises:
+        ValueError: as `read`, in words that may follow any name.
+    """
+    given = dict(given)
     hosts, own = names_of(HostSettings), names_of(RefreshConfig)
     check_names("setting", given, ["preset", *hosts, *own])
     of_host = HostSettings(**{name: given.pop(name) for name in hosts if name in given})
