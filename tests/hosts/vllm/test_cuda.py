@@ -125,12 +125,16 @@ class FlashAttentionMetadataBuilder:
         return common
 
 
+class Config(SimpleNamespace):
+    """`VllmConfig`; unlike its base it can be referred to weakly."""
+
+
 @dataclass
 class Fake:
     """What the tests reach into."""
 
     cuda: Any
-    config: SimpleNamespace
+    config: Config
 
     def told(self, **settings: Any) -> Fake:
         self.config.additional_config = {"refreshkv": settings}
@@ -142,9 +146,9 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    config = SimpleNamespace(
+    config = Config(
         additional_config={},
-        parallel_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(rank=0),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(max_model_len=512),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
@@ -156,7 +160,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.config": {"VllmConfig": object, "get_current_vllm_config": lambda: config},
-        "vllm.logger": {"init_logger": lambda name: SimpleNamespace(info=print)},
+        "vllm.logger": {"init_logger": lambda name: SimpleNamespace(info=print, warning=print)},
         "vllm.v1": {},
         "vllm.v1.kv_cache_layout": {"KVCacheLayout": Layout},
         "vllm.v1.attention": {},

@@ -54,7 +54,7 @@ def test_settings_of_the_host() -> None:
         ({"stride": 3, "recent": 16}, "recent is not available in vLLM"),
         ({"preset": "lse-drop"}, "is not available in vLLM"),
         ({"stagger": False}, "stagger has no effect in mode 'mixed'"),
-        ({"log_interval": -1}, "log_interval is a number of seconds >= 0"),
+        ({"log_interval": -1}, "log_interval is a number of seconds from 0"),
     ],
     ids=str,
 )
