@@ -9,7 +9,7 @@ transient copy in their own order: one pass over the context of a chunk, where a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,18 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from refreshkv.config import BLOCK, RefreshConfig
+from refreshkv.config import BLOCK
 from refreshkv.hosts.vllm import refusals
-from refreshkv.hosts.vllm.pages import PageShape
 from refreshkv.hosts.vllm.planner import Numbers
-from refreshkv.hosts.vllm.serving import Prompts, ServedBuilder, ServedLayer, only, tokens_of
+from refreshkv.hosts.vllm.serving import (
+    Prompts,
+    ServedBackend,
+    ServedBuilder,
+    ServedLayer,
+    only,
+    tokens_of,
+)
 from refreshkv.kernels.native.build import library
 from refreshkv.kernels.options import Entries
 
@@ -39,22 +44,14 @@ _PAGES_A_TURN = 32
 _CPU = torch.device("cpu")
 
 
-class RefreshKVCPUBackend(CPUAttentionBackend):
+class RefreshKVCPUBackend(ServedBackend, CPUAttentionBackend):
     """In the place of `CPU_ATTN`."""
 
-    # Of the codes, as the layers of this process were told: vLLM asks for the pages where its config is not at hand.
-    rounding: ClassVar[RefreshConfig | None] = None
+    widest = refusals.WIDEST
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(BLOCK)]
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pages with room for codes, where the mode has codes."""
-        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-            return spec
-        return page_spec(spec, cls.rounding)
 
     @staticmethod
     def get_impl_cls() -> type[RefreshKVCPUImpl]:
@@ -63,14 +60,6 @@ class RefreshKVCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[RefreshKVCPUBuilder]:
         return RefreshKVCPUBuilder
-
-
-def page_spec(spec: Any, rounding: RefreshConfig | None) -> Any:
-    """The spec of a full-attention layer with the bytes that its codes take."""
-    refusals.check_layer(head_size=spec.head_size, value_size=spec.head_size_v, alibi=False)
-    dims = spec.head_size, spec.head_size_v
-    shape = PageShape(spec.num_kv_heads, spec.block_size, dims, spec.dtype, rounding)
-    return replace(spec, page_size_padded=shape.bytes) if rounding else spec
 
 
 @dataclass
@@ -108,8 +97,7 @@ class RefreshKVCPUImpl(ServedLayer, CPUAttentionBackendImpl):
             refusals.refuse(
                 "a CPU without its C++ kernels", "install a C++ compiler (g++ or clang++)"
             )
-        alibi = self.alibi_slopes is not None
-        refusals.check_layer(head_size=self.head_size, value_size=None, alibi=alibi)
+        refusals.check_layer(self.head_size, alibi=self.alibi_slopes is not None)
         self.serve(
             get_current_vllm_config(),
             heads=(self.num_heads, self.num_kv_heads),
@@ -179,14 +167,6 @@ class RefreshKVCPUBuilder(ServedBuilder, CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.served = type(kv_cache_spec) is FullAttentionSpec
-        if not self.served:
-            return
-        if kv_cache_spec.sliding_window is not None or self.window_size != -1:
-            refusals.refuse(
-                "sliding-window layers among the others of a cache group",
-                "leave out --disable-hybrid-kv-cache-manager",
-            )
         self.serve(kv_cache_spec, layer_names, vllm_config, device, logger.info)
 
     def prompts(self, common: Any, rows: Numbers) -> list[Prompts]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm.pages import Pages
 from refreshkv.hosts.vllm.planner import Kind
-from refreshkv.hosts.vllm.steps import Fresh, Rows, Step
+from refreshkv.hosts.vllm.steps import Fresh, Rows, Step, there
 from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.kernels.reference.rings import STATE
@@ -251,4 +251,4 @@ class Refresh(Decoding):
 
 def indices(which: NDArray[np.bool_], like: Tensor) -> Tensor:
     """Where a host array is True, on the device of `like`."""
-    return torch.from_numpy(np.flatnonzero(which)).to(like.device)
+    return there(torch.from_numpy(np.flatnonzero(which)), like.device)

@@ -41,6 +41,7 @@ class Batch:
         previous: where the token before the first of them lies; anything where there is none.
         prefilling: rows that have not reached the end of their prompt before this step.
         requests: a number below R that names the request, where the engine has one.
+        written: where all tokens of the step lie, `[T]`; what was there before is gone. Needed without `requests`.
     """
 
     queries: Numbers
@@ -49,6 +50,7 @@ class Batch:
     previous: Numbers
     prefilling: NDArray[np.bool_]
     requests: Numbers | None = None
+    written: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Planner:
         due = self._due(steps, batch.ends)
         kinds[decodes & known] = Kind.PARTIAL
         kinds[decodes & known & due] = Kind.DUE if self.asks else Kind.FULL
+        if batch.written is not None:
+            self._last[np.isin(self._last, batch.written)] = NOWHERE
         now = states[active]
         # A place that is written again is no longer the end of the row that was there before.
         self._last[np.isin(self._last, batch.last[active])] = NOWHERE

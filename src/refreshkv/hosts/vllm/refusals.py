@@ -1,12 +1,13 @@
-"""What RefreshKV does not do in vLLM, each with one line that says so and what to do. Reads vLLM's config, imports none."""
+"""What RefreshKV does not do in vLLM, each with one line that says so and what to do. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 WIDEST = 512  # dims of a head that the C++ kernels take
 _OPEN_CACHE = ("auto", "float16", "bfloat16", "float32")
-_DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
+# "ngram_gpu" is left out: with it the host does not know how long its rows are.
+_DRAFTLESS = ("ngram", "suffix")
 
 
 class Refused(ValueError):
@@ -23,6 +24,8 @@ def check(vllm_config: Any) -> None:
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
     if getattr(model, "use_mla", False):
         refuse("models with multi-head latent attention (MLA)", "serve this one without RefreshKV")
+    if getattr(model, "attention_chunk_size", None) or getattr(model, "rswa_window", None):
+        refuse("attention in chunks, or a window for new tokens", "serve this model without it")
     for name, flag in (
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
@@ -39,13 +42,13 @@ def check(vllm_config: Any) -> None:
         refuse("KV connectors, which bring blocks without codes", "leave out --kv-transfer-config")
     if speculative is not None and speculative.method not in _DRAFTLESS:
         refuse(
-            f"speculative decoding by {speculative.method!r}, whose drafter has layers of its own",
-            "use the method 'ngram', or none",
+            f"speculative decoding by {speculative.method!r}",
+            "use the method 'ngram' or 'suffix', or none",
         )
 
 
 def check_layer(
-    *, head_size: int, value_size: int | None, alibi: bool, widest: int = WIDEST
+    head_size: int, value_size: int | None = None, *, alibi: bool = False, widest: int = WIDEST
 ) -> None:
     """Look at one layer.
 
@@ -60,6 +63,6 @@ def check_layer(
         refuse("ALiBi", "serve this model without it")
 
 
-def refuse(what: str, remedy: str) -> None:
+def refuse(what: str, remedy: str) -> NoReturn:
     """Raise."""
     raise Refused(f"RefreshKV does not serve {what}; {remedy}")

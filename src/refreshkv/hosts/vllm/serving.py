@@ -1,25 +1,26 @@
 """A layer and its metadata builder, laid over vLLM's own: prompts go to the stock kernels, decode rows to ours.
 
-`ServedLayer` and `ServedBuilder` are mixed into the attention and builder classes of a stock backend, which `super()`
-is here. Layers that are not full attention (sliding windows, encoders) stay with it altogether. Letters as in `steps`.
+`ServedBackend`, `ServedLayer` and `ServedBuilder` are mixed into the classes of a stock backend, which `super()` is
+here. Layers that are not full attention (sliding windows, encoders) stay with it altogether. Letters as in `steps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm import refusals, settings
 from refreshkv.hosts.vllm.counters import Counter, Reporter, reporter_for
 from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
 from refreshkv.hosts.vllm.pages import Pages, PageShape
 from refreshkv.hosts.vllm.planner import Numbers, Planner
-from refreshkv.hosts.vllm.steps import Sorter, Step, Where, place
+from refreshkv.hosts.vllm.steps import Sorter, Step, Where, place, there
 from refreshkv.kernels.options import AttendOptions
 
 
@@ -45,6 +46,26 @@ class ServedMetadata:
     step: Step
     prompts: Sequence[Prompts]
     counter: Counter
+
+
+class ServedBackend:
+    """Mixed into an attention backend of vLLM, before it."""
+
+    # Of the codes, as the layers of this process were told: vLLM asks for the pages where its config is not at hand.
+    rounding: ClassVar[RefreshConfig | None] = None
+    widest: ClassVar[int]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Pages with room for codes, where the mode has codes."""
+        if not _is_full(spec) or spec.sliding_window is not None:
+            return spec
+        refusals.check_layer(spec.head_size, spec.head_size_v, widest=cls.widest)
+        if cls.rounding is None:
+            return spec
+        dims = spec.head_size, spec.head_size_v
+        shape = PageShape(spec.num_kv_heads, spec.block_size, dims, spec.dtype, cls.rounding)
+        return replace(spec, page_size_padded=shape.bytes)
 
 
 class ServedLayer:
@@ -88,6 +109,9 @@ class ServedLayer:
             )
         else:
             self.decoding = {"mixed": Mixed, "full": Full}[config.mode](config, options, device)
+        # A layer that reads another's cache finds the codes there, but its selections are its own.
+        shares = self.kv_sharing_target_layer_name is not None
+        self.learns = config.mode == "refresh" or not shares
         self._pages: Pages | None = None
         self._held: tuple[int, ...] = ()
 
@@ -116,16 +140,16 @@ class ServedLayer:
     ) -> Tensor:
         """Attention of the T tokens of a step, `[T, Hq, D]` into `output`; the cache has their keys and values."""
         given = layer, query, key, value, kv_cache, attn_metadata
-        if not isinstance(
-            attn_metadata, ServedMetadata
-        ):  # a profiling run, or a layer of another kind
+        if not self.served or attn_metadata is None:  # of another kind, or a profiling run
             return super().forward(*given, output, output_scale, output_block_scale)  # type: ignore[misc]
-        assert self.served and output_scale is None and output_block_scale is None
+        if not isinstance(attn_metadata, ServedMetadata):
+            refusals.refuse("layers of which another builder tells", "serve this model without it")
+        assert output_scale is None and output_block_scale is None
         step = attn_metadata.step
         pages = self.pages(kv_cache)
         for prompts in attn_metadata.prompts:
             self.attend_prompts(layer, query, key, value, kv_cache, prompts, output)
-        if self.kv_sharing_target_layer_name is None:
+        if self.learns:
             self.decoding.learn(pages, step, query)
         if step.decodes is not None:
             at = step.decodes.tokens
@@ -155,12 +179,21 @@ class ServedLayer:
 class ServedBuilder:
     """Mixed into a metadata builder of vLLM, before it."""
 
+    served: bool
     reorder_batch_threshold: int | None = 1  # decode rows first: then they are a slice of the step
 
     def serve(
         self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, report: Any
     ) -> None:
-        """Begin to serve the layers of one group; `report` takes a line of the log."""
+        """Begin to serve the layers of one group, unless it is of another kind; `report` takes a line of the log."""
+        self.served = _is_full(spec)
+        if not self.served:
+            return
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+            refusals.refuse(
+                "sliding-window layers among the others of a cache group",
+                "leave out --disable-hybrid-kv-cache-manager",
+            )
         told = settings.read(vllm_config.additional_config)
         config, rows = told.config, vllm_config.scheduler_config.max_num_seqs
         planner = None
@@ -219,6 +252,11 @@ def tokens_of(common: Any, rows: Numbers) -> Where:
     return place(np.concatenate(spans), common.seq_lens.device)
 
 
+def _is_full(spec: Any) -> bool:
+    """Whether a cache is that of full attention; what is derived of that class is of another kind."""
+    return type(spec).__name__ == "FullAttentionSpec"
+
+
 def only(common: Any, rows: Numbers) -> Any:
     """vLLM's description of a step in which there are these rows alone, which rise."""
     device = common.seq_lens.device
@@ -233,10 +271,10 @@ def only(common: Any, rows: Numbers) -> Any:
         else all_of[place(rows, all_of.device)]
         for name in ("seq_lens_cpu_upper_bound", "is_prefilling")
     }
-    lengths = common.seq_lens[at]
+    lengths, ranges = common.seq_lens[at], common.mm_req_doc_ranges
     return replace(
         common,
-        query_start_loc=begins.to(device),
+        query_start_loc=there(begins, device),
         query_start_loc_cpu=begins,
         seq_lens=lengths,
         num_reqs=len(rows),
@@ -245,6 +283,8 @@ def only(common: Any, rows: Numbers) -> Any:
         block_table_tensor=common.block_table_tensor[at],
         slot_mapping=common.slot_mapping[tokens],
         positions=None if common.positions is None else common.positions[tokens],
+        mm_req_doc_ranges=ranges
+        and {new: ranges[row] for new, row in enumerate(rows) if row in ranges},
         req_idx=None if common.req_idx is None else np.asarray(common.req_idx)[rows],
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,

@@ -7,7 +7,7 @@ Host arrays decide, device tensors go to the kernels, and no loop goes over rows
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -117,9 +117,8 @@ class Sorter:
         lengths = common.seq_lens if common.seq_lens.device.type == "cpu" else on_host
         assert lengths is not None, "vLLM tells the lengths of its rows on the host"
         ends = lengths[: len(queries)].numpy().astype(np.int64)
-        told = common.is_prefilling
-        prefilling = np.zeros(len(queries), bool) if told is None else told.cpu().numpy()
-        prefilling = prefilling[: len(queries)].astype(bool)
+        told = np.zeros(0) if common.is_prefilling is None else common.is_prefilling.numpy()
+        prefilling = _padded(told, len(queries)).astype(bool)
         decodes = (queries == 1) & ~prefilling
         prompts = (queries > 0) & ~decodes
         plan = self._plan(common, starts, queries, ends, prefilling)
@@ -146,13 +145,13 @@ class Sorter:
         pages = -(-int(ends[which].max()) // self.page)
         states = None
         if plan is not None:
-            states = torch.from_numpy(plan.states[which].astype(np.int32)).to(device)
+            states = there(torch.from_numpy(plan.states[which].astype(np.int32)), device)
         lengths = common.seq_lens[at].long()
         return Rows(
             place(starts[1:][which] - 1, device),
             common.block_table_tensor[at][:, :pages].contiguous(),
             lengths,
-            torch.from_numpy(self._budgets(ends[which])).to(device),
+            there(torch.from_numpy(self._budgets(ends[which])), device),
             (lengths - 1) // BLOCK,
             states,
             int(ends[which].sum()),
@@ -174,7 +173,7 @@ class Sorter:
         at = place(np.flatnonzero(which), device)
         pages = -(-int(ends[which].max()) // self.page)
         lengths = common.seq_lens[at].long()
-        new = torch.from_numpy(queries[which]).to(device)
+        new = there(torch.from_numpy(queries[which]), device)
         return Fresh(
             common.block_table_tensor[at][:, :pages].contiguous(),
             (lengths - new) // BLOCK,
@@ -192,24 +191,21 @@ class Sorter:
     ) -> Plan | None:
         if self.planner is None:
             return None
+        requests = None
+        if common.req_idx is not None:
+            requests = _padded(np.asarray(common.req_idx, dtype=np.int64), len(ends))
+        written = None
         if common.slot_mapping.device.type == "cpu":
-            last = common.slot_mapping.numpy()[np.maximum(starts[1:] - 1, 0)]
+            written = common.slot_mapping.numpy()[: starts[-1]].astype(np.int64)
+            last = written[np.maximum(starts[1:] - 1, 0)]
             before = np.maximum(ends - queries - 1, 0)
             pages = common.block_table_tensor.numpy()[np.arange(len(ends)), before // self.page]
             previous = pages.astype(np.int64) * self.page + before % self.page
         else:  # the place is on the device, and the number of the request says as much
-            assert common.req_idx is not None, "vLLM numbers the requests of a step"
-            last = previous = np.asarray(common.req_idx, dtype=np.int64)
-        requests = common.req_idx
+            assert requests is not None, "vLLM numbers the requests of a step"
+            last = previous = requests
         return self.planner.plan(
-            Batch(
-                queries,
-                ends,
-                last.astype(np.int64),
-                previous,
-                prefilling,
-                None if requests is None else np.asarray(requests, dtype=np.int64)[: len(ends)],
-            )
+            Batch(queries, ends, last, previous, prefilling, requests, written)
         )
 
 
@@ -217,4 +213,16 @@ def place(numbers: Numbers, device: torch.device) -> Where:
     """An index of these numbers, which rise: a slice where they follow each other."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.from_numpy(numbers).to(device)
+    return there(torch.from_numpy(numbers), device)
+
+
+def there(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on the device, which nobody waits for."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _padded(told: NDArray[Any], count: int) -> NDArray[Any]:
+    """What is told of `count` rows; zeros for padding rows, of which vLLM says nothing."""
+    return np.concatenate([told[:count], np.zeros(max(0, count - len(told)), told.dtype)])
