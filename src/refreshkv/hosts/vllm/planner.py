@@ -104,8 +104,6 @@ class Planner:
         if batch.written is not None:
             self._last[np.isin(self._last, batch.written)] = NOWHERE
         now = states[active]
-        # A place that is written again is no longer the end of the row that was there before.
-        self._last[np.isin(self._last, batch.last[active])] = NOWHERE
         self._last[now], self._ends[now] = batch.last[active], batch.ends[active]
         self._steps[now], self._used[now] = steps[active], self._step
         return Plan(kinds, states)
