@@ -219,7 +219,7 @@ def test_what_cannot_be_trained(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=message):
-        begin(tmp_path / "out", **changes).train()
+        begin(tmp_path / "out", **changes)
 
 
 def test_sequences_are_whole_documents_cut(
@@ -361,6 +361,55 @@ def test_two_processes_have_the_losses_of_one(
         for name in ("loss", "first_loss", "tail_loss", "eval_loss", "grad_norm"):
             if name in alone:
                 assert ours[name] == pytest.approx(alone[name], rel=1e-4), (ours["step"], name)
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed.fsdp import fully_shard
+from refreshkv import RefreshConfig
+from refreshkv.training.objective import PartialTail
+from refreshkv.training.tail import Tail
+from tests.conftest import build
+from tests.hosts.prompts import tokens
+
+def step(model):
+    with PartialTail(model, Tail(8, RefreshConfig(budget=6, stride=None))) as objective:
+        losses = objective.losses(model(tokens(1, 50), use_cache=False).logits, tokens(1, 50))
+        losses.mean.backward()
+    return losses.mean.detach(), model.lm_head.weight.grad
+
+torch.distributed.init_process_group("gloo")
+alone, sharded = build("llama").train(), build("llama").train()
+for layer in sharded.model.layers:
+    fully_shard(layer)
+fully_shard(sharded)
+(loss, gradient), (loss_sharded, part) = step(alone), step(sharded)
+torch.testing.assert_close(loss_sharded, loss)
+torch.testing.assert_close(part.full_tensor(), gradient)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_weights_in_shards_have_the_loss_and_gradients_of_whole_ones(tmp_path: Path) -> None:
+    """FSDP2 itself: on CPUs accelerate takes DDP instead."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command.append(str(tmp_path / "sharded.py"))
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_adapters_are_trained_and_merged(begin: Callable[..., Run], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    run = begin(out, lora=2)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.train()
+    after = load_file(out / "model" / "model.safetensors")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("_proj" in name for name in changed), "only the weights under adapters change"
 
 
 def test_the_command_line(

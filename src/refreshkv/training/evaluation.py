@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from refreshkv.evals.summary import Summary
 
+LEAST = 32  # as `Perplexity` says
 METHODS = (
     "full",
     "streaming-llm",
@@ -39,6 +40,11 @@ def grid(recipe: Recipe, out: Path, methods: Sequence[str], limit: int) -> Grid:
     Raises:
         ValueError: an unknown method or setting, or a tail of fewer tokens than a perplexity takes.
     """
+    if min(recipe.length, recipe.tail) < LEAST:
+        raise ValueError(
+            f"a perplexity takes {LEAST} tokens or more, before the tail and in it: pass --no-evaluate, or a longer"
+            " --length and --tail"
+        )
     budget = recipe.config.budget
     task = Perplexity(length=recipe.length, scored=recipe.tail, data=str(out / DATA / TEST))
     return Grid(

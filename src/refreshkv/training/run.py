@@ -7,6 +7,7 @@ model in safetensors with its card. The same call goes on where it was stopped, 
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import json
 import os
@@ -142,6 +143,11 @@ class Run:
                 " --length"
             )
         PartialTail(model, recipe.of_tail())  # it may refuse
+        if recipe.lora is not None:
+            try:
+                importlib.import_module("peft")
+            except ModuleNotFoundError as error:
+                raise ValueError("--lora needs peft: pip install peft, or leave it out") from error
         self.facts = {**recipe.described(), "bfloat16": bfloat16}
         self.facts["optimizer"] = optimizer = optimizer or _optimizer(model)
         self.facts |= {"processes": team.size, "parameters": model.num_parameters()}
@@ -291,10 +297,8 @@ def _with_adapters(model: PreTrainedModel, recipe: Recipe, checkpointing: bool) 
     """The model, or adapters around it."""
     if recipe.lora is None:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError as error:
-        raise ValueError("--lora needs peft: pip install peft, or leave it out") from error
+    from peft import LoraConfig, get_peft_model
+
     if checkpointing:
         model.enable_input_require_grads()
     torch.manual_seed(recipe.seed)  # of the adapters' first values
