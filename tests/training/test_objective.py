@@ -20,7 +20,7 @@ from refreshkv.training.objective import PartialTail, tail_losses
 from refreshkv.training.tail import Tail
 from tests.conftest import ARCHITECTURES, build
 from tests.hosts import architectures
-from tests.hosts.prompts import tokens
+from tests.hosts.prompts import left_padded, tokens
 
 S, T = 20, 170
 NEVER = RefreshConfig(budget=12, stride=None)
@@ -274,6 +274,8 @@ def test_what_cannot_be_served_is_refused(llama: PreTrainedModel) -> None:
     with PartialTail(llama, Tail(S, NEVER)):
         with pytest.raises(ValueError, match="has no tail of 20"):
             llama(tokens(1, S), use_cache=False)
+        with pytest.raises(ValueError, match="leave out the padding"):
+            llama(**left_padded([40, 50]), use_cache=False)
         with pytest.raises(RuntimeError, match="use_cache=False"):
             llama.generate(tokens(1, 40), max_new_tokens=3)
         with pytest.raises(RuntimeError, match="has a tail already"):

@@ -1,10 +1,8 @@
-"""Runs: what is trained on, going on after a kill, several processes, and what can go wrong."""
+"""Runs: what they leave, going on after a stop, and what can go wrong."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,72 +12,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig
-from refreshkv.training.data import Collator, Sequences, prepare
-from refreshkv.training.recipe import Recipe
 from refreshkv.training.run import Run
-
-LENGTH, TAIL = 40, 8
-SETTINGS: dict[str, Any] = {
-    "model": "tiny",
-    "length": LENGTH,
-    "tail": TAIL,
-    "config": RefreshConfig(budget=6, stride=None),
-    "batch": 4,
-    "micro_batch": 2,
-    "rate": 1e-2,
-    "warmup": 2,
-    "steps": 6,
-}
-# The same on the command line.
-OPTIONS: list[Any] = ["--length", LENGTH, "--tail", TAIL, "--budget", 6, "--batch", 4]
-OPTIONS += ["--micro-batch", 2, "--rate", 1e-2, "--warmup", 2, "--steps", 6]
-OFTEN: list[Any] = ["--log-every", 1, "--save-every", 2, "--device", "cpu"]
-
-
-def recipe(documents: Path, **changes: Any) -> Recipe:
-    return Recipe(**{**SETTINGS, "data": str(documents), **changes})
-
-
-def model_of(tiny: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-
-
-def metrics(out: Path) -> list[dict[str, float]]:
-    """What does not depend on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "runtime", "per_second")
-    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def begin(tiny: Path, tokenizer: PreTrainedTokenizerFast, documents: Path) -> Callable[..., Run]:
-    """`begin(out, ...)`: a run of the tiny model; settings of the recipe may be changed."""
-
-    def make(out: Path, **changes: Any) -> Run:
-        asked = recipe(documents, **changes)
-        return Run(model_of(tiny), tokenizer, asked, out, log_every=1, save_every=2)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: Path,
-) -> Path:
-    """The folder of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    Run(model_of(tiny), tokenizer, recipe(documents), out, log_every=1, save_every=2).train()
-    return out
+from tests.training.runs import (
+    LENGTH,
+    OFTEN,
+    TAIL,
+    Killed,
+    metrics,
+)
 
 
 def test_what_a_run_leaves(whole: Path, tiny: Path) -> None:
@@ -220,184 +163,6 @@ def test_what_cannot_be_trained(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=message):
         begin(tmp_path / "out", **changes)
-
-
-def test_sequences_are_whole_documents_cut(
-    documents: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    asked = recipe(documents)
-    about = prepare(asked, tokenizer, tmp_path / "data")
-    texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
-    width = LENGTH + TAIL
-    parts: dict[str, list[str]] = {"training": [], "validation": []}
-    tests = []
-    for number, text in enumerate(texts):  # all are long enough
-        part = {1: "validation", 2: "test"}.get(number % 10, "training")
-        if part == "test":
-            tests.append(text)
-        else:
-            parts[part] += [text[at : at + width] for at in range(0, len(text) - width + 1, width)]
-    for part, expected in parts.items():
-        held = Sequences(tmp_path / "data" / f"{part}.bin", width)
-        assert [tokenizer.decode(item["tokens"]) for item in held] == expected
-        assert about["sequences"][part] == len(expected)
-    kept = (tmp_path / "data" / "test.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in kept] == tests
-    assert (about["read"], about["long_enough"]) == (24, 24)
-
-
-def test_data_are_read_once_and_may_not_change(
-    documents: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy.jsonl"
-    copy.write_bytes(documents.read_bytes())
-    asked = recipe(copy)
-    about = prepare(asked, tokenizer, tmp_path / "data")
-    assert prepare(asked, tokenizer, tmp_path / "data") == about
-    copy.write_bytes(copy.read_bytes() + b'{"text": "more"}\n')
-    with pytest.raises(ValueError, match="was made with another source"):
-        prepare(asked, tokenizer, tmp_path / "data")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty: write one JSON object a line"),
-        (b'{"text": "a"}\n{"text": "', r"line 2 of .* is not JSON"),
-        (b'{"words": "a"}\n', "the field 'text' is missing"),
-        (b'{"text": "short"}\n', "0 of 1 documents have 40 \\+ 8 tokens, and at least 3"),
-    ],
-)
-def test_data_that_will_not_do(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: bytes, message: str
-) -> None:
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        prepare(recipe(tmp_path / "bad.jsonl"), tokenizer, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
-
-
-def test_lengths_are_drawn_alike_after_a_restart(documents: Path) -> None:
-    collate = Collator(recipe(documents, shortest=10))
-    items = [{"number": n, "tokens": torch.arange(LENGTH + TAIL)} for n in range(30)]
-    lengths = [collate([item])["input_ids"].shape[1] - TAIL for item in items]
-    assert lengths == [collate([item])["input_ids"].shape[1] - TAIL for item in items]
-    assert min(lengths) >= 10 and max(lengths) <= LENGTH and len(set(lengths)) > 10
-
-
-@pytest.mark.parametrize(
-    "changes", [{"rate": 0.0}, {"shortest": 41}, {"keep": "some"}, {"tail": 1}]
-)
-def test_a_recipe_names_what_is_wrong(documents: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        recipe(documents, **changes)
-
-
-def test_the_defaults_are_the_papers() -> None:
-    paper = Recipe(model="m", data="d")
-    assert (paper.length, paper.tail, paper.config.budget) == (8192, 50, 2048)
-    assert (paper.rate, paper.batch, paper.epochs, paper.warmup) == (5e-6, 64, 1, 20)
-    assert (paper.config.stride, paper.config.pool_kernel, paper.keep) == (None, 7, "all")
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-
-def launched(
-    arguments: list[Any], processes: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The command line in processes of its own."""
-    command = [sys.executable, "-m"]
-    if processes is not None:
-        command += ["accelerate.commands.launch", "--cpu", "--num_processes", processes]
-        command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--num_cpu_threads_per_process", 1, "-m"]
-    command = [str(part) for part in (*command, "refreshkv", "train", *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from transformers import AutoTokenizer
-from tests.training.test_run import Run, model_of, recipe
-
-def kill(done, steps):
-    if done == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-tiny, documents, out = map(Path, sys.argv[1:])
-tokenizer = AutoTokenizer.from_pretrained(tiny)
-Run(model_of(tiny), tokenizer, recipe(documents), out, log_every=1, save_every=2).train(kill)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_was_killed_goes_on_bit_for_bit(
-    begin: Callable[..., Run], tiny: Path, documents: Path, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, tiny, documents, out]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert ended.returncode == -9, ended.stderr
-    again = begin(out)
-    assert again.done == 4
-    again.train()
-    ours, theirs = (load_file(one / "model" / "model.safetensors") for one in (out, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(
-    tiny: Path, documents: Path, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    arguments = ["--model", tiny, "--data", documents, "--out", out, "--no-evaluate"]
-    ended = launched([*arguments, *OPTIONS, *OFTEN], processes=2)
-    assert ended.returncode == 0, ended.stderr
-    for ours, alone in zip(metrics(out), metrics(whole), strict=True):
-        assert ours["step"] == alone["step"]
-        for name in ("loss", "first_loss", "tail_loss", "eval_loss", "grad_norm"):
-            if name in alone:
-                assert ours[name] == pytest.approx(alone[name], rel=1e-4), (ours["step"], name)
-
-
-SHARDED = """
-import sys, torch
-from torch.distributed.fsdp import fully_shard
-from refreshkv import RefreshConfig
-from refreshkv.training.objective import PartialTail
-from refreshkv.training.tail import Tail
-from tests.conftest import build
-from tests.hosts.prompts import tokens
-
-def step(model):
-    with PartialTail(model, Tail(8, RefreshConfig(budget=6, stride=None))) as objective:
-        losses = objective.losses(model(tokens(1, 50), use_cache=False).logits, tokens(1, 50))
-        losses.mean.backward()
-    return losses.mean.detach(), model.lm_head.weight.grad
-
-torch.distributed.init_process_group("gloo")
-alone, sharded = build("llama").train(), build("llama").train()
-for layer in sharded.model.layers:
-    fully_shard(layer)
-fully_shard(sharded)
-(loss, gradient), (loss_sharded, part) = step(alone), step(sharded)
-torch.testing.assert_close(loss_sharded, loss)
-torch.testing.assert_close(part.full_tensor(), gradient)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_weights_in_shards_have_the_loss_and_gradients_of_whole_ones(tmp_path: Path) -> None:
-    """FSDP2 itself: on CPUs accelerate takes DDP instead."""
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command.append(str(tmp_path / "sharded.py"))
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert ended.returncode == 0, ended.stderr
 
 
 def test_adapters_are_trained_and_merged(begin: Callable[..., Run], tmp_path: Path) -> None:

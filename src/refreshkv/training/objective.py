@@ -180,7 +180,9 @@ def _attention(
         )
     mask, positions = attention_mask, kwargs.get("position_ids")
     if mask is not None:
-        newest_row(mask, key.shape[2])  # a bias, or another mask a head, is refused as in decoding
+        # A bias, or another mask a head, is refused as in decoding; a compiled pass cannot look.
+        if not torch.compiler.is_compiling() and not bool(newest_row(mask, key.shape[2]).all()):
+            raise ValueError("a pass with a tail takes whole sequences: leave out the padding")
         mask = mask[:, :first] if mask.dim() == 2 else mask[..., :first, :first]
     if positions is not None:
         options["position_ids"] = positions[..., :first]
