@@ -95,3 +95,14 @@ def test_the_defaults_are_the_papers() -> None:
     assert (paper.length, paper.tail, paper.config.budget) == (8192, 50, 2048)
     assert (paper.rate, paper.batch, paper.epochs, paper.warmup) == (5e-6, 64, 1, 20)
     assert (paper.config.stride, paper.config.pool_kernel, paper.keep) == (None, 7, "all")
+
+
+def test_the_documents_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md makes them by these lines; a few of them here."""
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    lines = guide.split("```python\n")[1].split("```")[0]
+    assert lines.count("limit=400") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace("limit=400", "limit=2"), {})
+    rows = [json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all("<table>" in row["text"] for row in rows)

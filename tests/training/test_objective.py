@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import refreshkv
 from refreshkv import RefreshConfig
 from refreshkv.hosts.transformers.support import UnsupportedModelError
+from refreshkv.hosts.transformers.versions import CACHE
 from refreshkv.kernels.backend import REFERENCE
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.training.objective import PartialTail, tail_losses
@@ -44,9 +46,9 @@ def stepwise(model: PreTrainedModel, ids: Tensor, config: RefreshConfig, tail: i
     with torch.no_grad(), refreshkv.attach(model, config) as session:
         cache = session.new_cache()
         with cache.prompt():
-            parts = [model(ids[:, :first], past_key_values=cache).logits]
+            parts = [model(ids[:, :first], **{CACHE: cache}).logits]
         for i in range(first, ids.shape[1]):
-            parts.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+            parts.append(model(ids[:, i : i + 1], **{CACHE: cache}).logits)
     return torch.cat(parts, 1)
 
 
@@ -90,6 +92,20 @@ def test_of_every_proven_architecture(models: Callable[[str], PreTrainedModel], 
         plain = model(ids, use_cache=False).logits
     torch.testing.assert_close(everything, plain, rtol=0, atol=1e-3)
     assert not torch.allclose(ours, plain, atol=0.1), "the tail changes nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["never", "stride", "mixed"])
+def test_of_a_real_model(smollm2: Path, config: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    readme = Path(__file__).parents[2] / "README.md"
+    ids = tokenizer(readme.read_text(), return_tensors="pt")["input_ids"][:, :400]
+    tail = Tail(S, CONFIGS[config], keep="budget")
+    with torch.no_grad():
+        ours, plain = at_once(model, ids, tail), model(ids, use_cache=False).logits
+    torch.testing.assert_close(ours, stepwise(model, ids, CONFIGS[config]), rtol=0, atol=5e-3)
+    assert not torch.allclose(ours, plain, atol=0.5), "the tail changes nothing"
 
 
 @pytest.mark.slow
