@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from refreshkv import RefreshConfig
 from refreshkv.training.data import Collator, Sequences, prepare
 from refreshkv.training.recipe import Recipe
 from tests.training.runs import (
@@ -87,6 +88,21 @@ def test_lengths_are_drawn_alike_after_a_restart(documents: Path) -> None:
 )
 def test_a_recipe_names_what_is_wrong(documents: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
+        recipe(documents, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2}, "epochs has no effect beside steps; leave one out"),
+        (
+            {"keep": "budget", "config": RefreshConfig(mode="mixed", budget=3)},
+            "keep has no effect in mode 'mixed'",
+        ),
+    ],
+)
+def test_nothing_is_ignored(documents: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         recipe(documents, **changes)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from refreshkv import RefreshConfig
+from refreshkv.evals.store import RunError
 from refreshkv.training.run import Run
 from tests.training.runs import (
     LENGTH,
@@ -163,6 +164,11 @@ def test_what_cannot_be_trained(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=message):
         begin(tmp_path / "out", **changes)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(begin: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is nan at step \d: give another --out and a lower --rate"):
+        begin(tmp_path / "out", rate=1e30).train()
 
 
 def test_adapters_are_trained_and_merged(begin: Callable[..., Run], tmp_path: Path) -> None:

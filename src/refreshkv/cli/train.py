@@ -13,7 +13,7 @@ import click
 
 from refreshkv.cli import common, loading
 from refreshkv.cli.common import BadInput
-from refreshkv.cli.eval import NEEDED, eval_errors, in_threads, names_in
+from refreshkv.cli.eval import NEEDED, eval_errors, in_threads, names_in, run_errors
 
 if TYPE_CHECKING:
     from refreshkv.evals.summary import Summary
@@ -199,10 +199,9 @@ def command(
     from refreshkv.training import evaluation
     from refreshkv.training.recipe import Recipe
 
-    config: dict[str, Any] = {
-        "mode": mode,
-        "budget": budget or (2048 if mode == "refresh" else 0.05),
-    }
+    if budget is None:
+        budget = 2048 if mode == "refresh" else 0.05
+    config: dict[str, Any] = {"mode": mode, "budget": budget}
     if mode == "refresh":
         config["stride"] = None if stride in (None, "never") else stride
         if config["stride"] is not None:
@@ -247,7 +246,7 @@ def command(
                 before = evaluation.evaluate(
                     loaded.model, loaded.tokenizer, asked, out / "before", team, bar
                 )
-        with contextlib.closing(common.progress_bar(0, "step", progress)) as steps:
+        with contextlib.closing(common.progress_bar(0, "step", progress)) as steps, run_errors():
             folder = run.train(functools.partial(_show, steps))
         if asked is not None:
             trained = loading.load(str(folder), dtype="float32", device=device)

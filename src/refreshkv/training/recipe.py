@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +59,14 @@ class Recipe(Settings):
         if self.shortest is not None and self.shortest > self.length:
             raise ValueError(f"shortest is {self.shortest}, more than length, {self.length}")
         self.of_tail()
+
+    @staticmethod
+    def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+        """See `Settings.unread`."""
+        found = {} if settings["steps"] is None else {"epochs": "beside steps; leave one out"}
+        if settings["config"].mode == "mixed":
+            found["keep"] = "in mode 'mixed', which reads all entries; leave it out"
+        return found
 
     def of_tail(self) -> Tail:
         """What the objective takes."""

@@ -10,6 +10,7 @@ import errno
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from refreshkv.evals.encoding import positions_in
 from refreshkv.evals.launch import Team
+from refreshkv.evals.store import RunError
 from refreshkv.evals.summary import write_whole
 from refreshkv.training import checkpoints
 from refreshkv.training.card import card
@@ -81,6 +83,11 @@ class Records(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """See `TrainerCallback`."""
+        broken = [name for name, value in logs.items() if not math.isfinite(value)]
+        if broken:
+            raise RunError(
+                f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}: give another --out and a lower --rate"
+            )
         if self._team.is_main:
             seconds = round(time.perf_counter() - self._begun, 2)
             line = json.dumps({"step": state.global_step, **logs, "seconds": seconds})
@@ -196,6 +203,7 @@ class Run:
 
         Raises:
             OSError: the disk is full; the last whole checkpoint is intact.
+            RunError: a loss that is not finite.
         """
         recipe, out, team = self.recipe, self.out, self.team
         width = recipe.length + recipe.tail
