@@ -48,7 +48,7 @@ test-sanitized: $(STAMP)  ## the tests of the C++ kernels under AddressSanitizer
 
 # The other tested releases of transformers, beside the pinned one; all fit the dependencies of the pinned set.
 VERSIONS ?= 5.16.0 5.20.2 5.24.0
-TESTS ?= tests/hosts
+TESTS ?= tests/hosts tests/training
 test-versions: $(STAMP)  ## the integration tests (or TESTS) on other releases of transformers (VERSIONS)
 	for version in $(VERSIONS); do \
 		other="$(VENV)/transformers-$$version"; \

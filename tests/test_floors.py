@@ -24,6 +24,7 @@ FLOORS = [
     {"exact", "methods"},
     {"hosts"},
     {"bench", "evals"},
+    {"training"},
     {"cli"},
     {"__main__"},
 ]
@@ -107,6 +108,8 @@ def test_imports_point_downwards(path: Path) -> None:
         ("policy.triggers", "from refreshkv.stats import Stats", False),
         ("bench.decode", "from refreshkv.evals import plots", False),
         ("bench.decode", "import torch", True),
+        ("training.tail", "from refreshkv.kernels import reference", True),
+        ("evals.runner", "from refreshkv.training import objective", False),
         ("hosts.lm_eval", "from refreshkv.demo import MODEL_PATH", True),
         ("hosts.vllm", "from refreshkv.hosts.transformers import attach", False),
         ("hosts.vllm.worker", "from refreshkv.hosts.vllm import plugin", True),

@@ -108,6 +108,23 @@ case("plan of less than no time")(lambda tiny, tmp: ["bench", "plan", "--fixed-m
 case("plan checked against what is no CSV")(
     lambda tiny, tmp: ["bench", "plan", "--check", tiny / "model.safetensors"]
 )
+
+
+def train(name: str, *args: object) -> None:
+    """A case of `train`, with data that are too short."""
+
+    @case(name)
+    def _(tiny: Path, tmp: Path) -> Args:
+        (tmp / "data.jsonl").write_text('{"text": "short"}\n' * 2)
+        folders = ("--model", tiny, "--data", tmp / "data.jsonl", "--out", tmp / "out")
+        return ["train", *folders, "--batch", 1, "--device", "cpu", *args]
+
+
+train("training data too short", "--length", 64)
+train("training sequences longer than the context")
+train("training batch of no whole batches", "--length", 64, "--micro-batch", 2)
+train("training of rounded steps with a stride", "--mode", "mixed", "--stride", 5)
+train("training tail too short to evaluate", "--length", 64, "--tail", 8)
 case("empty stdin")(lambda tiny, tmp: generate(tiny))
 case("prompt file that is missing")(
     lambda tiny, tmp: generate(tiny, "--prompt-file", tmp / "no.txt")

@@ -111,11 +111,11 @@ def command(
     from refreshkv.evals.summary import need
 
     grid["batch"] = grid["batch"] or (8 if model == "demo" else 1)
-    with _eval_errors():
+    with eval_errors():
         asked = Grid(
             model=model,
-            tasks=make_tasks(_names(tasks, "--tasks"), length, options),
-            methods=parse_methods(_names(methods, "--methods"), grid["budget"]),
+            tasks=make_tasks(names_in(tasks, "--tasks"), length, options),
+            methods=parse_methods(names_in(methods, "--methods"), grid["budget"]),
             **grid,
         )
         for module in NEEDED:
@@ -130,10 +130,10 @@ def command(
     def bar(total: int) -> Any:
         return common.progress_bar(total, "example", progress)
 
-    with _threads(threads):
-        with _eval_errors():
+    with in_threads(threads):
+        with eval_errors():
             ready = Run(loaded.model, loaded.tokenizer, asked, out, team=team)
-        with ready, _run_errors():
+        with ready, run_errors():
             ready.decode(bar)
             summaries = ready.finish()
     if team.is_main:
@@ -143,7 +143,8 @@ def command(
     team.leave()
 
 
-def _names(given: str, option: str) -> list[str]:
+def names_in(given: str, option: str) -> list[str]:
+    """What an option lists between commas. Raises `BadInput` for nothing."""
     names = [name.strip() for name in given.split(",") if name.strip()]
     if not names:
         raise BadInput(f"{option} names nothing; 'refreshkv eval --list' shows what there is")
@@ -151,9 +152,9 @@ def _names(given: str, option: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _eval_errors() -> Iterator[None]:
+def eval_errors() -> Iterator[None]:
     """Before anything is decoded: bad input, and packages that are missing."""
-    with common.bad_input(), _run_errors():
+    with common.bad_input(), run_errors():
         try:
             yield
         except ModuleNotFoundError as error:
@@ -163,7 +164,7 @@ def _eval_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _run_errors() -> Iterator[None]:
+def run_errors() -> Iterator[None]:
     """A full disk and the like: one line, exit code 1."""
     from refreshkv.evals.store import RunError
 
@@ -174,7 +175,8 @@ def _run_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def in_threads(threads: int | None) -> Iterator[None]:
+    """So many threads of the CPU for a while; `None`: as many as there are."""
     import torch
 
     before = torch.get_num_threads()

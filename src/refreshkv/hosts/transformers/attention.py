@@ -105,13 +105,13 @@ def refresh_attention(
                 return output.transpose(1, 2).contiguous(), None
         else:
             layer.lend()
-    run = _implementation(inner, module)
+    run = implementation(inner, module)
     return run(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
 
 
-def _implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def implementation(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function called `inner`; "eager" is each modeling file's own."""
     if inner in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[inner]

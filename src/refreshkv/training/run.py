@@ -1,0 +1,315 @@
+"""A training run on transformers' `Trainer`: the objective's loss, metrics, checkpoints that survive a kill.
+
+A run's folder holds `recipe.json`, `data/`, `metrics.jsonl`, `checkpoints/` and, at the end, `model/`, an ordinary
+model in safetensors with its card. The same call goes on where it was stopped, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from refreshkv.evals.encoding import positions_in
+from refreshkv.evals.launch import Team
+from refreshkv.evals.store import RunError
+from refreshkv.evals.summary import write_whole
+from refreshkv.training import checkpoints
+from refreshkv.training.card import card
+from refreshkv.training.data import ABOUT, Collator, Sequences, prepare
+from refreshkv.training.objective import PartialTail, tail_losses
+from refreshkv.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECIPE, METRICS, MODEL, DATA = "recipe.json", "metrics.jsonl", "model", "data"
+CHECKPOINTS = "checkpoints"
+_FULL = os.strerror(errno.ENOSPC)
+
+
+class TailTrainer(Trainer):
+    """`Trainer` with the loss of a tail; its logs tell the two parts apart, in nats a token."""
+
+    def __init__(self, *args: Any, tail: int, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        self._tail = tail
+        # Sums of losses, and of how many tokens, of both parts; while it trains and while it validates.
+        self._sums = {mode: torch.zeros(4, device=self.args.device) for mode in (True, False)}
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The mean over the tokens of an optimiser step, where their number is told."""
+        # Nothing predicts the first token, so any will do in its place.
+        losses = tail_losses(outputs.logits, labels.clamp(min=0), self._tail)
+        parts = torch.stack([losses.first, losses.tail]).detach().float()
+        counts = parts.new_tensor([losses.first_tokens, losses.tail_tokens])
+        self._sums[self.model.training] += torch.cat([parts, counts])
+        return (
+            losses.mean
+            if num_items_in_batch is None
+            else (losses.first + losses.tail) / num_items_in_batch
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `Trainer.log`."""
+        for prefix, training in (("", True), ("eval_", False)):
+            if f"{prefix}loss" in logs:
+                total = self.accelerator.reduce(self._sums[training].clone(), "sum").tolist()
+                self._sums[training].zero_()
+                for part, name in enumerate(("first", "tail")):
+                    logs[f"{prefix}{name}_loss"] = total[part] / max(total[part + 2], 1)
+        super().log(logs, *args, **kwargs)
+
+
+class Records(TrainerCallback):
+    """A line of metrics a log, and the mark that a checkpoint is whole. Written by the main process."""
+
+    def __init__(self, path: Path, team: Team, progress: Callable[[int, int], None] | None) -> None:
+        self._path, self._team, self._progress = path, team, progress
+        self._begun = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """See `TrainerCallback`."""
+        broken = [name for name, value in logs.items() if not math.isfinite(value)]
+        if broken:
+            raise RunError(
+                f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}: give another --out and a lower --rate"
+            )
+        if self._team.is_main:
+            seconds = round(time.perf_counter() - self._begun, 2)
+            line = json.dumps({"step": state.global_step, **logs, "seconds": seconds})
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See `TrainerCallback`."""
+        if self._progress is not None and self._team.is_main:
+            self._progress(state.global_step, state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See `TrainerCallback`."""
+        self._team.wait()
+        if self._team.is_main:
+            checkpoints.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Run:
+    """A checked run in the folder `out`, with its data ready; `train` it.
+
+    Args:
+        model: with its weights in float32.
+        team: the processes of a launch.
+        bfloat16: compute in it, under autocast; the weights stay as they are.
+        checkpointing: compute activations a second time instead of keeping them.
+        optimizer: a name that `TrainingArguments` knows; `None`: AdamW in 8 bits (the paper's) where there are a GPU
+            and bitsandbytes, else in 32.
+        log_every, save_every: optimiser steps. Validation comes with each checkpoint, of which two are kept.
+        validate: sequences that it reads at most.
+
+    Raises:
+        ValueError: sequences longer than the model's positions, data that will not do, a folder made with another
+            recipe, or a checkpoint that is damaged.
+        UnsupportedModelError: see `PartialTail`.
+        OSError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        out: Path,
+        *,
+        team: Team | None = None,
+        bfloat16: bool = False,
+        checkpointing: bool = False,
+        optimizer: str | None = None,
+        log_every: int = 10,
+        save_every: int = 100,
+        validate: int = 256,
+    ) -> None:
+        self.model, self.tokenizer, self.recipe, self.out = model, tokenizer, recipe, out
+        self.team = team = Team() if team is None else team
+        width, positions = recipe.length + recipe.tail, positions_in(model)
+        if positions is not None and width > positions:
+            raise ValueError(
+                f"sequences of {recipe.length} + {recipe.tail} tokens, but the model has {positions} positions: lower"
+                " --length"
+            )
+        PartialTail(model, recipe.of_tail())  # it may refuse
+        if recipe.lora is not None:
+            try:
+                importlib.import_module("peft")
+            except ModuleNotFoundError as error:
+                raise ValueError("--lora needs peft: pip install peft, or leave it out") from error
+        self.facts = {**recipe.described(), "bfloat16": bfloat16}
+        self.facts["optimizer"] = optimizer = optimizer or _optimizer(model)
+        self.facts |= {"processes": team.size, "parameters": model.num_parameters()}
+        on_gpu = model.device.type == "cuda"
+        self._arguments = TrainingArguments(
+            output_dir=str(out / CHECKPOINTS),
+            per_device_train_batch_size=recipe.micro_batch,
+            per_device_eval_batch_size=recipe.micro_batch,
+            gradient_accumulation_steps=recipe.accumulation(team.size),
+            learning_rate=recipe.rate,
+            lr_scheduler_type="linear",
+            warmup_steps=recipe.warmup,
+            weight_decay=0.0,
+            optim=optimizer,
+            num_train_epochs=recipe.epochs,
+            max_steps=-1 if recipe.steps is None else recipe.steps,
+            bf16=bfloat16,
+            use_cpu=not on_gpu,
+            logging_steps=log_every,
+            eval_strategy="steps",
+            eval_steps=save_every,
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=save_every,
+            save_total_limit=2,
+            seed=recipe.seed,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+            logging_nan_inf_filter=False,
+            dataloader_pin_memory=on_gpu,
+        )
+        self._checkpointing, self._validate = checkpointing, validate
+        with disk_full_is_said(out):
+            if team.is_main:
+                _begin(out, self.facts)
+                prepare(recipe, tokenizer, out / DATA)
+            team.wait()
+            self._resume, self.done = checkpoints.last_whole(out / CHECKPOINTS)
+
+    def train(self, progress: Callable[[int, int], None] | None = None) -> Path:
+        """Do what is left; returns the folder of the trained model.
+
+        Args:
+            progress: called with the steps that are done, and all.
+
+        Raises:
+            OSError: the disk is full; the last whole checkpoint is intact.
+            RunError: a loss that is not finite.
+        """
+        recipe, out, team = self.recipe, self.out, self.team
+        width = recipe.length + recipe.tail
+        with disk_full_is_said(out):
+            team.wait()
+            if team.is_main:
+                checkpoints.drop_unfinished(out / CHECKPOINTS)
+                _cut(out / METRICS, self.done)
+            team.wait()
+            self._arguments.eval_on_start = self._resume is None
+            if self._checkpointing:
+                older = self.model.gradient_checkpointing_enable  # its name before 5.23
+                getattr(self.model, "activation_checkpointing_enable", older)()
+            model = _with_adapters(self.model, recipe, self._checkpointing)
+            trainer = TailTrainer(
+                model=model,
+                args=self._arguments,
+                data_collator=Collator(recipe),
+                train_dataset=Sequences(out / DATA / "training.bin", width),
+                eval_dataset=Sequences(out / DATA / "validation.bin", width, self._validate),
+                tail=recipe.tail,
+                callbacks=[Records(out / METRICS, team, progress)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            with PartialTail(model, recipe.of_tail()):
+                trainer.train(
+                    resume_from_checkpoint=None if self._resume is None else str(self._resume)
+                )
+            return self._finish(trainer)
+
+    def _finish(self, trainer: TailTrainer) -> Path:
+        """The trained model as an ordinary folder, written aside and then renamed."""
+        team, aside, final = self.team, self.out / f"{MODEL}.tmp", self.out / MODEL
+        if team.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        team.wait()
+        if self.recipe.lora is None:
+            trainer.save_model(str(aside))
+        elif team.is_main:
+            whole = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            whole.save_pretrained(aside)
+        team.wait()
+        if team.is_main:
+            data = json.loads((self.out / DATA / ABOUT).read_text())
+            self.tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card(self.facts, data, trainer.state.log_history))
+            # A pickle, and recipe.json says it all.
+            (aside / "training_args.bin").unlink(missing_ok=True)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+        team.wait()
+        return final
+
+
+@contextmanager
+def disk_full_is_said(out: Path) -> Iterator[None]:
+    """safetensors and torch have errors of their own for it; here it is an `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        if _FULL in str(error) and not isinstance(error, OSError):
+            raise OSError(errno.ENOSPC, _FULL, str(out)) from error
+        raise
+
+
+def _begin(out: Path, facts: Mapping[str, Any]) -> None:
+    """The folder is new, or of the same recipe."""
+    path = out / RECIPE
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in json.loads(json.dumps(facts)).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"'{out}' holds a run with {name} {before.get(name)}, not {value}: use another --out, or the same"
+                    " settings to go on"
+                )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"'{out}' holds something else than a training run: use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _cut(path: Path, done: int) -> None:
+    """Drop the metrics of steps that will be done again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if done and line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= done]
+        write_whole(path, "".join(kept).encode())
+
+
+def _optimizer(model: PreTrainedModel) -> str:
+    eight_bits = model.device.type == "cuda" and importlib.util.find_spec("bitsandbytes")
+    return "adamw_8bit" if eight_bits else "adamw_torch"
+
+
+def _with_adapters(model: PreTrainedModel, recipe: Recipe, checkpointing: bool) -> Any:
+    """The model, or adapters around it."""
+    if recipe.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    if checkpointing:
+        model.enable_input_require_grads()
+    torch.manual_seed(recipe.seed)  # of the adapters' first values
+    return get_peft_model(
+        model, LoraConfig(r=recipe.lora, lora_alpha=2 * recipe.lora, target_modules="all-linear")
+    )
