@@ -349,9 +349,12 @@ class Algorithm:
     Attributes:
         sees_prompt: `observe` looks at the queries of a prompt while they pass; else another cache with the same tokens
             and last queries serves as well.
+        below: what drives the served layer before this one in the same cache, and takes each step first; `None` for the
+            first layer.
     """
 
     sees_prompt = False
+    below: Algorithm | None = None
 
     def observe(
         self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None

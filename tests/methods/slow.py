@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels.options import AttendOptions
-from tests.helpers import Tokens
+from tests.helpers import Tokens, layer_below
 from tests.slow import slow_weights
 
 Sets = list[list[int]]  # [KV head] -> positions, ascending
@@ -163,6 +163,29 @@ def token_select(row: Row) -> Iterator[Sets]:
         yield [kept for _ in row.heads]
 
 
+def kascade(row: Row) -> Iterator[Sets]:
+    """The second of four layers: it attends to the top-K of the first."""
+    first = copy.copy(row)
+    first.text = layer_below(row.text)
+
+    def best_of_first(head: int, now: int) -> list[int]:
+        everything = list(range(now + 1))
+        return best(
+            dict(enumerate(first.reduced(first.weights(head, now, everything)))), row.budget
+        )
+
+    def votes(of: Row, head: int) -> Tensor:
+        received = torch.zeros(row.prompt, dtype=torch.float64)
+        for now in range(max(0, row.prompt - 32), row.prompt):
+            received[: now + 1] += of.weights(head, now, list(range(now + 1))).mean(0)
+        return received
+
+    sets = [best(dict(enumerate(votes(first, h).tolist())), row.budget) for h in row.heads]
+    follows = [max(row.heads, key=lambda f: votes(row, h)[sets[f]].sum()) for h in row.heads]
+    for now in row.steps:
+        yield [sorted(best_of_first(followed, now)) for followed in follows]
+
+
 def oracle(row: Row) -> Iterator[Sets]:
     for now in row.steps:
         everything = list(range(now + 1))
@@ -227,6 +250,7 @@ SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "tova": tova,
     "quest": quest,
     "token-select": token_select,
+    "kascade": kascade,
     "int4-keys": rounded_keys(4),
     "int2-keys": rounded_keys(2),
     "oracle-topk": oracle,

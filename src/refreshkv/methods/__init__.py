@@ -11,6 +11,7 @@ from types import MappingProxyType
 from refreshkv.config import unknown
 from refreshkv.methods import (
     h2o,
+    kascade,
     kivi,
     oracle,
     pyramidkv,
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             tova.METHOD,
             quest.METHOD,
             token_select.METHOD,
+            kascade.METHOD,
             rounded_keys.INT4,
             rounded_keys.INT2,
             rounded_keys.TWILIGHT,
