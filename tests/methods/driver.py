@@ -17,8 +17,12 @@ from tests.helpers import Held, Tokens, layer_below
 
 KIVI = ("kivi-4", "kivi-2")  # nothing is left out
 KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", *KIVI)]
+VARYING = ("twilight", "squeezed")  # how many entries a step reads, whatever K is
 # Anew in every step.
-CHOOSING = ("quest", "token-select", "kascade", "int4-keys", "int2-keys", "twilight", "oracle-topk")
+CHOOSING = (
+    *("quest", "token-select", "kascade", "squeezed", "int4-keys", "int2-keys", "twilight"),
+    "oracle-topk",
+)
 EVICTING = [name for name in KEPT if name not in CHOOSING]
 
 

@@ -12,13 +12,12 @@ import torch
 from refreshkv.kernels.backend import REFERENCE
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.methods import METHODS
-from refreshkv.methods.kascade import KascadeSettings, anchor_layers
 from refreshkv.methods.pyramidkv import PyramidKVSettings, layer_budget
 from refreshkv.methods.quest import Quest
 from refreshkv.policy.rounding import restored, round_block
 from tests.helpers import random_tokens
 
-from .driver import CHOOSING, EVICTING, KEPT, KIVI, Driver, close, full_attention
+from .driver import CHOOSING, EVICTING, KEPT, KIVI, VARYING, Driver, close, full_attention
 from .slow import SLOW, Row, ablation, snapkv
 
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])
@@ -138,7 +137,7 @@ def test_a_budget_for_every_token_is_full_attention(name: str, attention: str) -
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 33, 0.25])
-@pytest.mark.parametrize("name", [name for name in KEPT if name != "twilight"])
+@pytest.mark.parametrize("name", [name for name in KEPT if name not in VARYING])
 def test_no_step_attends_to_more_than_the_budget_or_to_padding(
     name: str, budget: int | float
 ) -> None:
@@ -217,7 +216,7 @@ def test_what_would_bring_evicted_entries_back_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
-    settings = {"budget": 20} | ({"window": 9} if name == "kascade" else {})
+    settings = {"budget": 20} | ({"window": 9} if name in ("kascade", "squeezed") else {})
     driver = Driver(tokens, name, PROMPT, **settings)
     driver.run(9)
     driver.crop(PROMPT + 3)
@@ -231,7 +230,7 @@ def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(na
     close(driver.step(), once.step())
 
 
-@pytest.mark.parametrize("name", [name for name in KEPT if name != "twilight"])
+@pytest.mark.parametrize("name", [name for name in KEPT if name not in VARYING])
 def test_the_oracle_keeps_at_least_the_mass_of_every_other_set(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
     other, oracle = (Driver(tokens, n, PROMPT, budget=32) for n in (name, "oracle-topk"))
@@ -318,53 +317,6 @@ def test_token_select_counts_the_keys_that_it_chose_from() -> None:
     # 2 heads. The first step chooses, among 61 and 40 tokens; half of an entry is its key.
     expected = [2 * (31 + 3 * 21), 2 * (20 + 3 * 21)]
     assert [int(driver.stats.row(row).layers[0].read) for row in (0, 1)] == expected
-
-
-def test_the_layers_of_kascade() -> None:
-    """The first is dense, an anchor layer reads the keys, half of an entry, and the others read nothing to choose."""
-    tokens = random_tokens(rows=2, pads=(0, 21), length=LENGTH)
-    drivers = [
-        Driver(tokens, "kascade", PROMPT, budget=16, layer=layer, layers=32) for layer in range(32)
-    ]
-    for driver, below in itertools.pairwise(reversed(drivers)):
-        driver.algorithm.below = below.algorithm
-    for _ in range(2):
-        for driver in drivers:
-            driver.step()
-    read = [
-        [driver.stats.row(row).layers[layer].read for row in (0, 1)]
-        for layer, driver in enumerate(drivers)
-    ]
-    assert read[0] == [2 * (61 + 62), 2 * (40 + 41)]
-    for layer in range(1, 32):
-        keys = [31 + 31, 20 + 21] if layer in (6, 12, 19, 25) else [0, 0]
-        assert read[layer] == [2 * (32 + more) for more in keys]
-
-
-@pytest.mark.parametrize(
-    ("layers", "given", "expected"),
-    [
-        *((1, None, [0]), (2, None, [0, 1]), (4, None, [0, 2]), (32, None, [0, 6, 12, 19, 25])),
-        *((32, "2-8-13-14", [0, 2, 8, 13, 14]), (4, 1, [0, 1])),
-    ],
-)
-def test_the_anchor_layers(layers: int, given: Any, expected: list[int]) -> None:
-    assert anchor_layers(KascadeSettings(anchors=given), layers) == expected
-
-
-def test_an_anchor_layer_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"names layer 4, but 4 layers are served; .* 1 to 3"):
-        anchor_layers(KascadeSettings(anchors="1-4"), 4)
-
-
-def test_kascade_goes_on_after_a_crop_that_leaves_no_prompt_to_learn_from() -> None:
-    tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
-    driver = Driver(tokens, "kascade", PROMPT, budget=20)
-    driver.crop(PROMPT - 5)
-    assert driver.below is not None
-    for _ in range(2):
-        driver.step()
-        assert torch.equal(driver.chosen, driver.below.algorithm.chosen)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.1])
