@@ -20,8 +20,8 @@ KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", 
 VARYING = ("twilight", "squeezed")  # how many entries a step reads, whatever K is
 # Anew in every step.
 CHOOSING = (
-    *("quest", "token-select", "kascade", "squeezed", "int4-keys", "int2-keys", "twilight"),
-    "oracle-topk",
+    *("quest", "token-select", "kascade", "squeezed", "hip", "int4-keys", "int2-keys"),
+    *("twilight", "oracle-topk"),
 )
 EVICTING = [name for name in KEPT if name not in CHOOSING]
 

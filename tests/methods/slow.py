@@ -6,18 +6,16 @@ Each yields, for every decode step, the positions that each KV head attends to.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels.options import AttendOptions
-from tests.helpers import Tokens, layer_below
+from tests.helpers import Tokens
 from tests.slow import slow_weights
 
 Sets = list[list[int]]  # [KV head] -> positions, ascending
@@ -165,82 +163,6 @@ def token_select(row: Row) -> Iterator[Sets]:
         yield [kept for _ in row.heads]
 
 
-def kascade(row: Row) -> Iterator[Sets]:
-    """The second of four layers: it attends to the top-K of the first."""
-    first = copy.copy(row)
-    first.text = layer_below(row.text)
-
-    def best_of_first(head: int, now: int) -> list[int]:
-        everything = list(range(now + 1))
-        return best(
-            dict(enumerate(first.reduced(first.weights(head, now, everything)))), row.budget
-        )
-
-    def votes(of: Row, head: int) -> Tensor:
-        received = torch.zeros(row.prompt, dtype=torch.float64)
-        for now in range(max(0, row.prompt - 32), row.prompt):
-            received[: now + 1] += of.weights(head, now, list(range(now + 1))).mean(0)
-        return received
-
-    sets = [best(dict(enumerate(votes(first, h).tolist())), row.budget) for h in row.heads]
-    follows = [max(row.heads, key=lambda f: votes(row, h)[sets[f]].sum()) for h in row.heads]
-    for now in row.steps:
-        yield [sorted(best_of_first(followed, now)) for followed in follows]
-
-
-def squeezed(row: Row) -> Iterator[Sets]:
-    """By scikit-learn's k-means, from the same starting points."""
-    length = max(0, row.prompt - row.config.window)
-    count = math.ceil(round(row.config.clusters * length, 9))
-    everything = row.text.keys[0].double()
-    labels, centres, sizes = [], [], []
-    for keys in everything[:, :length] if count else []:
-        points = F.normalize(keys, dim=-1)
-        start = points[[i * length // count for i in range(count)]].numpy()
-        found = KMeans(count, init=start, n_init=1, tol=0.0, max_iter=50).fit(points.numpy())
-        labels.append(torch.as_tensor(found.labels_))
-        members = [keys[labels[-1] == cluster] for cluster in range(count)]
-        centres.append(torch.stack([some.mean(0) for some in members]))
-        sizes.append(torch.tensor([len(some) for some in members], dtype=torch.float64))
-
-    def weights(head: int, now: int) -> Tensor:
-        """What a key at each centre gets of the query that is near it most, or of all in the mean."""
-        members = row.members(head)
-        shares = slow_weights(
-            row.text.queries[0, members, now],
-            centres[head].repeat_interleave(sizes[head].long(), 0),
-            replace(row.options, sinks=None),
-            members,
-        )
-        firsts = (sizes[head].cumsum(0) - sizes[head]).long()
-        return torch.tensor(row.reduced(shares[:, firsts]))
-
-    wanted = max(0, row.budget - row.config.window - 1)
-    threshold = 0.0
-    if wanted < length:
-        looked = [(h, now) for h in row.heads for now in range(length, row.prompt)]
-        pairs = [
-            pair
-            for h, now in looked
-            for pair in zip(weights(h, now).tolist(), sizes[h].tolist(), strict=True)
-        ]
-        threshold, left = math.inf, wanted * len(looked)
-        for weight, size in sorted(pairs, reverse=True):
-            left -= int(size)
-            if left < 0:
-                break
-            threshold = weight
-    for now in row.steps:
-        sets = []
-        for head in row.heads:
-            kept = list(range(length, now + 1))
-            if count:
-                near = weights(head, now) >= threshold
-                kept += [p for p in range(length) if near[labels[head][p]]]
-            sets.append(sorted(kept))
-        yield sets
-
-
 def oracle(row: Row) -> Iterator[Sets]:
     for now in row.steps:
         everything = list(range(now + 1))
@@ -305,8 +227,6 @@ SLOW: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "tova": tova,
     "quest": quest,
     "token-select": token_select,
-    "kascade": kascade,
-    "squeezed": squeezed,
     "int4-keys": rounded_keys(4),
     "int2-keys": rounded_keys(2),
     "oracle-topk": oracle,

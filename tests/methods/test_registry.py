@@ -22,6 +22,7 @@ NAMES = [
     "token-select",
     "kascade",
     "squeezed",
+    "hip",
     "int4-keys",
     "int2-keys",
     "twilight",
@@ -60,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "window": 8,
     },
     "squeezed": {**GROUPED, "clusters": 0.2, "window": 8},
+    "hip": {**GROUPED, "interval": 2},
     "int4-keys": GROUPED,
     "int2-keys": GROUPED,
     "twilight": {**GROUPED, "share": 0.5},
@@ -109,7 +111,7 @@ def test_a_cache_keeps_the_prompt_queries_that_a_method_looks_at(name: str) -> N
     ("name", "message"),
     [
         ("snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
-        ("nonsense", "one of: full, h2o, int2-keys"),
+        ("nonsense", "one of: full, h2o, hip"),
         (None, "unknown method None"),
     ],
 )

@@ -19,6 +19,7 @@ from tests.helpers import random_tokens
 
 from .driver import CHOOSING, EVICTING, KEPT, KIVI, VARYING, Driver, close, full_attention
 from .slow import SLOW, Row, ablation, snapkv
+from .slow_search import SEARCHING
 
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])
 ATTENTIONS = {
@@ -41,7 +42,7 @@ def check(driver: Driver, name: str, slow: Any = None) -> None:
     for row in range(tokens.keys.shape[0]):
         alone = Row(tokens, row, driver.prompt, driver.config, driver.options)
         for now, sets, (output, held) in zip(
-            alone.steps, (slow or SLOW[name])(alone), taken, strict=True
+            alone.steps, (slow or (SLOW | SEARCHING)[name])(alone), taken, strict=True
         ):
             assert held[row] == [[p + alone.pad for p in positions] for positions in sets]
             for head, positions in enumerate(sets):

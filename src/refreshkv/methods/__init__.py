@@ -11,6 +11,7 @@ from types import MappingProxyType
 from refreshkv.config import unknown
 from refreshkv.methods import (
     h2o,
+    hip,
     kascade,
     kivi,
     oracle,
@@ -42,6 +43,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             token_select.METHOD,
             kascade.METHOD,
             squeezed.METHOD,
+            hip.METHOD,
             rounded_keys.INT4,
             rounded_keys.INT2,
             rounded_keys.TWILIGHT,
