@@ -138,8 +138,28 @@ def hip(row: Row) -> Iterator[Sets]:
         yield sets
 
 
+def citrus(row: Row) -> Iterator[Sets]:
+    size, first = row.config.chunk, max(0, row.prompt - row.config.window)
+    chunks = [list(range(first))[at : at + size] for at in range(0, first, size)]
+    kept = chunks.pop(0) if chunks else []
+    score: dict[int, float] = {}
+    for chunk in [*chunks, []]:
+        score = dict.fromkeys(kept, 0.0)
+        for now in range(first, row.prompt):
+            over = [*kept, *range(first, now + 1)]
+            weights = torch.cat([row.weights(head, now, over) for head in row.heads]).mean(0)
+            for position, weight in zip(kept, weights.tolist(), strict=False):
+                score[position] += weight
+        kept = [*best(score, max(0, row.budget - row.config.window)), *chunk]
+    ring = [*kept, *range(first, row.prompt)][-row.budget :]
+    for now in row.steps:
+        ring = [*ring, now][-row.budget :]
+        yield [sorted(ring) for _ in row.heads]
+
+
 SEARCHING: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "kascade": kascade,
     "squeezed": squeezed,
     "hip": hip,
+    "citrus": citrus,
 }

@@ -18,6 +18,7 @@ NAMES = [
     "snapkv-1",
     "pyramidkv",
     "tova",
+    "citrus",
     "quest",
     "token-select",
     "kascade",
@@ -51,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "snapkv-1": {**GROUPED, "pool_kernel": 3},
     "pyramidkv": {**SNAPKV, "beta": 5},
     "tova": {"budget": 64},
+    "citrus": {"budget": 64, "chunk": 16, "window": 8},
     "quest": {**GROUPED, "page_size": 4},
     "token-select": {"budget": 64, "threshold": None},
     "kascade": {
@@ -111,7 +113,7 @@ def test_a_cache_keeps_the_prompt_queries_that_a_method_looks_at(name: str) -> N
     ("name", "message"),
     [
         ("snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
-        ("nonsense", "one of: full, h2o, hip"),
+        ("nonsense", "one of: citrus, full, h2o, hip"),
         (None, "unknown method None"),
     ],
 )

@@ -88,6 +88,13 @@ def test_the_mean_of_a_group(name: str) -> None:
     assert found[0] != found[1]  # or the comparison above could not fail
 
 
+@pytest.mark.parametrize("budget", [9, 14, 30, 61])
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_citrus_in_many_chunks(chunk: int, budget: int) -> None:
+    tokens = random_tokens(rows=3, pads=(0, 47, 18), length=LENGTH)
+    check(Driver(tokens, "citrus", PROMPT, budget=budget, chunk=chunk, window=8), "citrus")
+
+
 @pytest.mark.parametrize("layer", range(3))
 def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from refreshkv.config import unknown
 from refreshkv.methods import (
+    citrus,
     h2o,
     hip,
     kascade,
@@ -39,6 +40,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             snapkv.SNAPKV_1,
             pyramidkv.METHOD,
             tova.METHOD,
+            citrus.METHOD,
             quest.METHOD,
             token_select.METHOD,
             kascade.METHOD,
