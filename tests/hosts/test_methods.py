@@ -20,7 +20,16 @@ RAGGED = [50, 37, 21]
 # Plain; softcap with sliding layers; sinks with sliding layers.
 ARCHITECTURES = ["llama", "gemma2", "gpt-oss"]
 WITHOUT_K = ["twilight", "kivi-4", "kivi-2"]  # which take one, so that a comparison can name it
-EVICTING = ["streaming-llm", "h2o", "snapkv", "snapkv-1", "pyramidkv", "tova", "citrus"]
+EVICTING = [
+    "streaming-llm",
+    "h2o",
+    "snapkv",
+    "snapkv-1",
+    "pyramidkv",
+    "tova",
+    "citrus",
+    "cascading",
+]
 
 
 def under(model: PreTrainedModel, method: str, inputs: Any, new: int = 12, **options: Any) -> Any:

@@ -157,9 +157,50 @@ def citrus(row: Row) -> Iterator[Sets]:
         yield [sorted(ring) for _ in row.heads]
 
 
+def cascading(row: Row) -> Iterator[Sets]:
+    sinks = min(row.config.sinks, row.budget // 4)
+    count = row.config.sub_caches
+    room = [
+        (row.budget - sinks) // count + (i < (row.budget - sinks) % count) for i in range(count)
+    ]
+    caches: list[list[list[int]]] = [[[] for _ in range(count)] for _ in row.heads]
+    average = [[0.0] * row.text.keys.shape[2] for _ in row.heads]
+
+    def enter(now: int, head: int) -> None:
+        arrives: int | None = now
+        for i, (cache, size) in enumerate(zip(caches[head], room, strict=True)):
+            if arrives is None or not size:
+                return
+            if now < row.budget or (now - sinks) % 2**i == 0:
+                cache.append(arrives)
+                arrives = cache.pop(0) if len(cache) > size else None
+            else:
+                if average[head][arrives] >= average[head][cache[-1]]:
+                    cache[-1] = arrives
+                return
+
+    for now in range(row.text.keys.shape[2]):
+        sets = []
+        for head in row.heads:
+            if now >= sinks:
+                enter(now, head)
+            kept = sorted(
+                {*range(min(sinks, now + 1)), *(p for cache in caches[head] for p in cache)}
+            )
+            received = dict(zip(kept, row.reduced(row.weights(head, now, kept)), strict=True))
+            decay = row.config.decay
+            average[head] = [
+                decay * a + (1 - decay) * received.get(p, 0) for p, a in enumerate(average[head])
+            ]
+            sets.append(kept)
+        if now >= row.prompt:
+            yield sets
+
+
 SEARCHING: dict[str, Callable[[Row], Iterator[Sets]]] = {
     "kascade": kascade,
     "squeezed": squeezed,
     "hip": hip,
     "citrus": citrus,
+    "cascading": cascading,
 }

@@ -19,6 +19,7 @@ NAMES = [
     "pyramidkv",
     "tova",
     "citrus",
+    "cascading",
     "quest",
     "token-select",
     "kascade",
@@ -53,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pyramidkv": {**SNAPKV, "beta": 5},
     "tova": {"budget": 64},
     "citrus": {"budget": 64, "chunk": 16, "window": 8},
+    "cascading": {**GROUPED, "sinks": 2, "sub_caches": 3, "decay": 0.9},
     "quest": {**GROUPED, "page_size": 4},
     "token-select": {"budget": 64, "threshold": None},
     "kascade": {
@@ -113,7 +115,7 @@ def test_a_cache_keeps_the_prompt_queries_that_a_method_looks_at(name: str) -> N
     ("name", "message"),
     [
         ("snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
-        ("nonsense", "one of: citrus, full, h2o, hip"),
+        ("nonsense", "one of: cascading, citrus, full"),
         (None, "unknown method None"),
     ],
 )

@@ -95,6 +95,14 @@ def test_citrus_in_many_chunks(chunk: int, budget: int) -> None:
     check(Driver(tokens, "citrus", PROMPT, budget=budget, chunk=chunk, window=8), "citrus")
 
 
+@pytest.mark.parametrize("budget", [3, 8, 20, 50])
+@pytest.mark.parametrize("sub_caches", [1, 2, 6])
+def test_sub_caches(sub_caches: int, budget: int) -> None:
+    tokens = random_tokens(rows=3, pads=(0, 47, 18), length=LENGTH)
+    settings = {"budget": budget, "sub_caches": sub_caches, "decay": 0.8, "sinks": 3}
+    check(Driver(tokens, "cascading", PROMPT, **settings), "cascading")
+
+
 @pytest.mark.parametrize("layer", range(3))
 def test_pyramidkv_is_snapkv_with_the_budget_of_its_layer(layer: int) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from refreshkv.config import unknown
 from refreshkv.methods import (
+    cascading,
     citrus,
     h2o,
     hip,
@@ -41,6 +42,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             pyramidkv.METHOD,
             tova.METHOD,
             citrus.METHOD,
+            cascading.METHOD,
             quest.METHOD,
             token_select.METHOD,
             kascade.METHOD,

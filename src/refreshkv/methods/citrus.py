@@ -34,9 +34,7 @@ class CItruS(Eviction):
     """
 
     settings: CItruSSettings
-    newcomer = float(
-        "inf"
-    )  # new tokens are newer than the instruction: they leave last, in their order
+    newcomer = math.inf  # what is newer than the instruction leaves last, in its order
 
     def score_prompt(self, prompt: Look) -> Tensor:
         budget, window = prompt.cache.budget, self.settings.window
@@ -76,8 +74,8 @@ METHOD = Method(
     note=(
         "Chunks of 256; the mean over heads and instruction queries; one set per layer: the paper. The last 32 prompt"
         " tokens stand for the instruction, and their queries are those of the end of the prompt, by full attention"
-        " (the paper runs the instruction after every chunk, over what is left). Its chunks add to K while they pass; here K"
-        " holds at the end of the prompt, the instruction inside, and stays while decoding. Positions stay."
+        " (the paper runs the instruction after every chunk, over what is left). In the paper the newest chunk comes on"
+        " top of K; here K holds once the prompt has passed, the instruction inside, and stays while decoding."
     ),
     settings=CItruSSettings,
     make=CItruS,
