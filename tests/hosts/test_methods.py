@@ -29,6 +29,7 @@ EVICTING = [
     "tova",
     "citrus",
     "cascading",
+    "subgen",
 ]
 
 

@@ -16,14 +16,15 @@ from refreshkv.step import Algorithm
 from tests.helpers import Held, Tokens, layer_below
 
 KIVI = ("kivi-4", "kivi-2")  # nothing is left out
-KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", *KIVI)]
+WEIGHING = ("subgen",)  # tokens count more than once, or not at all
+KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", *KIVI, *WEIGHING)]
 VARYING = ("twilight", "squeezed")  # how many entries a step reads, whatever K is
 # Anew in every step.
 CHOOSING = (
     *("quest", "token-select", "kascade", "squeezed", "hip", "int4-keys", "int2-keys"),
     *("twilight", "oracle-topk"),
 )
-EVICTING = [name for name in KEPT if name not in CHOOSING]
+EVICTING = [name for name in (*KEPT, *WEIGHING) if name not in CHOOSING]
 
 
 class Driver:

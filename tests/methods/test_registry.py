@@ -20,6 +20,7 @@ NAMES = [
     "tova",
     "citrus",
     "cascading",
+    "subgen",
     "quest",
     "token-select",
     "kascade",
@@ -55,6 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tova": {"budget": 64},
     "citrus": {"budget": 64, "chunk": 16, "window": 8},
     "cascading": {**GROUPED, "sinks": 2, "sub_caches": 3, "decay": 0.9},
+    "subgen": {"budget": 64, "samples": 3, "seed": 7},
     "quest": {**GROUPED, "page_size": 4},
     "token-select": {"budget": 64, "threshold": None},
     "kascade": {

@@ -24,6 +24,7 @@ from refreshkv.methods import (
     snapkv,
     squeezed,
     streaming_llm,
+    subgen,
     token_select,
     tova,
 )
@@ -43,6 +44,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             tova.METHOD,
             citrus.METHOD,
             cascading.METHOD,
+            subgen.METHOD,
             quest.METHOD,
             token_select.METHOD,
             kascade.METHOD,

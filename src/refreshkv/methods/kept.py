@@ -149,6 +149,10 @@ class KeptEntries(Algorithm, ABC):
         """A prompt has ended, and K is known. What is kept of the one before goes."""
         self.reset()
 
+    def attend(self, now: Look, kept: Tensor) -> Tensor:
+        """`[B, Hq, D]`: attention over what was chosen."""
+        return now.attend(kept)
+
     def attended(self, now: Look) -> None:
         """A step is over."""
 
@@ -169,7 +173,7 @@ class KeptEntries(Algorithm, ABC):
             count_again(cache, visible)
         now = Look(cache, query, options, visible, cache.length)
         kept = self.choose(now)
-        output = now.attend(kept)
+        output = self.attend(now, kept)
         if cache.watch is not None:
             positions = torch.arange(cache.length, device=query.device).where(kept, FREE)
             cache.watch(cache, query, options, visible, positions)

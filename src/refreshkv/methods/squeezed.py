@@ -52,7 +52,8 @@ class SqueezedAttention(KeptEntries):
     def begin(self, prompt: Look) -> None:
         super().begin(prompt)
         length = max(0, prompt.length - self.settings.window)
-        keys, seen = prompt.keys[:, :, :length].float(), prompt.seen[:, :length]
+        seen = prompt.seen[:, :length]
+        keys = prompt.keys[:, :, :length].float().masked_fill(~seen[:, None, :, None], 0.0)
         if not seen.any():
             return
         # The inner rounding undoes float noise, as for a budget.
