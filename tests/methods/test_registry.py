@@ -31,6 +31,7 @@ NAMES = [
     "twilight",
     "kivi-4",
     "kivi-2",
+    "critiprefill",
     "oracle-topk",
     "refreshkv",
     "refreshkv-fast",
@@ -73,6 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "twilight": {**GROUPED, "share": 0.5},
     "kivi-4": {"budget": 64},
     "kivi-2": {"budget": 64},
+    "critiprefill": {"budget": 64},
     "oracle-topk": GROUPED,
     "refreshkv": {**SELECTION, "draft": 3, "confidence": 0.4},
     "refreshkv-fast": {"budget": 64, "key_bits": 4, "value_bits": 3},
@@ -117,7 +119,7 @@ def test_a_cache_keeps_the_prompt_queries_that_a_method_looks_at(name: str) -> N
     ("name", "message"),
     [
         ("snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
-        ("nonsense", "one of: cascading, citrus, full"),
+        ("nonsense", "one of: cascading, citrus, critiprefill, full"),
         (None, "unknown method None"),
     ],
 )

@@ -12,6 +12,7 @@ from refreshkv.config import unknown
 from refreshkv.methods import (
     cascading,
     citrus,
+    critiprefill,
     h2o,
     hip,
     kascade,
@@ -55,6 +56,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             rounded_keys.TWILIGHT,
             kivi.KIVI_4,
             kivi.KIVI_2,
+            critiprefill.METHOD,
             oracle.METHOD,
             refreshkv.REFRESHKV,
             refreshkv.FAST,
