@@ -173,7 +173,7 @@ def evaluate(run: str, out: Path, processes: int, *, name: str | None = None, **
 
 
 def report(*, limit: int = 16, out: Path = Path("out"), processes: int = 2) -> None:
-    """Evaluate every method on the bundled model: about 15 minutes on two cores.
+    """Evaluate every method on the bundled model: about 25 minutes on two cores.
 
     Args:
         limit: prompts a task; a higher one goes on from there.
