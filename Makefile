@@ -114,7 +114,7 @@ GPU_PYTHON := env PYTHONPATH=src $(PYTHON)
 endif
 
 # What docs/evaluation.md and docs/fidelity.md report (experiments/grids.py); for `report` a higher LIMIT goes on.
-report: $(STAMP)  ## evaluate every method on the bundled model again, into out/ (15 minutes on two cores)
+report: $(STAMP)  ## evaluate every method on the bundled model again, into out/ (about 25 minutes on two cores)
 	$(BIN)/python -m experiments report $(if $(LIMIT),--limit $(LIMIT))
 
 fidelity: $(STAMP) fidelity-real  ## measure the lossless mode and the lossy ones again, into out/ (hours)

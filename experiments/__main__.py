@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from experiments import documents, grids, real, recall, tables, text_model, train
+from experiments import anchors, documents, grids, real, recall, tables, text_model, train
 from refreshkv.text import one_line
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
@@ -21,6 +21,7 @@ EXPERIMENTS: dict[str, Callable[..., None]] = {
     "tables": tables.show,
     "documents": documents.show,
     "recall": recall.show,
+    "anchors": anchors.show,
     "perplexity": real.perplexity,
     "continuation": real.continuation,
     "train": train.run,

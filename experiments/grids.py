@@ -26,6 +26,8 @@ _MIXED_DRAFTS = "drafter=mixed:budget=0.03:skip=0.1"
 _DRAFTS = tuple(f"refreshkv:draft={most}:confidence=0.9" for most in (2, 4, 8, 16, 32))
 _SURE = tuple(f"refreshkv:confidence={least}" for least in (0.5, 0.3, 0.1, 0.0))
 _COPIES = ("int4-keys:budget=0.0625", "int2-keys:budget=0.0625")
+# The neighbours of RefreshKV that evict, search, or make the prompt sparse.
+_NEIGHBOURS = ("kascade", "squeezed", "hip", "citrus", "cascading", "subgen", "critiprefill")
 _THREE = "chain-of-key,html-to-tsv,key-value"
 
 
@@ -47,6 +49,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
             *(*_ORDINARY, *_LOSSY, "refreshkv-paper:stride=10", *_fixed(2, 5, 10)),
             *("no-full-attention", "no-reselection", "no-refresh"),
             *("snapkv-1", "snapkv", "pyramidkv", "h2o", "tova", "streaming-llm"),
+            *_NEIGHBOURS,
         ),
     },
     "demo-4096-forced": _DEMO_4096
@@ -170,7 +173,7 @@ def evaluate(run: str, out: Path, processes: int, *, name: str | None = None, **
 
 
 def report(*, limit: int = 16, out: Path = Path("out"), processes: int = 2) -> None:
-    """Evaluate every method on the bundled model: about 15 minutes on two cores.
+    """Evaluate every method on the bundled model: about 25 minutes on two cores.
 
     Args:
         limit: prompts a task; a higher one goes on from there.

@@ -90,6 +90,12 @@ def random_tokens(
     return Tokens(queries, keys, values, None if pads is None else left_padding(pads, length))
 
 
+def layer_below(tokens: Tokens) -> Tokens:
+    """A layer whose last KV head looks for about what the first of `tokens` looks for, and so on backwards."""
+    queries = tokens.queries.flip(1) + tokens.queries.roll(1, -1).flip(1) / 2
+    return Tokens(queries, tokens.keys.flip(1), tokens.values, tokens.visible)
+
+
 @dataclass
 class Step:
     """One decode step: what came out, what full attention gives, and what every ring holds after it."""

@@ -72,19 +72,29 @@ class DraftCounts:
 
 
 @dataclass
+class PromptCounts:
+    """Pairs of a query and an entry, over the prompts, layers and KV heads whose attention a method makes sparse."""
+
+    read: Count = 0
+    available: Count = 0  # that full attention would have read
+
+
+@dataclass
 class Stats:
     """Counts of the layers that RefreshKV serves, over all decode steps since creation or `reset`.
 
     A decode step is a pass over one token with a non-empty cache. Passes over several tokens (prefill, verification of
-    another's draft) are ordinary full attention and are not counted; nor is the first selection, which belongs to
-    prefill. In the lossless mode a token is a step, the pass that verifies is its full one, and what drafting read is
-    counted with it. Sliding-window layers are not served and not counted.
+    another's draft) are ordinary full attention and are not counted, but for a method that makes prefill sparse, whose
+    pairs are counted apart; nor is the first selection, which belongs to prefill. In the lossless mode a token is a
+    step, the pass that verifies is its full one, and what drafting read is counted with it. Sliding-window layers are
+    not served and not counted.
 
     KV read leaves out the copies of each new selection (K entries a refresh: 0.4 to 2.4 points with the presets on the
     bundled model) and what the CPU reads for heads that did not refresh.
     """
 
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    prompts: PromptCounts = field(default_factory=PromptCounts)
     _layers: dict[int, LayerCounts] = field(
         default_factory=lambda: defaultdict(LayerCounts), init=False
     )
@@ -153,10 +163,16 @@ class Stats:
         for counts in rows:
             self.drafts.add(counts)
 
+    def record_prompt(self, read: Tensor, available: Tensor) -> None:
+        """Add a pass over a prompt of one layer, `[B]` each, as `PromptCounts`."""
+        self.prompts.read += read.sum()
+        self.prompts.available += available.sum()
+
     def reset(self) -> None:
         """Forget everything."""
         self.layers.clear()  # what the tallies hold with it
         self.drafts = DraftCounts()
+        self.prompts = PromptCounts()
 
     @property
     def acceptance(self) -> float | None:
@@ -204,6 +220,11 @@ class Stats:
         return _ratio(self.kv_bytes_read, self.kv_bytes_full)
 
     @property
+    def prefill_read_share(self) -> float | None:
+        """Share of the pairs that full attention reads in prompts; `None` where prefill is full attention."""
+        return _ratio(int(self.prompts.read), int(self.prompts.available))
+
+    @property
     def effective_stride(self) -> float | None:
         """Steps per full step over all layers; `None` when no step was full."""
         return _ratio(self.full_steps + self.partial_steps, self.full_steps)
@@ -221,6 +242,7 @@ class Stats:
             "partial_steps": _whole(self.partial_steps),
             "full_share": self.full_share,
             "kv_read_share": self.kv_read_share,
+            "prefill_read_share": self.prefill_read_share,
             "effective_stride": self.effective_stride,
             "acceptance": self.acceptance,
             "tokens_per_full_pass": self.tokens_per_full_pass,
@@ -265,6 +287,7 @@ class RowStats(Stats):
         # Layer -> blocks `[n, 5, B]` of n steps, the `COUNTS`. Reading joins them.
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
         self._drafts: list[DraftCounts] = []
+        self._prompts: list[PromptCounts] = []
 
     def follow(self, *_: Any) -> None:
         """Raises `NotImplementedError`: what grows with every step is nothing for a fixed place."""
@@ -299,6 +322,14 @@ class RowStats(Stats):
         for total, counts in zip(self._drafts, rows, strict=True):
             total.add(counts)
 
+    def record_prompt(self, read: Tensor, available: Tensor) -> None:
+        """See `Stats.record_prompt`."""
+        super().record_prompt(read, available)
+        self._prompts = self._prompts or [PromptCounts() for _ in read]
+        for counts, *more in zip(self._prompts, read, available, strict=True):
+            counts.read += more[0]
+            counts.available += more[1]
+
     def row(self, row: int, steps: int | None = None) -> Stats:
         """The counts of one row over its first `steps` decode steps (`None`: all of them).
 
@@ -307,6 +338,8 @@ class RowStats(Stats):
         alone = Stats()
         if self._drafts:
             alone.drafts.add(self._drafts[row])
+        if self._prompts:
+            alone.prompts = self._prompts[row]
         for layer, blocks in self._blocks.items():
             blocks[:] = [torch.cat(blocks)]
             sums = dict(zip(COUNTS, blocks[0][:steps, :, row].sum(0).tolist(), strict=True))
@@ -318,6 +351,7 @@ class RowStats(Stats):
         super().reset()
         self._blocks.clear()
         self._drafts.clear()
+        self._prompts.clear()
 
 
 def _is_per_row(count: Count) -> bool:

@@ -349,13 +349,16 @@ class Algorithm:
     Attributes:
         sees_prompt: `observe` looks at the queries of a prompt while they pass; else another cache with the same tokens
             and last queries serves as well.
+        below: what drives the served layer before this one in the same cache, and takes each step first; `None` for the
+            first layer.
     """
 
     sees_prompt = False
+    below: Algorithm | None = None
 
     def observe(
         self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
         """A prompt, or the next chunk of it, is in the store.
 
         Args:
@@ -363,8 +366,12 @@ class Algorithm:
             queries: `[B, Hq, T, D]`, those of the newest T tokens.
             options: scale, softcap and sinks of the model.
             visible: `[B, L]` bool, False for padding; `None` when there is none.
+
+        Returns:
+            What these tokens get, `[B, Hq, T, D]`; `None`: full attention, which the host has.
         """
         cache.await_selection(queries)
+        return None
 
     def step(
         self, cache: LayerCache, query: Tensor, options: AttendOptions, visible: Tensor | None

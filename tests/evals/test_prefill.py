@@ -18,7 +18,7 @@ from refreshkv.stats import RowStats
 from tests.evals.toy import Toy
 from tests.hosts.prompts import greedy, left_padded, tokens
 
-OWN = ("h2o",)  # it looks at all queries of the prompt
+OWN = ("h2o", "cascading", "critiprefill")  # which look at all queries of the prompt
 SHARED = [name for name in METHODS if name not in OWN]
 RAGGED = [50, 37, 21]
 NEW = 12

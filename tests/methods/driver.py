@@ -13,20 +13,29 @@ from refreshkv.methods import METHODS
 from refreshkv.methods.kept import KeptEntries
 from refreshkv.stats import RowStats
 from refreshkv.step import Algorithm
-from tests.helpers import Held, Tokens
+from tests.helpers import Held, Tokens, layer_below
 
-KIVI = ("kivi-4", "kivi-2")  # nothing is left out
-KEPT = [n for n, m in METHODS.items() if m.make and n not in ("no-reselection", *KIVI)]
+KIVI = ("kivi-4", "kivi-2")
+WEIGHING = ("subgen",)  # tokens count more than once, or not at all
+DENSE = ("no-reselection", *KIVI, "critiprefill")  # no step leaves anything out
+KEPT = [n for n, m in METHODS.items() if m.make and n not in (*DENSE, *WEIGHING)]
+VARYING = ("twilight", "squeezed")  # how many entries a step reads, whatever K is
 # Anew in every step.
-CHOOSING = ("quest", "token-select", "int4-keys", "int2-keys", "twilight", "oracle-topk")
-EVICTING = [name for name in KEPT if name not in CHOOSING]
+CHOOSING = (
+    *("quest", "token-select", "kascade", "squeezed", "hip", "int4-keys", "int2-keys"),
+    *("twilight", "oracle-topk"),
+)
+EVICTING = [name for name in (*KEPT, *WEIGHING) if name not in CHOOSING]
 
 
 class Driver:
     """A prompt of `prompt` tokens, in chunks of `chunk`; then one token a step.
 
-    `seen` holds, after each step, the mask `[B, Hkv, L]` of what a `KeptEntries` chose.
+    `chosen` holds, after each step, the mask `[B, Hkv, L]` of what a `KeptEntries` chose. Kascade is driven as
+    the second layer, which follows the first, `below`.
     """
+
+    below: Driver | None = None
 
     def __init__(
         self,
@@ -36,10 +45,15 @@ class Driver:
         *,
         chunk: int | None = None,
         options: AttendOptions | None = None,
-        layer: int = 0,
+        layer: int | None = None,
         layers: int = 1,
         **settings: Any,
     ) -> None:
+        if method == "kascade" and layer is None:
+            first: Any = {"chunk": chunk, "options": options, "layer": 0, "layers": 4, **settings}
+            self.below = Driver(layer_below(tokens), method, prompt, **first)
+            layer, layers = 1, 4
+        layer = layer or 0
         self.tokens = tokens
         self.prompt = prompt
         self.options = options or AttendOptions(scale=tokens.keys.shape[-1] ** -0.5)
@@ -48,6 +62,7 @@ class Driver:
         self.cache = LayerCache(self.config.for_cache(), index=layer, stats=self.stats)
         make = METHODS[method].make
         self.algorithm = Algorithm() if make is None else make(self.config, layer, layers)
+        self.algorithm.below = self.below and self.below.algorithm
         self.chosen: Tensor | None = None
         if isinstance(self.algorithm, KeptEntries):
             self._watch(self.algorithm)
@@ -63,14 +78,23 @@ class Driver:
 
         algorithm.choose = watched  # type: ignore[method-assign]
 
+    def observe(self, start: int, end: int) -> None:
+        """Tokens `start` to `end` are a prompt, or a chunk of it."""
+        if self.below:
+            self.below.observe(start, end)
+        self._observe(start, end)
+
     def _observe(self, start: int, end: int) -> None:
         tokens = self.tokens
         self.cache.append(tokens.keys[:, :, start:end], tokens.values[:, :, start:end])
         queries = tokens.queries[:, :, start:end]
-        self.algorithm.observe(self.cache, queries, self.options, tokens.seen(end))
+        seen = tokens.seen(end)
+        self.observed = self.algorithm.observe(self.cache, queries, self.options, seen)
 
     def step(self) -> Tensor:
         """`[B, Hq, D]`."""
+        if self.below:
+            self.below.step()
         now, tokens = self.cache.length, self.tokens
         self.cache.append(tokens.keys[:, :, now : now + 1], tokens.values[:, :, now : now + 1])
         query, seen = tokens.queries[:, :, now], tokens.seen(now + 1)
@@ -85,7 +109,16 @@ class Driver:
             return []
         return [[head.nonzero()[:, 0].tolist() for head in row] for row in self.chosen]
 
+    def crop(self, length: int) -> None:
+        if self.below:
+            self.below.crop(length)
+        self.algorithm.crop(length)
+        self.cache.crop(length)
+
     def take_rows(self, rows: Tensor) -> None:
+        if self.below:
+            self.below.take_rows(rows)
+            self.below.stats.reset()
         self.cache.take_rows(rows)
         self.algorithm.take_rows(rows)
         self.tokens = self.tokens.rows(rows)

@@ -17,8 +17,9 @@ from refreshkv.methods.quest import Quest
 from refreshkv.policy.rounding import restored, round_block
 from tests.helpers import random_tokens
 
-from .driver import CHOOSING, EVICTING, KEPT, KIVI, Driver, close, full_attention
+from .driver import CHOOSING, EVICTING, KEPT, KIVI, VARYING, Driver, close, full_attention
 from .slow import SLOW, Row, ablation, snapkv
+from .slow_search import SEARCHING
 
 SINKS = torch.tensor([0.0, 7.0, 5.0, -2.0])
 ATTENTIONS = {
@@ -41,7 +42,7 @@ def check(driver: Driver, name: str, slow: Any = None) -> None:
     for row in range(tokens.keys.shape[0]):
         alone = Row(tokens, row, driver.prompt, driver.config, driver.options)
         for now, sets, (output, held) in zip(
-            alone.steps, (slow or SLOW[name])(alone), taken, strict=True
+            alone.steps, (slow or (SLOW | SEARCHING)[name])(alone), taken, strict=True
         ):
             assert held[row] == [[p + alone.pad for p in positions] for positions in sets]
             for head, positions in enumerate(sets):
@@ -85,6 +86,21 @@ def test_the_mean_of_a_group(name: str) -> None:
     check(Driver(tokens, name, PROMPT, **mean), name)
     found = [Driver(tokens, name, PROMPT, **settings).run(1)[0][1] for settings in (mean, maximum)]
     assert found[0] != found[1]  # or the comparison above could not fail
+
+
+@pytest.mark.parametrize("budget", [9, 14, 30, 61])
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_citrus_in_many_chunks(chunk: int, budget: int) -> None:
+    tokens = random_tokens(rows=3, pads=(0, 47, 18), length=LENGTH)
+    check(Driver(tokens, "citrus", PROMPT, budget=budget, chunk=chunk, window=8), "citrus")
+
+
+@pytest.mark.parametrize("budget", [3, 8, 20, 50])
+@pytest.mark.parametrize("sub_caches", [1, 2, 6])
+def test_sub_caches(sub_caches: int, budget: int) -> None:
+    tokens = random_tokens(rows=3, pads=(0, 47, 18), length=LENGTH)
+    settings = {"budget": budget, "sub_caches": sub_caches, "decay": 0.8, "sinks": 3}
+    check(Driver(tokens, "cascading", PROMPT, **settings), "cascading")
 
 
 @pytest.mark.parametrize("layer", range(3))
@@ -137,7 +153,7 @@ def test_a_budget_for_every_token_is_full_attention(name: str, attention: str) -
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 33, 0.25])
-@pytest.mark.parametrize("name", [name for name in KEPT if name != "twilight"])
+@pytest.mark.parametrize("name", [name for name in KEPT if name not in VARYING])
 def test_no_step_attends_to_more_than_the_budget_or_to_padding(
     name: str, budget: int | float
 ) -> None:
@@ -152,7 +168,7 @@ def test_no_step_attends_to_more_than_the_budget_or_to_padding(
             for positions in held[row]:
                 assert len(positions) <= most
                 assert min(positions) >= pad
-                if name != "oracle-topk":
+                if name not in ("oracle-topk", "kascade"):
                     assert PROMPT + step in positions
 
 
@@ -208,30 +224,29 @@ def test_what_would_bring_evicted_entries_back_is_refused(name: str) -> None:
     driver = Driver(random_tokens(length=LENGTH), name, PROMPT, budget=20)
     driver.step()
     with pytest.raises(RuntimeError, match="new cache for every prompt"):
-        driver._observe(PROMPT + 1, PROMPT + 5)
+        driver.observe(PROMPT + 1, PROMPT + 5)
     with pytest.raises(RuntimeError, match="cannot take tokens back"):
-        driver.algorithm.crop(PROMPT)
+        driver.crop(PROMPT)
 
 
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_method_that_evicts_nothing_goes_on_after_a_crop_and_another_prompt(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
-    driver = Driver(tokens, name, PROMPT, budget=20)
+    settings = {"budget": 20} | ({"window": 9} if name in ("kascade", "squeezed") else {})
+    driver = Driver(tokens, name, PROMPT, **settings)
     driver.run(9)
-    driver.algorithm.crop(PROMPT + 3)
-    driver.cache.crop(PROMPT + 3)
-    driver._observe(PROMPT + 3, PROMPT + 12)
-    once = Driver(tokens, name, PROMPT + 12, budget=20)
+    driver.crop(PROMPT + 3)
+    driver.observe(PROMPT + 3, PROMPT + 12)
+    once = Driver(tokens, name, PROMPT + 12, **settings)
     for (output, held), (expected, expected_held) in zip(driver.run(6), once.run(6), strict=True):
         close(output, expected)
         assert held == expected_held
     for each in (driver, once):  # and without a prompt in between
-        each.algorithm.crop(PROMPT + 15)
-        each.cache.crop(PROMPT + 15)
+        each.crop(PROMPT + 15)
     close(driver.step(), once.step())
 
 
-@pytest.mark.parametrize("name", [name for name in KEPT if name != "twilight"])
+@pytest.mark.parametrize("name", [name for name in KEPT if name not in VARYING])
 def test_the_oracle_keeps_at_least_the_mass_of_every_other_set(name: str) -> None:
     tokens = random_tokens(rows=2, pads=(0, 9), length=LENGTH)
     other, oracle = (Driver(tokens, n, PROMPT, budget=32) for n in (name, "oracle-topk"))

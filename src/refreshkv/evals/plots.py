@@ -49,8 +49,11 @@ _FAMILIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("full",), "#000000"),
     (("refreshkv",), "#0072b2"),
     (("no-",), "#b0588f"),
-    (("oracle", "quest"), "#007a5a"),
-    (("streaming", "h2o", "snapkv", "pyramid", "tova"), "#c75000"),
+    (("oracle", "quest", "kascade", "squeezed", "hip"), "#007a5a"),
+    (
+        ("streaming", "h2o", "snapkv", "pyramid", "tova", "citrus", "cascading", "subgen"),
+        "#c75000",
+    ),
 )
 _OTHER = "#6b6b6b"
 _MARKERS = "osD^vP<X>hp*d"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FED_METRIC = "lines right, fed"
 STATS = (
-    *("full_share", "kv_read_share", "effective_stride"),
+    *("full_share", "kv_read_share", "prefill_read_share", "effective_stride"),
     *("acceptance", "passes_per_token", "layers"),
 )
 

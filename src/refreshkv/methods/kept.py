@@ -149,6 +149,10 @@ class KeptEntries(Algorithm, ABC):
         """A prompt has ended, and K is known. What is kept of the one before goes."""
         self.reset()
 
+    def attend(self, now: Look, kept: Tensor) -> Tensor:
+        """`[B, Hq, D]`: attention over what was chosen."""
+        return now.attend(kept)
+
     def attended(self, now: Look) -> None:
         """A step is over."""
 
@@ -169,7 +173,7 @@ class KeptEntries(Algorithm, ABC):
             count_again(cache, visible)
         now = Look(cache, query, options, visible, cache.length)
         kept = self.choose(now)
-        output = now.attend(kept)
+        output = self.attend(now, kept)
         if cache.watch is not None:
             positions = torch.arange(cache.length, device=query.device).where(kept, FREE)
             cache.watch(cache, query, options, visible, positions)
@@ -199,18 +203,39 @@ class KeptEntries(Algorithm, ABC):
                 setattr(self, name, None)
 
 
-class Eviction(KeptEntries):
-    """K entries stay, the others are gone for good: the new token enters, the lowest-ranked entry leaves.
+class Evicting(KeptEntries, ABC):
+    """What is not kept is gone for good.
+
+    Attributes:
+        kept: `[B, Hkv, L]` bool; `None` before the first step.
+    """
+
+    kept: Tensor | None = None
+
+    def observe(
+        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
+    ) -> None:
+        if self.kept is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} has evicted entries, and another prompt, or a draft to verify, would see them"
+                " all: use a new cache for every prompt"
+            )
+        super().observe(cache, queries, options, visible)
+
+    def crop(self, length: int) -> None:
+        raise RuntimeError(f"{type(self).__name__} cannot take tokens back: use a new cache")
+
+
+class Eviction(Evicting):
+    """K entries stay: the new token enters, the lowest-ranked entry leaves.
 
     Ties go to the later token. A row with fewer tokens than K loses none.
 
     Attributes:
-        kept: `[B, Hkv, L]` bool.
         scores: `[B, H, L]` float32, non-negative; H is whatever `ranking` makes Hkv heads of.
         newcomer: the score of a token that has just entered.
     """
 
-    kept: Tensor | None = None
     scores: Tensor | None = None
     newcomer = 0.0
 
@@ -236,19 +261,6 @@ class Eviction(KeptEntries):
         self.kept = F.pad(kept, (0, 1), value=True)
         self.scores = F.pad(self.scores, (0, 1), value=self.newcomer)
         return self.kept
-
-    def observe(
-        self, cache: LayerCache, queries: Tensor, options: AttendOptions, visible: Tensor | None
-    ) -> None:
-        if self.kept is not None:
-            raise RuntimeError(
-                f"{type(self).__name__} has evicted entries, and another prompt, or a draft to verify, would see them"
-                " all: use a new cache for every prompt"
-            )
-        super().observe(cache, queries, options, visible)
-
-    def crop(self, length: int) -> None:
-        raise RuntimeError(f"{type(self).__name__} cannot take tokens back: use a new cache")
 
 
 def mask_of(selection: Selected, length: int) -> Tensor:

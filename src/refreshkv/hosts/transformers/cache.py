@@ -194,8 +194,11 @@ class RefreshCache(ServedCache, DynamicCache):
             if type(layer) is DynamicLayer and may_serve(self._decoder, index)
         ]
         make = None if method is None else method.make
+        below = None
         for order, index in enumerate(full):
-            serve(index, Algorithm() if make is None else make(settings, order, len(full)))
+            algorithm = Algorithm() if make is None else make(settings, order, len(full))
+            algorithm.below, below = below, algorithm
+            serve(index, algorithm)
         if self.refresh.mode == "exact" and exact_reason(config) is None:
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, DynamicSlidingWindowLayer):

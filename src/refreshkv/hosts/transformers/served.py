@@ -95,13 +95,17 @@ class ServedLayer:
         visible = self.current.visible if self.current.maskless else self._visible(mask)
         if query.shape[2] == 1 and not self.current.prompt and self._decodes():
             return self.algorithm.step(self.inner, query[:, :, 0], options, visible)[:, :, None]
-        self.observe(query, options, visible)
-        return None
+        return self.observe(query, options, visible)
 
-    def observe(self, queries: Tensor, options: AttendOptions, visible: Tensor | None) -> None:
-        """A prompt, or a chunk of it, is in the cache; `queries` `[B, Hq, T, D]`, `visible` `[B, width]` or `None`."""
+    def observe(
+        self, queries: Tensor, options: AttendOptions, visible: Tensor | None
+    ) -> Tensor | None:
+        """A prompt, or a chunk of it, is in the cache; `queries` `[B, Hq, T, D]`, `visible` `[B, width]` or `None`.
+
+        Returns what these tokens get, where it is not full attention.
+        """
         self._options = options
-        self.algorithm.observe(self.inner, queries, options, visible)
+        return self.algorithm.observe(self.inner, queries, options, visible)
 
     def lend(self) -> None:
         """Another layer attends to these keys in full. Raises `RuntimeError` in the exact mode."""
