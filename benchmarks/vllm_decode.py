@@ -72,7 +72,8 @@ def engine(asked: Connection, variant: str, folder: str, options: argparse.Names
         begin = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
         asked.send(time.perf_counter() - begin)
-    os._exit(0)  # vLLM's own processes end with this one; joining its threads may take for ever
+    llm.llm_engine.engine_core.shutdown()
+    os._exit(0)  # joining vLLM's threads may take for ever
 
 
 def device() -> str:
