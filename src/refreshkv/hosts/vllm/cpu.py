@@ -97,17 +97,7 @@ class RefreshKVCPUImpl(ServedLayer, CPUAttentionBackendImpl):
             refusals.refuse(
                 "a CPU without its C++ kernels", "install a C++ compiler (g++ or clang++)"
             )
-        refusals.check_layer(self.head_size, alibi=self.alibi_slopes is not None)
-        self.serve(
-            get_current_vllm_config(),
-            heads=(self.num_heads, self.num_kv_heads),
-            head_size=self.head_size,
-            scale=self.scale,
-            softcap=self.logits_soft_cap,
-            sinks=self.sinks,
-            device=_CPU,
-        )
-        RefreshKVCPUBackend.rounding = self.page_rounding
+        self.serve(RefreshKVCPUBackend, get_current_vllm_config(), _CPU)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -67,21 +67,10 @@ class RefreshKVImpl(ServedLayer, FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         full = self.sliding_window == _NO_WINDOW
         self.served = full and self.attn_type == AttentionType.DECODER
-        if not self.served:
-            return
-        alibi = self.alibi_slopes is not None
-        refusals.check_layer(self.head_size, alibi=alibi, widest=RefreshKVBackend.widest)
-        vllm_config = get_current_vllm_config()
-        self.serve(
-            vllm_config,
-            heads=(self.num_heads, self.num_kv_heads),
-            head_size=self.head_size,
-            scale=self.scale,
-            softcap=self.logits_soft_cap,
-            sinks=self.sinks,
-            device=torch.device(vllm_config.device_config.device),
-        )
-        RefreshKVBackend.rounding = self.page_rounding
+        if self.served:
+            vllm_config = get_current_vllm_config()
+            device = torch.device(vllm_config.device_config.device)
+            self.serve(RefreshKVBackend, vllm_config, device)
 
 
 class RefreshKVBuilder(ServedBuilder, FlashAttentionMetadataBuilder):

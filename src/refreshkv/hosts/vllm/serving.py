@@ -71,29 +71,31 @@ class ServedBackend:
 class ServedLayer:
     """Mixed into an attention implementation of vLLM, before it."""
 
-    served: bool
+    # Of vLLM's implementation:
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    logits_soft_cap: float | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
     kv_sharing_target_layer_name: str | None
 
-    def serve(
-        self,
-        vllm_config: Any,
-        *,
-        heads: tuple[int, int],
-        head_size: int,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        """Begin to serve this layer; `heads`: of queries and keys."""
+    served: bool
+
+    def serve(self, backend: type[ServedBackend], vllm_config: Any, device: torch.device) -> None:
+        """Begin to serve this layer, whose `backend` learns what its pages have to hold."""
+        refusals.check_layer(
+            self.head_size, alibi=self.alibi_slopes is not None, widest=backend.widest
+        )
         told = settings.read(vllm_config.additional_config)
         refusals.check(vllm_config)
         config = told.config
-        self.page_rounding = config if config.rounds else None
+        self.page_rounding = backend.rounding = config if config.rounds else None
         options = AttendOptions(
-            scale=scale,
-            softcap=softcap or None,
-            sinks=sinks,
+            scale=self.scale,
+            softcap=self.logits_soft_cap or None,
+            sinks=self.sinks,
             reduction=config.group_reduction,
         )
         self.decoding: Decoding
@@ -104,8 +106,8 @@ class ServedLayer:
                 device,
                 rows=vllm_config.scheduler_config.max_num_seqs,
                 slots=config.resolve_budget(vllm_config.model_config.max_model_len),
-                heads=heads[1],
-                dim=head_size,
+                heads=self.num_kv_heads,
+                dim=self.head_size,
             )
         else:
             self.decoding = {"mixed": Mixed, "full": Full}[config.mode](config, options, device)
