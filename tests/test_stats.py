@@ -148,6 +148,13 @@ def test_a_row_that_ended_early_is_not_charged_for_the_rest() -> None:
     assert stats.row(1, steps=99).as_dict() == stats.row(1).as_dict()
 
 
+def test_a_row_without_steps_has_no_layers_whoever_decoded_beside_it() -> None:
+    beside, alone = RowStats(), RowStats()
+    beside.record(0, **{**ONE_STEP, "full": torch.zeros(2), "steps": torch.full((2,), 2)})
+    assert beside.row(1, 0).as_dict() == alone.row(0, 0).as_dict()
+    assert beside.row(1, 0).as_dict()["layers"] == {}
+
+
 def test_the_rows_add_up_to_the_total() -> None:
     stats = row_stats()
     rows = [stats.row(i) for i in range(3)]

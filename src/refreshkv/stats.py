@@ -255,6 +255,7 @@ class Stats:
                     "steps": _whole(int(c.steps) / c.kv_heads),
                 }
                 for layer, c in sorted(self.layers.items())
+                if int(c.steps)  # a row that ended at once has none, whoever decoded beside it
             },
         }
 
