@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,6 +110,26 @@ def test_a_stop_changes_no_number(
     assert numbers(stopped) == numbers(whole)
     monkeypatch.setattr(Lines, "append", None)  # nothing is left to do
     assert run(*args(4, stopped)).exit_code == 0
+
+
+def test_a_full_disk_loses_nothing(
+    args: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("refreshkv.reproduce.small_data.write_whole", full)
+        result = run(*args(4, out, "--only", "arxiv"))
+        assert result.exit_code == 1 and "make room" in result.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("refreshkv.reproduce.writing.write_whole", full)
+        result = run(*args(4, out, "--only", "arxiv"))
+        assert result.exit_code == 1 and "the results so far are kept: make room" in result.stderr
+    monkeypatch.setattr(Lines, "append", None)
+    assert run(*args(4, out, "--only", "arxiv")).exit_code == 0
+    assert len(numbers(out)) == 5
 
 
 def test_the_fixed_stride_follows_the_query(args: Any, run: Run, tmp_path: Path) -> None:

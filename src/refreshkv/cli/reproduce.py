@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -232,9 +233,7 @@ def request_of(
     if trained is not None:
         if not any(m.trained for column in table.columns for m in column.measures):
             raise BadInput(f"--trained has no effect in {table.title}; leave it out")
-        test = (
-            trained / "data" / "test.jsonl"
-        )  # of a run of `refreshkv train`: what it was not trained on
+        test = trained / "data" / "test.jsonl"  # of `refreshkv train`: kept apart
         if test.is_file():
             data.setdefault("arxiv", str(test))
         if not (trained / "config.json").is_file() and (trained / "model").is_dir():
@@ -253,13 +252,16 @@ def request_of(
 
 
 def make_data(request: Request, made: Sequence[Job]) -> None:
-    """The texts of small forms. Raises `ValueError` where they cannot be written."""
+    """The texts of small forms. Raises `BadInput` for a folder that cannot be written, `RunError` for a full disk."""
+    from refreshkv.evals.store import cannot_write
     from refreshkv.reproduce.jobs import make_data
     from refreshkv.text import reason
 
     try:
         make_data(request, made)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise cannot_write(request.out, error) from error
         raise BadInput(
             f"'{request.out}' cannot be written ({reason(error)}); use another --out"
         ) from error

@@ -12,7 +12,7 @@ from refreshkv.evals.grid import Grid, parse_methods
 from refreshkv.evals.results import RESULTS
 from refreshkv.evals.summary import read_results, summarize
 from refreshkv.reproduce import paper, small_data
-from refreshkv.reproduce.tables import GENERATED, OWN, Column, Measure, Row, Table
+from refreshkv.reproduce.tables import GENERATED, OWN, Column, Data, Measure, Row, Table
 from refreshkv.tasks import expand, make_task, options_of
 
 RUNS, DATA = "runs", "data"
@@ -45,7 +45,6 @@ class Request:
     limit: int | None = None
     seed: int = 0
     batch: int = 1
-    chat: bool = False
     data: Mapping[str, str] = field(default_factory=dict)
     only: Sequence[str] = ()
     budget: int | float | None = None
@@ -53,14 +52,9 @@ class Request:
 
     def __post_init__(self) -> None:
         columns = [column.name for column in self.table.columns]
-        known = dict.fromkeys(m.data.name for _, m in self.every() if m.data is not None)
-        for kind, given, names in (
-            ("column", self.only, columns),
-            ("data set", self.data, list(known)),
-        ):
+        known = {data.name for data in self.every_data()}
+        for kind, given, names in (("column", self.only, columns), ("data set", self.data, known)):
             for name in given:
-                if not names:
-                    raise ValueError(f"{self.table.title} takes no data; leave out {name!r}")
                 if name not in names:
                     raise ValueError(unknown(f"{kind} of {self.table.title}:", name, names))
         if not self.columns:
@@ -68,9 +62,9 @@ class Request:
                 "all columns that are asked for need --trained, or data; see refreshkv reproduce --list"
             )
 
-    def every(self) -> list[tuple[Column, Measure]]:
-        """All measures of the table."""
-        return [(column, measure) for column in self.table.columns for measure in column.measures]
+    def every_data(self) -> list[Data]:
+        """What the columns of the table read."""
+        return [m.data for c in self.table.columns for m in c.measures if m.data is not None]
 
     @property
     def columns(self) -> list[Column]:
@@ -133,7 +127,7 @@ class Job:
 
 
 def make_jobs(request: Request) -> list[Job]:
-    """The runs of all columns that are asked for; each directory once.
+    """The runs of all columns that are asked for, each in a directory of its own.
 
     Raises:
         ValueError: data that are missing, or what a task or method refuses.
@@ -152,8 +146,7 @@ def make_jobs(request: Request) -> list[Job]:
 
 def placeholders(request: Request) -> dict[str, str]:
     """For a plan, which reads nothing: something in the place of data that nobody has given yet."""
-    found = [measure.data for _, measure in request.every()]
-    return {d.name: GENERATED for d in found if d is not None and d.kind == "pages"}
+    return {data.name: GENERATED for data in request.every_data() if data.kind == "pages"}
 
 
 def make_data(request: Request, jobs: Sequence[Job]) -> None:
@@ -165,8 +158,7 @@ def make_data(request: Request, jobs: Sequence[Job]) -> None:
     for job in jobs:
         source, data = request.source(job.measure), job.measure.data
         if data is not None and source == str(request.made(job.measure)):
-            number = job.grid.limit or 1
-            small_data.write(request.made(job.measure), data.kind, request.seed, number)
+            small_data.write(Path(source), data.kind, request.seed, job.grid.limit or 1)
 
 
 def matched(request: Request, job: Job) -> Job | None:
@@ -224,5 +216,4 @@ def _grid(request: Request, measure: Measure, methods: Sequence[str]) -> Grid:
         limit=form.limit if request.limit is None else request.limit,
         seed=request.seed,
         batch=request.batch,
-        chat=request.chat,
     )

@@ -24,13 +24,13 @@ def _lines(request: Request, config: Any, beside: str, found: Sequence[Cell]) ->
     yield title + (", small form: not comparable with the paper's numbers" if request.small else "")
     if request.small:
         yield "Short prompts, few examples, made-up texts where none are given: it shows that the path works."
-    if request.table is REASONING:
-        return
     if request.family is None:
         yield (
             f"The paper has no model of type {config.model_type}: the threshold is {paper.THRESHOLDS[paper.LLAMA]},"
             " that of its Llama."
         )
+    if request.table is REASONING:
+        return
     theirs = paper.MODELS[beside]
     if has_shape(config, theirs.lower()):
         yield f"{request.model} has the shape of the paper's {theirs}, whose numbers stand beside."
