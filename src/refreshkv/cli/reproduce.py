@@ -119,6 +119,7 @@ def command(
     TABLE is a number or a name; --list has both. The same command goes on where it was stopped.
     """
     from refreshkv.cli import reproduce_view as view
+    from refreshkv.reproduce import paper
 
     if listing:
         return view.show_list(as_json)
@@ -136,7 +137,7 @@ def command(
                 flag = f"--{name.replace('_', '-')}"
                 raise BadInput(f"{flag} without {where} has no effect; leave it out")
     config = config_of(model, dry_run, trust_remote_code)
-    family = next((f for f in ("llama", "qwen") if config.model_type.startswith(f)), None)
+    family = paper.family_of(config.model_type)
     with eval_errors():
         request = request_of(chosen, model, out or Path(), family, given)
     if request.trained is not None:
@@ -171,7 +172,7 @@ def command(
                     request, own, dtype, device, trust_remote_code, given["chat"], team, progress
                 )
     if team.is_main:
-        beside = about["beside"] or "llama"
+        beside = about["beside"] or paper.LLAMA
         with eval_errors():
             found = comparison.cells(request, beside)
             lines = notes.lines(request, config, beside, found)

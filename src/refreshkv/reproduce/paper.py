@@ -58,6 +58,11 @@ _QWEN: Numbers = {
 NUMBERS: Mapping[str, Numbers] = {LLAMA: _LLAMA, QWEN: _QWEN}
 
 
+def family_of(model_type: str) -> str | None:
+    """The family of a model by the type in its config (`qwen2`, `qwen3`, ...); `None` for others."""
+    return next((family for family in MODELS if model_type.startswith(family)), None)
+
+
 def number(family: str, column: str, row: str) -> float | None:
     """What the paper has in a cell; `None` where we do not know it."""
     return NUMBERS[family].get(column, {}).get(row)
