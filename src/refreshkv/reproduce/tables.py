@@ -146,7 +146,7 @@ def _pages(level: str, length: int, new: int, rows: int, short: int) -> Measure:
     name = f"html-{level}"
     local = f"LongProc's html_to_tsv_{level}.json, or '{GENERATED}' for pages of our own"
     full = _form("html-to-tsv", 50, 0.125, new, length=length, rows=rows)
-    small = _form("html-to-tsv", 2, 0.125, 20 * short, length=500, rows=short)
+    small = _form("html-to-tsv", 1, 0.125, 20 * short, length=500, rows=short)
     return Measure(name, full, small, Data(name, "pages", None, local))
 
 
