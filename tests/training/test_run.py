@@ -171,16 +171,28 @@ def test_a_loss_that_is_no_number_ends_the_run(begin: Callable[..., Run], tmp_pa
         begin(tmp_path / "out", rate=1e30).train()
 
 
-def test_adapters_are_trained_and_merged(begin: Callable[..., Run], tmp_path: Path) -> None:
+def test_adapters_are_trained_and_merged_also_after_a_stop(
+    begin: Callable[..., Run], tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
-    out = tmp_path / "out"
-    run = begin(out, lora=2)
+
+    def stop(done: int, steps: int) -> None:
+        if done == 3:
+            raise Killed
+
+    run = begin(tmp_path / "whole", lora=2)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.train()
-    after = load_file(out / "model" / "model.safetensors")
+    with pytest.raises(Killed):
+        begin(tmp_path / "stopped", lora=2).train(stop)
+    begin(tmp_path / "stopped", lora=2).train()
+    after, other = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")
+    )
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all("_proj" in name for name in changed), "only the weights under adapters change"
+    assert all(torch.equal(other[name], after[name]) for name in after)
 
 
 def test_the_command_line(
