@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from refreshkv.evals.launch import Team
 from refreshkv.evals.store import RunError
 from refreshkv.evals.summary import write_whole
+from refreshkv.text import reason
 from refreshkv.training import checkpoints
 
 RECIPE, METRICS, CHECKPOINTS, MODEL = "recipe.json", "metrics.jsonl", "checkpoints", "model"
@@ -36,7 +37,7 @@ def begin(out: Path, facts: Mapping[str, Any], changeable: Collection[str] = ())
         changeable: names among them whose values nothing depends on yet.
 
     Raises:
-        ValueError: the folder is of another recipe, or holds something else.
+        ValueError: the folder is of another recipe, or something else, or cannot be made.
     """
     path = out / RECIPE
     if path.exists():
@@ -47,9 +48,12 @@ def begin(out: Path, facts: Mapping[str, Any], changeable: Collection[str] = ())
                     f"'{out}' holds a run with {name} {before.get(name)}, not {value}: use another --out, or the same"
                     " settings to go on"
                 )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"'{out}' holds something else than a training run: use another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"'{out}' is something else than a training run: use another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise ValueError(f"'{out}' cannot be made ({reason(error)}): use another --out") from error
     write_whole(path, (json.dumps(facts, indent=2) + "\n").encode())
 
 

@@ -90,8 +90,8 @@ class Run:
         validate: sequences that it reads at most.
 
     Raises:
-        ValueError: sequences longer than the model's positions, data that will not do, a folder made with another
-            recipe, or a checkpoint that is damaged.
+        ValueError: sequences longer than the model's positions, data or an optimiser that will not do, a folder made
+            with another recipe, or a checkpoint that is damaged.
         UnsupportedModelError: see `PartialTail`.
         OSError: the disk is full.
     """
@@ -150,10 +150,15 @@ class Run:
             save_steps=save_every,
             seed=recipe.seed,
         )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self._arguments, model)
+        except ImportError as error:
+            raise ValueError(f"--optimizer {optimizer} cannot be used: {error}") from error
         self._checkpointing, self._validate = checkpointing, validate
         with disk_full_is_said(out):
             if team.is_main:
-                begin(out, self.facts)
+                # A recipe binds once something was made by it; a wrong path to the data can be mended.
+                begin(out, self.facts, changeable=() if (out / DATA).exists() else self.facts)
                 prepare(recipe, tokenizer, out / DATA)
             team.wait()
             self._resume, self.done = checkpoints.last_whole(out / CHECKPOINTS)
