@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from experiments import anchors, documents, grids, real, recall, tables, text_model, train
+from experiments import (
+    anchors,
+    continued,
+    documents,
+    grids,
+    real,
+    recall,
+    tables,
+    text_model,
+    train,
+)
 from refreshkv.text import one_line
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
@@ -24,6 +34,7 @@ EXPERIMENTS: dict[str, Callable[..., None]] = {
     "anchors": anchors.show,
     "perplexity": real.perplexity,
     "continuation": real.continuation,
+    "continued": continued.show,
     "train": train.run,
     "train-text": text_model.run,
 }

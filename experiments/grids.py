@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import recall, tables, text_model
+from refreshkv.training.evaluation import METHODS
 
 _ORDINARY = (
     "full",
@@ -129,6 +130,8 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
         "dtype": "bfloat16",
         "methods": (*("full", *_MIXED, *_LOSSY, "snapkv", "kivi-4", "kivi-2"),),
     },
+    # The form of the paper's Table 5 (experiments/continued.py).
+    "continued-pretraining": {"tasks": "perplexity", "dtype": "float32", "methods": METHODS},
     "continued": {
         "tasks": "continuation",
         "dtype": "float32",
@@ -157,19 +160,22 @@ def evaluate(run: str, out: Path, processes: int, *, name: str | None = None, **
         for each in value if isinstance(value, list) else [value]:
             text = ",".join(each) if isinstance(each, tuple) else str(each)
             given += [f"--{option.replace('_', '-')}", text]
-    command, environment = [sys.executable], dict(os.environ)
+    command, environment = ["-m", "refreshkv.cli", "eval", *given], {}
     if processes > 1:  # otherwise it has all threads
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command]
         environment["OMP_NUM_THREADS"] = "1"
+    call(command, where, environment)
+    return where
+
+
+def call(arguments: Sequence[str], where: Path, environment: Mapping[str, str] = {}) -> None:
+    """Run Python with arguments. Raises `ValueError`, with the run's directory `where`, if it ends with an error."""
     try:
-        subprocess.run(
-            [*command, "-m", "refreshkv.cli", "eval", *given], check=True, env=environment
-        )
+        subprocess.run([sys.executable, *arguments], check=True, env={**os.environ, **environment})
     except subprocess.CalledProcessError as error:
         raise ValueError(
             f"the run {where} ended with exit code {error.returncode}; its reason stands above"
         ) from None
-    return where
 
 
 def report(*, limit: int = 16, out: Path = Path("out"), processes: int = 2) -> None:
