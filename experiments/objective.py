@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 NEWLINE_BYTE = "Ċ"  # how byte-level vocabularies spell "\n"
 
@@ -43,7 +43,8 @@ class LookAhead(nn.Module):
             inside = inside[:, :-1] & answer[:, j:]
             state = hidden[:, : length - j + 1][inside]
             logits = model.lm_head(state + module(state)).float()
-            total = total + F.cross_entropy(logits, tokens[:, j:][inside])
+            wanted = tokens[:, j:][inside]  # none, where no answer is so long
+            total = total + F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
         return total / max(len(self.maps), 1)
 
 
@@ -61,6 +62,25 @@ def next_token_loss(
     """Cross-entropy of the answer tokens; shapes as in `LookAhead.loss`."""
     wanted = answer[:, 1:]
     return F.cross_entropy(model.lm_head(hidden[wanted]).float(), tokens[:, 1:][wanted])
+
+
+class Pupil(LlamaForCausalLM):
+    """The model with its look-ahead heads: what is trained."""
+
+    def __init__(self, config: LlamaConfig, furthest: int, weight: float) -> None:
+        super().__init__(config)
+        self.look_ahead, self.weight = LookAhead(config.hidden_size, furthest), weight
+
+    def forward(self, input_ids: Tensor, answer: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Windows [B, L+1], where the loss falls in them, and positions [B, L].
+
+        Returns:
+            The `loss`, in nats a token of the answers. The heads have a part in its gradient alone.
+        """
+        hidden = hidden_states(self, input_ids[:, :-1], positions)
+        loss = next_token_loss(self, hidden, input_ids, answer)
+        extra = self.weight * self.look_ahead.loss(self, hidden, input_ids, answer)
+        return {"loss": loss + (extra - extra.detach())}
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Phase:
         return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * max(0.03, cool)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the weights, besides library versions and the device."""
 
@@ -66,11 +66,6 @@ class Recipe:
     look_ahead_weight: float = 0.4
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-
-    def stages(self) -> list[tuple[Phase, int, Stage]]:
-        """All stages in order, each with its phase and its number within the phase."""
-        return [(phase, i, s) for phase in self.phases for i, s in enumerate(phase.stages)]
 
 
 FULL = Recipe(
@@ -162,7 +157,7 @@ FULL = Recipe(
 
 # Three steps of a narrow model: enough to test the machinery, not to learn anything.
 SMOKE = Recipe(
-    phases=(Phase("smoke", (Stage(96, 2, 2), Stage(128, 2, 1)), 1e-3, 0.5, warmup_steps=1),),
+    phases=(Phase("smoke", (Stage(192, 2, 2), Stage(256, 2, 1)), 1e-3, 0.5, warmup_steps=1),),
     hidden_size=128,
     intermediate_size=64,
     layers=3,

@@ -6,10 +6,11 @@ About 20 minutes on one CPU core. Written are
 
 * `DIR/model`: an ordinary Llama folder, about 5 million weights, for contexts of up to 4,096 tokens;
 * `DIR/held-out`: whole files never trained on, as `refreshkv eval --tasks perplexity` reads them;
-* `DIR/training_log.jsonl`: losses in nats a token.
+* `DIR/metrics.jsonl`: losses in nats a token.
 
 The number of steps is fixed in advance: tokenizer and weights depend on the seed and on the installed files only (with
-one version of the libraries). The start is the hand-made induction circuit of `structured_start`.
+one version of the libraries). A stopped run goes on. The start is the hand-made induction circuit of
+`structured_start`.
 
 Letters: B windows, L tokens.
 """
@@ -20,42 +21,38 @@ import hashlib
 import math
 import os
 import sysconfig
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from experiments import steps
 from experiments.recipe import Phase, Recipe, Stage, llama_config
 from experiments.structured_start import structured_start
-from experiments.train import LOG, log_line
 from refreshkv.demo.tokenizer import BOS, EOS, PAD, build_tokenizer
+from refreshkv.training.folder import MODEL
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SUFFIXES = (".md", ".py", ".rst", ".txt")
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__"}
-CONTEXTS = (512, 1024, 2048, 4096)  # tokens; the last measurement is made at each of them
+MEASURED, MEASURED_FILES = 2048, 4  # tokens of so many held-out files, for the log
 TOKENS_A_MINUTE = 150_000  # one core with bf16 instructions
 
 
-@dataclass(frozen=True)
-class TextRecipe:
-    """Everything that decides the weights, besides the corpus and library versions. Sizes of files are in bytes."""
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(Recipe):
+    """What decides the weights, besides the corpus and library versions. Sizes of files are in bytes."""
 
-    phase: Phase
-    seed: int = 0
     vocabulary: int = 4096
-    hidden_size: int = 256
     intermediate_size: int = 1024
-    layers: int = 4
+    look_ahead: int = 1
     weight_decay: float = 0.05
     smallest_file: int = 2_000
     largest_file: int = 1_000_000
@@ -74,7 +71,8 @@ def recipe_for(minutes: float, seed: int = 0) -> TextRecipe:
         Stage(length, batch, math.ceil(share * tokens / (length * batch)))
         for length, batch, share in plan
     )
-    return TextRecipe(Phase("text", stages, peak_rate=1.5e-3, cool_share=0.7), seed)
+    phase = Phase("text", stages, peak_rate=1.5e-3, cool_share=0.7)
+    return TextRecipe(phases=(phase,), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -210,135 +208,96 @@ class Stream:
         return torch.tensor(rows)
 
 
-class TextTrainer:
-    """One training run."""
+class Together(torch.optim.Optimizer):
+    """Several optimisers as one, each with weights of its own."""
 
-    def __init__(self, recipe: TextRecipe, corpus: Corpus, out: Path) -> None:
-        self.recipe, self.out = recipe, out
-        texts = corpus.training.values()
-        self.tokenizer = train_tokenizer(texts, recipe)
-        backend = self.tokenizer.backend_tokenizer
-        self.stream = Stream(texts, backend)
-        self.held_out = Stream(corpus.held_out.values(), backend)
-        torch.manual_seed(recipe.seed)
-        self.model = LlamaForCausalLM(_config(recipe))
-        structured_start(self.model, recipe.seed)
-        self.optimizers = self._make_optimizers()
-        self.begun = time.perf_counter()
-        (out / LOG).unlink(missing_ok=True)
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+        super().__init__([group for member in members for group in member.param_groups], {})
 
-    def _make_optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """Muon for the matrices of the layers (it needs fewer tokens than AdamW), AdamW for embedding and norms."""
-        decay = self.recipe.weight_decay
-        matrices = [w for w in self.model.model.layers.parameters() if w.ndim == 2]
-        norms = [w for w in self.model.parameters() if w.ndim < 2]
-        others = [
-            {"params": [self.model.model.embed_tokens.weight], "weight_decay": decay},
-            {"params": norms, "weight_decay": 0.0},
-        ]
-        return (
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), fused=True),
-        )
+    def step(self, closure: None = None) -> None:
+        for member in self.members:
+            member.step()
 
-    def run(self, log_every: int = 50) -> None:
-        """All steps of the recipe."""
-        step = tokens = 0
-        losses: list[float] = []
-        stages = self.recipe.phase.stages
-        steps = sum(stage.steps for stage in stages)
-        for number, stage in enumerate(stages):
-            for i in range(stage.steps):
-                rng = np.random.default_rng([self.recipe.seed, number, i])
-                losses.append(self._step(self.stream.batch(rng, stage), step, tokens))
-                step, tokens = step + 1, tokens + stage.batch * stage.length
-                if step % log_every == 0 or step == steps:
-                    loss = float(np.mean(losses[-log_every:]))
-                    record = {"step": step, "of": steps, "length": stage.length, "tokens": tokens}
-                    self.log(record | {"loss": round(loss, 4)} | self.measure((2048,), 4))
+    def state_dict(self) -> dict[str, Any]:
+        return {"members": [member.state_dict() for member in self.members]}
 
-    def _step(self, rows: Tensor, step: int, tokens: int) -> float:
-        """One optimiser step on windows [B, L+1]; the loss (nats a token) before it."""
-        loss = self._losses(rows, rows.shape[1] - 1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.recipe.phase.rate(step, tokens)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    def _losses(self, rows: Tensor, scored: int) -> Tensor:
-        """Losses [B, scored] of the last tokens of windows [B, L+1], in nats."""
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.model.model(rows[:, :-1], use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden[:, -scored:]).float()
-        return F.cross_entropy(logits.transpose(1, 2), rows[:, -scored:], reduction="none")
-
-    @torch.no_grad()
-    def measure(
-        self, lengths: Sequence[int], files: int, scored: int | None = None
-    ) -> dict[str, float]:
-        """Mean loss over held-out files, by number of tokens; {} where all files are shorter.
-
-        The first tokens of each file are scored; or, with `scored`, the same few tokens given more and more of what
-        precedes them.
-        """
-        losses = {}
-        for length in lengths:
-            rows = self.held_out.beginnings(max(lengths) if scored else length)[:files]
-            if len(rows):
-                rows = torch.cat([rows[:, :1], rows[:, -length:]], dim=1)  # <bos> stays
-                parts = [self._losses(row[None], scored or length).mean().item() for row in rows]
-                name = f"last_{scored}_given_{length}" if scored else f"held_out_{length}"
-                losses[name] = round(float(np.mean(parts)), 4)
-        return losses
-
-    def log(self, record: Mapping[str, float]) -> None:
-        """A line of the log, with the seconds since the start."""
-        seconds = round(time.perf_counter() - self.begun, 1)
-        log_line(self.out / LOG, {**record, "seconds": seconds})
-
-    def export(self, folder: Path) -> None:
-        """Write an ordinary Llama folder: bf16 weights and the tokenizer."""
-        self.model.to(torch.bfloat16).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for member, state in zip(self.members, state_dict["members"], strict=True):
+            member.load_state_dict(state)
+        self.param_groups = [group for member in self.members for group in member.param_groups]
 
 
-def _config(recipe: TextRecipe) -> LlamaConfig:
-    """The bundled model's configuration (4 query heads over 2 KV heads of 64) with the sizes of `recipe`."""
-    sizes = Recipe(
-        phases=(recipe.phase,),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        layers=recipe.layers,
+def _optimizer(model: LlamaForCausalLM, recipe: TextRecipe) -> Together:
+    """Muon for the matrices of the layers (it needs fewer tokens than AdamW), AdamW for embedding and norms."""
+    decay = recipe.weight_decay
+    matrices = [w for w in model.model.layers.parameters() if w.ndim == 2]
+    norms = [w for w in model.parameters() if w.ndim < 2]
+    others = [
+        {"params": [model.model.embed_tokens.weight], "weight_decay": decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return Together(
+        torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=recipe.betas, fused=True),
     )
-    config = llama_config(sizes)
+
+
+def _batch(rows: Tensor) -> steps.Batch:
+    """What the model takes of windows [B, L+1]."""
+    wanted = rows[:, 1:].contiguous()
+    labels = {"labels": wanted, "shift_labels": wanted}
+    return {"input_ids": rows[:, :-1], **labels, "use_cache": False}
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, held_out: Stream) -> dict[str, float]:
+    """Mean loss of the beginnings of some held-out files; {} where all are shorter."""
+    rows = held_out.beginnings(MEASURED)[:MEASURED_FILES]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model(**_batch(row[None])).loss.item() for row in rows]
+    return {f"held_out_{MEASURED}": float(np.mean(losses))} if losses else {}
+
+
+def train(
+    recipe: TextRecipe,
+    roots: Mapping[str, Path],
+    out: Path,
+    log_every: int = 50,
+    save_every: int = 100,
+) -> Path:
+    """Run `recipe` on the text below `roots` (resuming what is there); writes `out`, returns the model's folder."""
+    corpus = read_corpus(roots, recipe)
+    tokenizer = train_tokenizer(corpus.training.values(), recipe)
+    stream, held_out = (
+        Stream(texts.values(), tokenizer.backend_tokenizer)
+        for texts in (corpus.training, corpus.held_out)
+    )
+    config = llama_config(recipe)
     config.vocab_size = recipe.vocabulary
     config.rope_parameters["rope_theta"] = 1e6
-    return config
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(config)
+    structured_start(model, recipe.seed)
 
-
-def train(recipe: TextRecipe, roots: Mapping[str, Path], out: Path, log_every: int = 50) -> Path:
-    """Run `recipe` on the text below `roots`; writes model, held-out files and log into `out`, returns the model's."""
-    corpus = read_corpus(roots, recipe)
-    held_out = out / "held-out"
-    held_out.mkdir(parents=True, exist_ok=True)
-    for old in held_out.glob("*.txt"):
-        old.unlink()
+    steps.train(
+        model,
+        _optimizer(model, recipe),
+        recipe,
+        lambda rng, stage: _batch(stream.batch(rng, stage)),
+        lambda _: measure(model, held_out),
+        out,
+        log_every=log_every,
+        save_every=save_every,
+        files=[len(corpus.training), len(corpus.held_out)],
+        stream_tokens=[len(stream.tokens), len(held_out.tokens)],
+    )
+    (out / "held-out").mkdir(exist_ok=True)
     for name, text in corpus.held_out.items():
-        (held_out / (name.replace("/", "__") + ".txt")).write_text(text, encoding="utf-8")
-    trainer = TextTrainer(recipe, corpus, out)
-    size = sum(map(len, corpus.training.values()))
-    counts = {"files": len(corpus.training), "characters": size}
-    counts["stream_tokens"] = len(trainer.stream.tokens)
-    counts["weights"] = trainer.model.num_parameters()
-    trainer.log(counts | {"held_out_files": len(corpus.held_out)})
-    trainer.run(log_every)
-    trainer.log(trainer.measure(CONTEXTS, 24) | trainer.measure(CONTEXTS, 24, scored=256))
-    trainer.export(out / "model")
-    return out / "model"
+        (out / "held-out" / (name.replace("/", "__") + ".txt")).write_text(text, encoding="utf-8")
+    model.to(torch.bfloat16).save_pretrained(out / MODEL)
+    tokenizer.save_pretrained(out / MODEL)
+    return out / MODEL
 
 
 def run(out: Path, *, minutes: float = 20, threads: int = 1, seed: int = 0) -> None:

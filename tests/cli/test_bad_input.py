@@ -110,13 +110,13 @@ case("plan checked against what is no CSV")(
 )
 
 
-def train(name: str, *args: object) -> None:
+def train(name: str, *args: object, out: str = "out") -> None:
     """A case of `train`, with data that are too short."""
 
     @case(name)
     def _(tiny: Path, tmp: Path) -> Args:
         (tmp / "data.jsonl").write_text('{"text": "short"}\n' * 2)
-        folders = ("--model", tiny, "--data", tmp / "data.jsonl", "--out", tmp / "out")
+        folders = ("--model", tiny, "--data", tmp / "data.jsonl", "--out", tmp / out)
         return ["train", *folders, "--batch", 1, "--device", "cpu", *args]
 
 
@@ -124,6 +124,9 @@ train("training data too short", "--length", 64)
 train("training sequences longer than the context")
 train("training batch of no whole batches", "--length", 64, "--micro-batch", 2)
 train("training of rounded steps with a stride", "--mode", "mixed", "--stride", 5)
+train("training folder of something else", "--length", 64, out="data.jsonl")
+train("training folder that cannot be", "--length", 64, out="data.jsonl/out")
+train("training by an unknown optimiser", "--length", 64, "--optimizer", "adamw")
 train("training tail too short to evaluate", "--length", 64, "--tail", 8)
 case("empty stdin")(lambda tiny, tmp: generate(tiny))
 case("prompt file that is missing")(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from experiments import text_model as tm
 from experiments.recipe import Phase, Stage
+from experiments.structured_start import structured_start
 from refreshkv.tasks.perplexity import Perplexity
+from refreshkv.training.checkpoints import last_whole
+from refreshkv.training.folder import METRICS
 
 SMOKE = tm.TextRecipe(
-    Phase("text", (Stage(32, 2, 2), Stage(64, 1, 1)), 1e-3, 0.5, warmup_steps=1),
+    phases=(Phase("text", (Stage(32, 2, 2), Stage(64, 1, 1)), 1e-3, 0.5, warmup_steps=1),),
     vocabulary=320,
     hidden_size=128,
     intermediate_size=64,
@@ -48,7 +52,7 @@ def roots(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(roots, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    return out, tm.train(SMOKE, roots, out, log_every=1)
+    return out, tm.train(SMOKE, roots, out, log_every=1, save_every=2)
 
 
 def test_corpus_leaves_out_tests_data_copies_and_what_is_held_out(roots) -> None:
@@ -102,8 +106,8 @@ def test_smoke_run_writes_a_folder_that_loads_and_is_logged(run) -> None:
     assert encoded.input_ids[0, 0] == model.config.bos_token_id
     assert tokenizer.eos_token_id == model.config.eos_token_id
     assert model(encoded.input_ids).logits.shape[-1] == SMOKE.vocabulary
-    records = [json.loads(line) for line in (out / tm.LOG).read_text().splitlines()]
-    assert [record["step"] for record in records if "step" in record] == [1, 2, 3]
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
 
 
 def test_held_out_folder_is_read_by_the_perplexity_task(run) -> None:
@@ -115,19 +119,87 @@ def test_held_out_folder_is_read_by_the_perplexity_task(run) -> None:
 
 
 def test_same_seed_gives_the_same_weights(run, roots, tmp_path) -> None:
-    folders = [run[1], tm.train(SMOKE, roots, tmp_path, log_every=1)]
+    folders = [run[1], tm.train(SMOKE, roots, tmp_path, log_every=1, save_every=2)]
     first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_measures_use_what_precedes_the_scored_tokens(run, roots, tmp_path) -> None:
-    trainer = tm.TextTrainer(SMOKE, tm.read_corpus(roots, SMOKE), tmp_path)
-    names = trainer.measure((32, 64), 2) | trainer.measure((32, 64), 2, scored=16)
-    assert list(names) == ["held_out_32", "held_out_64", "last_16_given_32", "last_16_given_64"]
-    assert trainer.measure((10**6,), 2) == {}
+def test_a_run_that_was_stopped_ends_with_the_same_weights(
+    run, roots, tmp_path, monkeypatch
+) -> None:
+    measured = []
+
+    def stop(*_) -> dict:
+        measured.append(1)
+        if len(measured) == 3:
+            raise KeyboardInterrupt  # at the last step, before its checkpoint
+        return {}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tm, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tm.train(SMOKE, roots, tmp_path, log_every=1, save_every=2)
+    assert last_whole(tmp_path / "checkpoints")[1] == 2
+    folders = [run[1], tm.train(SMOKE, roots, tmp_path, log_every=1, save_every=2)]
+    first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="holds a run with vocabulary 320, not 321"):
+        tm.train(replace(SMOKE, vocabulary=321), roots, tmp_path)
+
+
+def test_a_run_is_that_of_a_plain_loop(run, roots) -> None:
+    out, folder = run
+    texts = tm.read_corpus(roots, SMOKE).training.values()
+    stream = tm.Stream(texts, tm.train_tokenizer(texts, SMOKE).backend_tokenizer)
+    torch.manual_seed(SMOKE.seed)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(folder, dtype=torch.float32))
+    structured_start(model, SMOKE.seed)
+    matrices = [w for w in model.model.layers.parameters() if w.ndim == 2]
+    norms = [w for w in model.parameters() if w.ndim < 2]
+    others = [
+        {"params": [model.lm_head.weight], "weight_decay": 0.05},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True)
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    plan = ((0, 0, 1e-3), (0, 1, 1e-3), (1, 0, 2 / 3 * 1e-3))
+    for line, (number, index, rate) in zip(lines, plan, strict=True):
+        rng = np.random.default_rng([SMOKE.seed, number, index])
+        rows = stream.batch(rng, SMOKE.phases[0].stages[number])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(rows[:, :-1]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["learning_rate"] == pytest.approx(rate)
+    plain = model.to(torch.bfloat16).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=2e-2)
+
+
+def test_what_is_held_out_is_measured_by_its_beginnings(run, roots, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run[1], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run[1])
+    texts = list(tm.read_corpus(roots, SMOKE).held_out.values())
+    held_out = tm.Stream(texts, tokenizer.backend_tokenizer)
+    assert tm.measure(model, held_out) == {}, "all are shorter"
+    monkeypatch.setattr(tm, "MEASURED", 64)
+    monkeypatch.setattr(tm, "MEASURED_FILES", 2)
+    losses = []
+    for text in texts[:2]:
+        tokens = tokenizer(text, return_tensors="pt").input_ids[:, :65]
+        losses.append(model(tokens, labels=tokens).loss.item())
+    assert tm.measure(model, held_out)["held_out_64"] == pytest.approx(sum(losses) / 2, rel=1e-2)
 
 
 def test_steps_follow_from_the_minutes() -> None:
-    short, long = (tm.recipe_for(minutes).phase.stages for minutes in (1, 10))
+    short, long = (tm.recipe_for(minutes).phases[0].stages for minutes in (1, 10))
     assert 9 < sum(s.tokens for s in long) / sum(s.tokens for s in short) < 11
-    assert [stage.length for stage in long] == list(tm.CONTEXTS)
+    assert [stage.length for stage in long] == [512, 1024, 2048, 4096]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from refreshkv import RefreshConfig
 from refreshkv.evals.store import RunError
@@ -23,6 +24,8 @@ from tests.training.runs import (
     TAIL,
     Killed,
     metrics,
+    model_of,
+    recipe,
 )
 
 
@@ -142,8 +145,26 @@ def test_a_folder_is_of_one_recipe(
 
 def test_a_folder_of_something_else(begin: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else than a training run"):
-        begin(tmp_path)
+    for place in (tmp_path, tmp_path / "notes"):
+        with pytest.raises(ValueError, match="is something else than a training run"):
+            begin(place)
+
+
+def test_a_wrong_path_to_the_data_can_be_mended(begin: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file or folder: 'nowhere.jsonl'"):
+        begin(tmp_path / "out", data="nowhere.jsonl")
+    begin(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run with data"):
+        begin(tmp_path / "out", data="nowhere.jsonl")
+
+
+def test_an_optimiser_that_is_not_installed(
+    tiny: Path, tokenizer: PreTrainedTokenizerFast, documents: Path, tmp_path: Path
+) -> None:
+    if find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ValueError, match=r"--optimizer adamw_8bit cannot be used: .*bitsandbytes"):
+        Run(model_of(tiny), tokenizer, recipe(documents), tmp_path / "out", optimizer="adamw_8bit")
 
 
 @pytest.mark.parametrize(
@@ -171,16 +192,28 @@ def test_a_loss_that_is_no_number_ends_the_run(begin: Callable[..., Run], tmp_pa
         begin(tmp_path / "out", rate=1e30).train()
 
 
-def test_adapters_are_trained_and_merged(begin: Callable[..., Run], tmp_path: Path) -> None:
+def test_adapters_are_trained_and_merged_also_after_a_stop(
+    begin: Callable[..., Run], tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
-    out = tmp_path / "out"
-    run = begin(out, lora=2)
+
+    def stop(done: int, steps: int) -> None:
+        if done == 3:
+            raise Killed
+
+    run = begin(tmp_path / "whole", lora=2)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.train()
-    after = load_file(out / "model" / "model.safetensors")
+    with pytest.raises(Killed):
+        begin(tmp_path / "stopped", lora=2).train(stop)
+    begin(tmp_path / "stopped", lora=2).train()
+    after, other = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")
+    )
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all("_proj" in name for name in changed), "only the weights under adapters change"
+    assert all(torch.equal(other[name], after[name]) for name in after)
 
 
 def test_the_command_line(

@@ -38,6 +38,7 @@ def option(
     elif kinds == {int, float}:
         kind = common.Budget()
     text = described(theme)[name].replace("`None`", repr(word)).replace("`", "")
+    text = text[:1].upper() + text[1:]
     return click.option(flag, **{"type": kind, "default": None, "help": text, **attributes})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,14 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refreshkv.cli import common, loading
+from refreshkv.cli import common, loading, settings
 from refreshkv.cli.common import BadInput
 from refreshkv.cli.eval import NEEDED, eval_errors, in_threads, names_in, run_errors
+from refreshkv.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from refreshkv.evals.summary import Summary
 
 HOW = ("optimizer", "checkpointing", "log_every", "save_every")  # a run's, and not its recipe's
+
+
+def recipe_options(command: settings.Command) -> settings.Command:
+    """One option a setting of the recipe, with its default; those that need more than a name are the command's."""
+    for one in reversed(dataclasses.fields(Recipe)):
+        if one.name not in ("model", "data", "config"):
+            add = settings.option(one.name, Recipe, default=one.default, show_default=True)
+            command = add(command)
+    return command
 
 
 @click.command("train", short_help="Continued pre-training with a partial cache.")
@@ -34,20 +45,6 @@ HOW = ("optimizer", "checkpointing", "log_every", "save_every")  # a run's, and 
     type=common.PathName(),
     required=True,
     help="Folder of the run; the same command goes on where it was stopped.",
-)
-@click.option(
-    "--length",
-    type=common.count(),
-    default=8192,
-    show_default=True,
-    help="Tokens that attend causally.",
-)
-@click.option(
-    "--tail",
-    type=common.count(),
-    default=50,
-    show_default=True,
-    help="Tokens after them, which attend as decode steps do.",
 )
 @click.option(
     "--budget",
@@ -66,61 +63,7 @@ HOW = ("optimizer", "checkpointing", "log_every", "save_every")  # a run's, and 
     type=common.STRIDE,
     help="Refresh inside the tail, every so many tokens.  [default: never]",
 )
-@click.option(
-    "--keep",
-    type=click.Choice(["all", "budget"]),
-    default="all",
-    show_default=True,
-    help="Whether selected tokens stay (the paper), or the new ones push them out, as in decoding.",
-)
-@click.option(
-    "--shortest", type=common.count(), help="Draw --length anew for each batch, from this on."
-)
-@click.option(
-    "--documents",
-    type=common.count(),
-    default=200_000,
-    show_default=True,
-    help="Most documents to read.",
-)
-@click.option(
-    "--rate",
-    type=common.Finite(min=0, min_open=True),
-    default=5e-6,
-    show_default=True,
-    help="Highest learning rate.",
-)
-@click.option(
-    "--batch",
-    type=common.count(),
-    default=64,
-    show_default=True,
-    help="Sequences of an optimiser step, over all processes.",
-)
-@click.option(
-    "--micro-batch",
-    type=common.count(),
-    default=1,
-    show_default=True,
-    help="Sequences computed at a time.",
-)
-@click.option("--epochs", type=common.count(), default=1, show_default=True)
-@click.option(
-    "--steps", type=common.count(), help="Optimiser steps.  [default: those of the epochs]"
-)
-@click.option(
-    "--warmup",
-    type=common.count(0),
-    default=20,
-    show_default=True,
-    help="Steps in which the rate rises.",
-)
-@click.option(
-    "--lora",
-    type=common.count(),
-    metavar="RANK",
-    help="Train adapters of this rank (peft), merged at the end.",
-)
+@recipe_options
 @click.option(
     "--optimizer",
     help="A name of transformers' TrainingArguments.  [default: adamw_8bit with a GPU and bitsandbytes, else"
@@ -164,7 +107,6 @@ HOW = ("optimizer", "checkpointing", "log_every", "save_every")  # a run's, and 
     show_default=True,
     help="Documents of the evaluation.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default="0")
 @loading.device_option
 @common.threads_option
 @loading.trust_option
@@ -185,7 +127,7 @@ def command(
     trust_remote_code: bool,
     progress: bool | None,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Train a model so that it loses less to a partial cache, by the paper's recipe.
 
@@ -197,7 +139,6 @@ def command(
     from refreshkv.evals import launch
     from refreshkv.evals.summary import need
     from refreshkv.training import evaluation
-    from refreshkv.training.recipe import Recipe
 
     if budget is None:
         budget = 2048 if mode == "refresh" else 0.05
@@ -208,9 +149,9 @@ def command(
             config["threshold"] = None
     elif stride is not None:
         raise BadInput("--stride has no effect in --mode mixed; leave it out")
-    how = {name: settings.pop(name) for name in HOW}
+    how = {name: given.pop(name) for name in HOW}
     with eval_errors():
-        recipe = Recipe(model=model, config=RefreshConfig(**config), **settings)
+        recipe = Recipe(model=model, config=RefreshConfig(**config), **settings.said(given))
         named = names_in(methods, "--methods") if methods else evaluation.METHODS
         asked = evaluation.grid(recipe, out, named, limit) if evaluate else None
         for module in ("accelerate", *(NEEDED if evaluate else ())):

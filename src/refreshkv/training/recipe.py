@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from refreshkv.config import RefreshConfig, Settings, at_least, setting
-from refreshkv.training.tail import Keep, Tail
 
+if TYPE_CHECKING:
+    from refreshkv.training.tail import Tail
+
+Keep = Literal["all", "budget"]
 PAPER = RefreshConfig(budget=2048, stride=None)
 
 
@@ -17,20 +21,22 @@ class Recipe(Settings):
     """What is trained on what, and how. A wrong value is a `ValueError` that names it.
 
     Attributes:
-        model, data: as they were given, for the records.
+        model: as it was given, for the records.
+        data: likewise.
         length: L, tokens that attend causally.
         tail: S, the tokens after them, which attend as decode steps do.
         config: what those attend to; see `Tail`.
-        keep: what becomes of the selected entries; see `Tail`.
-        shortest: L is drawn for every batch between this and `length`; `None`: it is `length` (ours).
-        documents: at most so many are read.
+        keep: what becomes of the selected tokens: all stay (paper), or new ones push them out of the budget, as in
+            decoding (ours).
+        shortest: L is drawn for every batch between this and the length; `None`: it is the length (ours).
+        documents: at most so many long enough ones are used.
         rate: the highest learning rate; it falls linearly to 0.
         batch: sequences of an optimiser step, over all processes.
         micro_batch: sequences that a process computes at a time.
         epochs: passes over the training data.
-        steps: optimiser steps; `None`: as many as the epochs have.
+        steps: optimiser steps; `None`: those of the epochs.
         warmup: steps in which the rate rises.
-        lora: rank of adapters to train in place of the weights (ours).
+        lora: rank of adapters that are trained and then merged (peft); `None`: all weights are trained (ours).
         seed: of the order of the data.
     """
 
@@ -42,7 +48,7 @@ class Recipe(Settings):
     keep: Keep = "all"
     shortest: int | None = at_least(8, None, ", or None")
     documents: int = at_least(3, 200_000)
-    rate: float = setting(5e-6, "must be > 0", lambda rate: rate > 0.0)
+    rate: float = setting(5e-6, "must be > 0 and finite", lambda rate: 0.0 < rate < math.inf)
     batch: int = at_least(1, 64)
     micro_batch: int = at_least(1, 1)
     epochs: int = at_least(1, 1)
@@ -70,6 +76,10 @@ class Recipe(Settings):
 
     def of_tail(self) -> Tail:
         """What the objective takes."""
+        from refreshkv.training.tail import (
+            Tail,
+        )  # needs torch, which options and their defaults do not
+
         return Tail(self.tail, self.config, self.keep)
 
     def accumulation(self, processes: int) -> int:

@@ -6,39 +6,41 @@ model in safetensors with its card. The same call goes on where it was stopped, 
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import json
-import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from refreshkv.evals.encoding import positions_in
 from refreshkv.evals.launch import Team
-from refreshkv.evals.store import RunError
-from refreshkv.evals.summary import write_whole
 from refreshkv.training import checkpoints
 from refreshkv.training.card import card
 from refreshkv.training.data import ABOUT, Collator, Sequences, prepare
+from refreshkv.training.folder import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    Records,
+    arguments,
+    begin,
+    clear,
+    disk_full_is_said,
+)
 from refreshkv.training.objective import PartialTail, tail_losses
 from refreshkv.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RECIPE, METRICS, MODEL, DATA = "recipe.json", "metrics.jsonl", "model", "data"
-CHECKPOINTS = "checkpoints"
-_FULL = os.strerror(errno.ENOSPC)
+DATA = "data"
 
 
 class TailTrainer(Trainer):
@@ -74,38 +76,6 @@ class TailTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class Records(TrainerCallback):
-    """A line of metrics a log, and the mark that a checkpoint is whole. Written by the main process."""
-
-    def __init__(self, path: Path, team: Team, progress: Callable[[int, int], None] | None) -> None:
-        self._path, self._team, self._progress = path, team, progress
-        self._begun = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """See `TrainerCallback`."""
-        broken = [name for name, value in logs.items() if not math.isfinite(value)]
-        if broken:
-            raise RunError(
-                f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}: give another --out and a lower --rate"
-            )
-        if self._team.is_main:
-            seconds = round(time.perf_counter() - self._begun, 2)
-            line = json.dumps({"step": state.global_step, **logs, "seconds": seconds})
-            with self._path.open("a") as file:
-                file.write(line + "\n")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See `TrainerCallback`."""
-        if self._progress is not None and self._team.is_main:
-            self._progress(state.global_step, state.max_steps)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See `TrainerCallback`."""
-        self._team.wait()
-        if self._team.is_main:
-            checkpoints.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
 class Run:
     """A checked run in the folder `out`, with its data ready; `train` it.
 
@@ -120,8 +90,8 @@ class Run:
         validate: sequences that it reads at most.
 
     Raises:
-        ValueError: sequences longer than the model's positions, data that will not do, a folder made with another
-            recipe, or a checkpoint that is damaged.
+        ValueError: sequences longer than the model's positions, data or an optimiser that will not do, a folder made
+            with another recipe, or a checkpoint that is damaged.
         UnsupportedModelError: see `PartialTail`.
         OSError: the disk is full.
     """
@@ -158,9 +128,10 @@ class Run:
         self.facts = {**recipe.described(), "bfloat16": bfloat16}
         self.facts["optimizer"] = optimizer = optimizer or _optimizer(model)
         self.facts |= {"processes": team.size, "parameters": model.num_parameters()}
-        on_gpu = model.device.type == "cuda"
-        self._arguments = TrainingArguments(
-            output_dir=str(out / CHECKPOINTS),
+        self._arguments = arguments(
+            out,
+            device=model.device,
+            bfloat16=bfloat16,
             per_device_train_batch_size=recipe.micro_batch,
             per_device_eval_batch_size=recipe.micro_batch,
             gradient_accumulation_steps=recipe.accumulation(team.size),
@@ -171,26 +142,23 @@ class Run:
             optim=optimizer,
             num_train_epochs=recipe.epochs,
             max_steps=-1 if recipe.steps is None else recipe.steps,
-            bf16=bfloat16,
-            use_cpu=not on_gpu,
             logging_steps=log_every,
             eval_strategy="steps",
             eval_steps=save_every,
             prediction_loss_only=True,
             save_strategy="steps",
             save_steps=save_every,
-            save_total_limit=2,
             seed=recipe.seed,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
-            logging_nan_inf_filter=False,
-            dataloader_pin_memory=on_gpu,
         )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self._arguments, model)
+        except ImportError as error:
+            raise ValueError(f"--optimizer {optimizer} cannot be used: {error}") from error
         self._checkpointing, self._validate = checkpointing, validate
         with disk_full_is_said(out):
             if team.is_main:
-                _begin(out, self.facts)
+                # A recipe binds once something was made by it; a wrong path to the data can be mended.
+                begin(out, self.facts, changeable=() if (out / DATA).exists() else self.facts)
                 prepare(recipe, tokenizer, out / DATA)
             team.wait()
             self._resume, self.done = checkpoints.last_whole(out / CHECKPOINTS)
@@ -210,8 +178,7 @@ class Run:
         with disk_full_is_said(out):
             team.wait()
             if team.is_main:
-                checkpoints.drop_unfinished(out / CHECKPOINTS)
-                _cut(out / METRICS, self.done)
+                clear(out, self.done)
             team.wait()
             self._arguments.eval_on_start = self._resume is None
             if self._checkpointing:
@@ -256,44 +223,6 @@ class Run:
             os.replace(aside, final)
         team.wait()
         return final
-
-
-@contextmanager
-def disk_full_is_said(out: Path) -> Iterator[None]:
-    """safetensors and torch have errors of their own for it; here it is an `OSError`."""
-    try:
-        yield
-    except Exception as error:
-        if _FULL in str(error) and not isinstance(error, OSError):
-            raise OSError(errno.ENOSPC, _FULL, str(out)) from error
-        raise
-
-
-def _begin(out: Path, facts: Mapping[str, Any]) -> None:
-    """The folder is new, or of the same recipe."""
-    path = out / RECIPE
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in json.loads(json.dumps(facts)).items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"'{out}' holds a run with {name} {before.get(name)}, not {value}: use another --out, or the same"
-                    " settings to go on"
-                )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"'{out}' holds something else than a training run: use another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(facts, indent=2) + "\n").encode())
-
-
-def _cut(path: Path, done: int) -> None:
-    """Drop the metrics of steps that will be done again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if done and line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= done]
-        write_whole(path, "".join(kept).encode())
 
 
 def _optimizer(model: PreTrainedModel) -> str:

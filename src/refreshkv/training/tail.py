@@ -11,7 +11,6 @@ K budget, D head dim, n entries. Source: RefreshKV, section 6; the fixed schedul
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,7 @@ from refreshkv.policy.rounding import (
     worth_reading,
 )
 from refreshkv.policy.selection import recent_share, select
-
-Keep = Literal["all", "budget"]
+from refreshkv.training.recipe import Keep
 
 
 @dataclass(frozen=True, eq=False)
