@@ -234,11 +234,15 @@ def request_of(
     if trained is not None:
         if not any(m.trained for column in table.columns for m in column.measures):
             raise BadInput(f"--trained has no effect in {table.title}; leave it out")
-        test = trained / "data" / "test.jsonl"  # of `refreshkv train`: kept apart
+        from refreshkv.training.data import TEST
+        from refreshkv.training.folder import MODEL
+        from refreshkv.training.run import DATA
+
+        test = trained / DATA / TEST  # what the training has kept apart
         if test.is_file():
             data.setdefault("arxiv", str(test))
-        if not (trained / "config.json").is_file() and (trained / "model").is_dir():
-            trained = trained / "model"
+        if not (trained / "config.json").is_file() and (trained / MODEL).is_dir():
+            trained = trained / MODEL
     return Request(
         table=table,
         out=out,
