@@ -25,6 +25,7 @@ FLOORS = [
     {"hosts"},
     {"bench", "evals"},
     {"training"},
+    {"reproduce"},
     {"cli"},
     {"__main__"},
 ]
@@ -110,6 +111,8 @@ def test_imports_point_downwards(path: Path) -> None:
         ("bench.decode", "import torch", True),
         ("training.tail", "from refreshkv.kernels import reference", True),
         ("evals.runner", "from refreshkv.training import objective", False),
+        ("reproduce.jobs", "from refreshkv.evals import runner", True),
+        ("training.run", "from refreshkv.reproduce import tables", False),
         ("hosts.lm_eval", "from refreshkv.demo import MODEL_PATH", True),
         ("hosts.vllm", "from refreshkv.hosts.transformers import attach", False),
         ("hosts.vllm.worker", "from refreshkv.hosts.vllm import plugin", True),

@@ -209,6 +209,39 @@ def evaluate(
     ]
 
 
+def reproduce(name: str, table: str, *args: object, out: str = "out") -> None:
+    """A case of `reproduce`, in the folder `out`."""
+
+    @case(name)
+    def _(tiny: Path, tmp: Path) -> Args:
+        return ["reproduce", table, "--model", tiny, "--out", tmp / out, *args]
+
+
+reproduce("unknown table", "6")
+reproduce("table and problems at once", "2", "--reasoning")
+reproduce("table of an unknown column", "10", "--only", "html-4k")
+reproduce("table with data of another name", "2", "--data", "arxive=a.txt")
+reproduce("table with data that are no pair", "2", "--data", "arxiv")
+reproduce("table without its data", "10")
+reproduce("table longer than the context", "3", "--only", "chain-of-key")
+reproduce("trained model for another table", "2", "--trained", ".")
+reproduce("option of a plan without one", "2", "--machine", "h100")
+reproduce("plan for an unknown machine", "2", "--dry-run", "--machine", "h10")
+
+
+@case("table into the folder of another")
+def _(tiny: Path, tmp: Path) -> Args:
+    about = {"format": "refreshkv-reproduce-1", "table": "long-form"}
+    (tmp / "table.json").write_text(json.dumps(about))
+    return ["reproduce", 10, "--model", tiny, "--small", "--out", tmp]
+
+
+@case("table into what is no folder")
+def _(tiny: Path, tmp: Path) -> Args:
+    (tmp / "out").write_text("a file")
+    return ["reproduce", 10, "--model", tiny, "--small", "--out", tmp / "out"]
+
+
 case("server of no model")(lambda tiny, tmp: ["serve", ""])
 case("server in the lossless mode")(lambda tiny, tmp: ["serve", tiny, "--mode", "exact"])
 case("option of vLLM among those of RefreshKV")(lambda tiny, tmp: ["serve", tiny, "--port", 8000])

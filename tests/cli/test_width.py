@@ -11,9 +11,13 @@ from rich.console import Console
 
 from refreshkv.bench.endtoend import MODES
 from refreshkv.bench.variants import NAMES
-from refreshkv.cli import bench_view, eval_view, models, side_by_side_view
+from refreshkv.cli import bench_view, eval_view, models, reproduce_view, side_by_side_view
 from refreshkv.cli.side_by_side import METHODS, Excerpt, Report, Row
 from refreshkv.evals.summary import Summary
+from refreshkv.reproduce.comparison import Cell
+from refreshkv.reproduce.estimate import Cost
+from refreshkv.reproduce.jobs import Request
+from refreshkv.reproduce.tables import ABLATIONS, REASONING
 
 SIZE = {"shape": "llama-3.2-1b", "batch": 32, "context": 131072, "budget": 16384}
 SETTINGS = {"stride": 10, "draft": 16, "acceptance": 0.85, "dtype": "bfloat16", "threads": 16}
@@ -143,3 +147,44 @@ def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("refreshkv.models.is_fetched", lambda name: False)
     models.show(models.listed())
     assert "gemma3-270m Gemma3 268M 32K Gemma Terms of Use no (238 MB)" in lines(capsys)
+
+
+def cell(**given: Any) -> Cell:
+    metric = {"metric": "perplexity", "examples": 100, "output_tokens": 16384.0, "ended": 0.99}
+    numbers = {"ours": 123.45, "low": 120.01, "high": 130.02, "paper": 100.0, "kept": 1.234}
+    apart = {"difference": 23.45, "difference_low": -20.01, "difference_high": 30.02}
+    shares = {"paper_kept": 1.175, "kv_read_share": 1.0, "same_as_full": 1.0}
+    return Cell(method="m", **{**metric, **numbers, **apart, **shares, **given})
+
+
+def test_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
+    row = ABLATIONS.rows[-1]
+    found = cell(column="arxiv", row=row.name, label=row.label)
+    reproduce_view.show(ABLATIONS, ["title"], {"arxiv": "A note."}, [found], Path("out"))
+    printed = lines(capsys)
+    assert "ours 95 % paper apart 95 % kept paper" in printed
+    figures = "123.5 [120.0, 130.0] 100.0 +23.45 [-20.01, 30.02] 1.234 1.175"
+    assert any(one.endswith(figures) for one in printed)
+    assert "Arxiv, perplexity: A note." in printed
+
+
+def test_reproduce_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    found = cell(column="own", row="full", label="full attention", metric="answer right")
+    reproduce_view.show(REASONING, ["title"], {}, [found], Path("out"))
+    assert "full attention 123.5 [120.0, 130.0] 16384 99% 100% 100%" in lines(capsys)
+
+
+def test_reproduce_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = Cost("chain-of-key", 1300, 100_000, 16_384, 6, 127_795_200, 16, 10, 10**12, False, 123.4)
+    request = Request(table=REASONING, out=Path("out"), model="m")
+    assumed = {
+        "machine": "a100",
+        "bandwidth": 1e12,
+        "memory": 80e9,
+        "flops": 1e12,
+        "fixed_ms": 20.0,
+    }
+    reproduce_view.show_plan(request, [cost], assumed, "bfloat16")
+    printed = lines(capsys)
+    assert "chain-of-key 1300 100000 16384 6 128M 1e-08 1e+03! 123" in printed
+    assert any(one.startswith("!: more than the 80 GB of a100") for one in printed)

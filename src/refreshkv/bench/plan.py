@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,21 @@ _LOAD = tuple(field.name for field in fields(Load))
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes a second of its memory and its size in bytes, by the vendor's data sheet."""
+    """Bytes a second of its memory and its size in bytes, by the vendor's data sheet.
+
+    `flops` are operations a second on dense matrices in 16 bits.
+    """
 
     bandwidth: float
     memory: float
+    flops: float = 0.0
 
 
 DEVICES = {
-    "a100": Device(2.039e12, 80e9),
-    "h100": Device(3.35e12, 80e9),
-    "h200": Device(4.8e12, 141e9),
-    "b200": Device(8.0e12, 180e9),
+    "a100": Device(2.039e12, 80e9, 312e12),
+    "h100": Device(3.35e12, 80e9, 989e12),
+    "h200": Device(4.8e12, 141e9, 989e12),
+    "b200": Device(8.0e12, 180e9, 2250e12),
 }
 
 
@@ -44,7 +48,7 @@ def device_of(name: str, bandwidth: float | None = None) -> Device:
         ValueError: an unknown device, named with its nearest neighbour.
     """
     check_names("device", [name], DEVICES)
-    return DEVICES[name] if bandwidth is None else Device(bandwidth, DEVICES[name].memory)
+    return DEVICES[name] if bandwidth is None else replace(DEVICES[name], bandwidth=bandwidth)
 
 
 def plan(sizes: Sizes, load: Load, device: Device, fixed_ms: float = 0.0) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from refreshkv.cli.common import BadInput
 from refreshkv.text import one_line, reason, visible
 from refreshkv.weights import ModelFilesError
 
-COMMANDS = ("demo", "generate", "compare", "eval", "train", "bench", "serve", "models", "info")
+COMMANDS = (
+    *("demo", "generate", "compare", "eval", "reproduce", "train", "bench", "serve", "models"),
+    "info",
+)
 
 
 class LazyGroup(click.Group):

@@ -17,11 +17,12 @@ from refreshkv.tasks.continuation import Continuation
 from refreshkv.tasks.html_to_tsv import HtmlToTsv
 from refreshkv.tasks.key_value import KeyValue
 from refreshkv.tasks.perplexity import Perplexity
+from refreshkv.tasks.reasoning import Reasoning
 from refreshkv.tasks.summarization import Summarization
 from refreshkv.tasks.task import Task
 
 _SINGLE: tuple[type[Task], ...] = (
-    *(ChainOfKey, HtmlToTsv, KeyValue, Perplexity, Continuation, Summarization),
+    *(ChainOfKey, HtmlToTsv, KeyValue, Perplexity, Continuation, Summarization, Reasoning),
 )
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {**{task.name: task for task in _SINGLE}, **ruler.TASKS, **breadth.TASKS}

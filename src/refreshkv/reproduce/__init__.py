@@ -1,0 +1,1 @@
+"""The paper's tables on any model: presets, the runs of `refreshkv.evals`, and the paper's numbers beside ours."""
