@@ -104,5 +104,5 @@ def test_the_share_by_which_a_loss_shrinks(tmp_path: Path) -> None:
     head, _, of_full, of_stride = continued.table({"before": before, "after": now}).splitlines()
     assert head.startswith("| 3 texts | before | after | loss, before | loss, after |")
     assert "-0.5000 nats [-0.5000, -0.5000]" in of_full
-    assert "| +0.2000 | +0.0500 | 75% [75%, 75%] |" in of_stride
+    assert "| +0.2000 | +0.0500, 75% [75%, 75%] |" in of_stride
     assert f"{np.exp(full.mean()):.3f} | {np.exp(better.mean()):.3f}" in of_full
