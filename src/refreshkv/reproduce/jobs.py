@@ -188,7 +188,7 @@ def following(request: Request, column: Column, row: Row) -> str | None:
     ]
     if not found:
         return None
-    return row.method.format(stride="never" if found[0] is None else round(found[0]))
+    return "no-refresh" if found[0] is None else row.method.format(stride=round(found[0]))
 
 
 def records_of(request: Request, measure: Measure) -> list[dict[str, Any]]:
