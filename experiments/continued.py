@@ -116,8 +116,8 @@ def train(model: str, recipe: str, out: Path, **options: object) -> Path:
     """`refreshkv train` in a folder of its own; returns the trained model's. A stopped run goes on."""
     where = out / recipe
     options |= {"model": model, "data": out / TRAINING, "out": where, **COMMON, **RECIPES[recipe]}
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    grids.call(["-m", "refreshkv.cli", "train", *given, "--no-evaluate"], where)
+    line = grids.line_of(options)
+    grids.call(["-m", "refreshkv.cli", "train", *line, "--no-evaluate"], where)
     return where / "model"
 
 

@@ -148,24 +148,29 @@ def evaluate(run: str, out: Path, processes: int, *, name: str | None = None, **
 
     Args:
         name: of the directory; that of the run where not given.
-        more: a tuple is joined with commas, the values of a list are given one by one.
+        more: as `line_of` takes them.
 
     Raises:
         ValueError: it ended with an error, which it has said itself.
     """
     where = out / (name or run)
     options = {"device": "cpu", "model": "demo", **RUNS[run], **more, "out": where}
-    given = []
-    for option, value in options.items():
-        for each in value if isinstance(value, list) else [value]:
-            text = ",".join(each) if isinstance(each, tuple) else str(each)
-            given += [f"--{option.replace('_', '-')}", text]
-    command, environment = ["-m", "refreshkv.cli", "eval", *given], {}
+    command, environment = ["-m", "refreshkv.cli", "eval", *line_of(options)], {}
     if processes > 1:  # otherwise it has all threads
         command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command]
         environment["OMP_NUM_THREADS"] = "1"
     call(command, where, environment)
     return where
+
+
+def line_of(options: Mapping[str, Any]) -> list[str]:
+    """Options on a command line: a tuple is joined with commas, the values of a list are given one by one."""
+    line = []
+    for option, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            text = ",".join(each) if isinstance(each, tuple) else str(each)
+            line += [f"--{option.replace('_', '-')}", text]
+    return line
 
 
 def call(arguments: Sequence[str], where: Path, environment: Mapping[str, str] = {}) -> None:

@@ -76,9 +76,8 @@ class Recipe(Settings):
 
     def of_tail(self) -> Tail:
         """What the objective takes."""
-        from refreshkv.training.tail import (
-            Tail,
-        )  # needs torch, which options and their defaults do not
+        # It needs torch, which options and their defaults do not.
+        from refreshkv.training.tail import Tail
 
         return Tail(self.tail, self.config, self.keep)
 
