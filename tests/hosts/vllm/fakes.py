@@ -14,9 +14,11 @@ from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
 from refreshkv.hosts.vllm.pages import Pages, PageShape
 from refreshkv.hosts.vllm.planner import Planner
 from refreshkv.hosts.vllm.steps import Sorter, Step
+from refreshkv.kernels.operators import OPERATORS
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.stats import COUNTS
 from tests.helpers import Tokens
+from tests.tape import Tape
 
 CPU = torch.device("cpu")
 # Order of heads, tokens and dims in a page, and layers that a block has before the next block begins.
@@ -116,6 +118,7 @@ class Server:
         prompts: tokens of each prompt.
         slots: most requests of a step.
         numbered: the engine numbers its requests.
+        graphs: rows of which steps of decode rows are recorded once, and then replayed for as many rows and fewer.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Server:
         stagger: bool = False,
         numbered: bool = False,
         slots: int = 8,
+        graphs: tuple[int, ...] = (),
         options: AttendOptions | None = None,
     ) -> None:
         self.tokens, self.prompts, self.page, self.numbered = tokens, prompts, page, numbered
@@ -154,8 +158,18 @@ class Server:
             )
         else:
             self.decoding = {"mixed": Mixed, "full": Full}[config.mode](config, options, CPU)
-        self.sorter = Sorter(page, config, planner)
+        self.sorter = Sorter(page, config, planner, rows=slots, device=CPU)
         self.tally = torch.zeros(slots, heads, len(COUNTS), dtype=torch.int64)
+        query_heads = tokens.queries.shape[1]
+        self.inputs = (
+            torch.zeros(slots, query_heads, dim),
+            torch.zeros(slots, dtype=torch.int32),
+            torch.zeros(slots, each, dtype=torch.int32),
+        )
+        if graphs:  # as operators, which a tape sees
+            self.decoding.backend = OPERATORS
+        self.replayed = 0
+        self.graphs = {count: self._recorded(count) for count in sorted(graphs, reverse=True)}
 
     def step(self, *scheduled: tuple[int, int], padding: int = 0) -> dict[int, Tensor]:
         """The outputs `[Hq, D]` of the requests that decode."""
@@ -170,6 +184,11 @@ class Server:
             self._write(request, begin, end)
             self.ends[request] = end
         query = torch.cat(queries)
+        captured = [count for count in self.graphs if count >= len(rows)]
+        if captured and len(query) == len(rows):
+            outputs = self._replay(rows, query, min(captured))
+            given = zip(scheduled, rows, outputs, strict=False)
+            return {request: out for (request, _), row, out in given if not row.prefilling}
         step: Step = self.sorter.sort(describe(rows, self.page, padding=padding))
         self.decoding.learn(self.pages, step, query)
         if step.decodes is None:
@@ -180,6 +199,35 @@ class Server:
             r for (r, n), row in zip(scheduled, rows, strict=True) if n == 1 and not row.prefilling
         ]
         return dict(zip(decoding, output, strict=True))
+
+    def _recorded(self, count: int) -> Any:
+        """What replays a step of so many rows, over `inputs`; it is recorded with rows of one token in page 0."""
+        rows = [Row(1, 1, [0], request=row if self.numbered else None) for row in range(count)]
+        step = self.sorter.capture(self._into_place(describe(rows, self.page)))
+        query, tally = self.inputs[0][:count], self.tally[:count]
+        assert step.decodes is not None and step.prompts is None
+
+        def run() -> Tensor:
+            self.decoding.learn(self.pages, step, query)
+            return self.decoding.attend(query, self.pages, step, tally)
+
+        return Tape().record(run)
+
+    def _replay(self, rows: list[Row], query: Tensor, count: int) -> Tensor:
+        common = describe(rows, self.page, padding=count - len(rows))
+        self.inputs[0][: len(rows)] = query
+        self.sorter.sort(self._into_place(common))
+        self.replayed += 1
+        return self.graphs[count]().clone()
+
+    def _into_place(self, common: Common) -> Common:
+        """As vLLM does it: what a graph reads lies in the same place in all steps."""
+        _, ends, blocks = self.inputs
+        count, pages = common.block_table_tensor.shape
+        ends[:count] = common.seq_lens
+        blocks[:count, :pages] = common.block_table_tensor  # behind them is what was there
+        common.seq_lens, common.block_table_tensor = ends[:count], blocks[:count]
+        return common
 
     def _write(self, request: int, begin: int, end: int) -> None:
         for position in range(begin, end):

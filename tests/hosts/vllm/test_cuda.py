@@ -9,7 +9,7 @@ import enum
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -17,15 +17,18 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm import refusals
 from refreshkv.hosts.vllm.pages import PageShape
 from refreshkv.hosts.vllm.serving import ServedMetadata
 from refreshkv.kernels import reference
+from refreshkv.kernels.operators import OPERATORS
 from refreshkv.kernels.options import AttendOptions, Entries
 from tests.helpers import Tokens, random_tokens
 from tests.hosts.vllm.fakes import CPU, Common, Row, cache_of, describe
+from tests.tape import Tape
 
 HEADS, GROUP, DIM, PAGE = 2, 2, 16, 64
 
@@ -114,7 +117,6 @@ class FlashAttentionImpl:
 class FlashAttentionMetadataBuilder:
     """Its metadata is the description of the step."""
 
-    _cudagraph_support = "ALWAYS"
     supports_update_block_table = True
 
     def __init__(self, spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
@@ -123,6 +125,13 @@ class FlashAttentionMetadataBuilder:
     def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
         assert common_prefix_len == 0
         return common
+
+    def build_for_cudagraph_capture(self, common: Any) -> Any:
+        return self.build(0, common)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, spec: Any) -> str:
+        return "ALWAYS"
 
 
 class Config(SimpleNamespace):
@@ -165,7 +174,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         "vllm.v1.kv_cache_layout": {"KVCacheLayout": Layout},
         "vllm.v1.attention": {},
         "vllm.v1.attention.backend": {
-            "AttentionCGSupport": SimpleNamespace(NEVER="NEVER"),
+            "AttentionCGSupport": SimpleNamespace(UNIFORM_SINGLE_TOKEN_DECODE="decode"),
             "AttentionType": SimpleNamespace(DECODER="decoder"),
             "MultipleOf": lambda base: f"multiples of {base}",
         },
@@ -180,6 +189,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("refreshkv.hosts.vllm.counters.export", lambda counts: None)
     name = "refreshkv.hosts.vllm.cuda"
     monkeypatch.delitem(sys.modules, name, raising=False)
     yield Fake(importlib.import_module(name), config)
@@ -280,6 +290,63 @@ def test_steps_of_prompts_and_decode_rows(
     assert running.builder.counter.collect().rows == 4
 
 
+@pytest.mark.parametrize(
+    "settings", [{"budget": 512}, {"mode": "full"}, {"mode": "refresh", "budget": 512}], ids=str
+)
+def test_a_graph_of_the_whole_model(fake: Fake, tokens: Tokens, settings: dict[str, Any]) -> None:
+    """Captured as vLLM does it, over rows that are nobody's; prompts between its steps, and padding behind them."""
+    running = Running(fake.told(**settings, log_interval=0), tokens)
+    running.layer.decoding.backend = OPERATORS
+    dummy = describe([Row(1, 1, request=row) for row in range(4)], PAGE)
+    query, key = torch.zeros(4, HEADS * GROUP, DIM), torch.zeros(4, HEADS, DIM)
+    output, ends = torch.zeros_like(query), torch.zeros(4, dtype=torch.int32)
+    table = torch.zeros(4, 4, dtype=torch.int32)
+
+    def in_place(common: Common) -> Common:
+        ends.copy_(common.seq_lens)
+        table[:, : common.block_table_tensor.shape[1]] = common.block_table_tensor
+        common.seq_lens, common.block_table_tensor = ends, table
+        return common
+
+    metadata = running.builder.build_for_cudagraph_capture(in_place(dummy))
+    given = None, query, key, key, running.cache, metadata, output
+    running.layer.forward(*given)  # vLLM warms up before
+    graph = Tape().record(lambda: running.layer.forward(*given))
+    assert running.builder.counter.total().rows == 0
+
+    running.step((0, 70, True), (1, 130, True))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for step in range(1, 60):
+        if step == 30:  # in between a prompt, which is attended as without graphs
+            running.step((0, 1, False), (2, 20, True))
+        requests = (1, 0) if step < 30 else (2, 1, 0)
+        began = [running.ends[request] for request in requests]
+        common, own, *_ = running.common(*((request, 1, False) for request in requests))
+        query.fill_(torch.nan)[: len(requests)] = own
+        running.builder.build(0, in_place(padded(common, 4)))
+        graph()
+        for row, (request, begin) in enumerate(zip(requests, began, strict=True)):
+            expected = running.expected(request, begin, begin + 1)
+            torch.testing.assert_close(output[row : row + 1], expected, **close)
+    assert [len(rows) for rows in running.layer.attended] == [2, 1]
+    counts = running.builder.counter.collect()
+    assert counts.rows == 29 * 2 + 1 + 30 * 3
+    assert 0 < counts.read <= counts.available
+
+
+def padded(common: Common, rows: int) -> Common:
+    """With rows that have no tokens behind its own, as far as vLLM tells of them."""
+    more = rows - common.num_reqs
+    begins, blocks = common.query_start_loc_cpu, common.block_table_tensor
+    return replace(
+        common,
+        query_start_loc_cpu=torch.cat([begins, begins[-1:].expand(more)]),
+        seq_lens=torch.cat([common.seq_lens, common.seq_lens.new_zeros(more)]),
+        block_table_tensor=torch.cat([blocks, blocks.new_zeros(more, blocks.shape[1])]),
+        num_reqs=rows,
+    )
+
+
 def test_a_small_budget_reads_little(fake: Fake, tokens: Tokens) -> None:
     running = Running(fake.told(budget=4, skip=0.0), tokens)
     running.step((0, 140, True))
@@ -318,6 +385,20 @@ def test_layers_of_another_kind_stay_with_the_stock_backend(
     assert running.layer.attended == [[30], [1, 4]]
 
 
+def test_a_cache_that_vllm_drops_is_gone(fake: Fake, tokens: Tokens) -> None:
+    """It has one for a trial before it knows how much memory is left; the next one is found as well."""
+    running = Running(fake.told(budget=512), tokens)
+    running.step((0, 70, True))
+    trial = StorageWeakRef(running.cache.untyped_storage())
+    running.cache = running.cache.new_zeros(0)
+    assert trial.expired()
+    other = Running(fake, tokens)
+    running.cache, running.ends[0] = other.cache, 0
+    running.step((0, 70, True))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(running.step((0, 1, False)), running.expected(0, 70, 71), **close)
+
+
 def test_a_profiling_run(fake: Fake, tokens: Tokens) -> None:
     layer = fake.cuda.RefreshKVImpl()
     query = torch.ones(5, HEADS * GROUP, DIM)
@@ -327,7 +408,9 @@ def test_a_profiling_run(fake: Fake, tokens: Tokens) -> None:
 def test_what_vllm_asks_of_the_backend(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, builder = fake.cuda.RefreshKVBackend, fake.cuda.RefreshKVBuilder
     assert backend.get_name() == "CUSTOM" and backend.get_impl_cls() is fake.cuda.RefreshKVImpl
-    assert backend.get_builder_cls() is builder and builder._cudagraph_support == "NEVER"
+    assert backend.get_builder_cls() is builder
+    assert builder.get_cudagraph_support(fake.config, FullAttentionSpec()) == "decode"
+    assert builder.get_cudagraph_support(fake.config, SlidingWindowSpec()) == "ALWAYS"
     assert not builder.supports_update_block_table and builder.reorder_batch_threshold == 1
     assert fake.builder().use_cascade_attention(1, num_sms=2) is False
     assert backend.supported_kv_cache_layouts() == (Layout.LBNHC, Layout.LBHNC, Layout.BLHNC)
@@ -373,7 +456,11 @@ def test_the_first_model_runner_cannot_refresh_on_a_gpu(
     fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not say which request a row is of; the mixed mode needs no such thing."""
-    monkeypatch.setattr("refreshkv.hosts.vllm.serving.Counter", lambda **given: None)
+    serving = "refreshkv.hosts.vllm.serving"
+    monkeypatch.setattr(f"{serving}.Counter", lambda **given: None)
+    monkeypatch.setattr(
+        f"{serving}.Sorter", lambda page, config, planner, **_: SimpleNamespace(planner=planner)
+    )
     fake.config.use_v2_model_runner = False
     gpu, given = torch.device("cuda"), (FullAttentionSpec(), ["0"], fake.config)
     with pytest.raises(refusals.Refused, match="VLLM_USE_V2_MODEL_RUNNER=1"):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from refreshkv.config import RefreshConfig
-from refreshkv.hosts.vllm.decoding import Refresh
 from refreshkv.kernels import reference
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.stats import COUNTS
@@ -99,6 +98,38 @@ def test_numbered_requests_are_served_alike(tokens: Tokens) -> None:
         served(config, tokens)[0], served(config, tokens, numbered=True)[0], strict=True
     ):
         assert torch.equal(torch.stack(one), torch.stack(other))
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_that_a_graph_replays(tokens: Tokens, name: str, numbered: bool) -> None:
+    """Recorded once, over rows that are nobody's; what the rows of a step do is told in tensors alone."""
+    config = RefreshConfig(**CONFIGS[name])
+    plain, one = served(config, tokens)
+    ours, server = served(config, tokens, graphs=(2, 4), numbered=numbered)
+    compare(ours, plain)
+    assert server.replayed == sum(all(n == 1 for _, n in step) for step in SCHEDULE) > 40
+    # The last token of a prompt by itself is a row of the graph, which reads everything.
+    more = dict(zip(COUNTS, (server.tally - one.tally).sum((0, 1)).tolist(), strict=True))
+    expected = 150 * server.tally.shape[1]
+    if config.mode == "mixed":
+        assert 0 < more["read"] <= expected and more["full"] == 0
+    else:
+        assert more["read"] == expected and more["full"] == server.tally.shape[1]
+
+
+@pytest.mark.parametrize("graphs", [(), (2, 4)])
+@pytest.mark.parametrize("name", ["mixed", "heads ask"])
+def test_rows_that_there_is_no_room_for_at_once(
+    tokens: Tokens, name: str, graphs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other they give the same, and count the same."""
+    config = RefreshConfig(**CONFIGS[name])
+    plain, one = served(config, tokens, graphs=graphs)
+    monkeypatch.setattr("refreshkv.hosts.vllm.decoding.SCRATCH", 1)
+    ours, server = served(config, tokens, graphs=graphs)
+    compare(ours, plain)
+    assert torch.equal(server.tally.sum((0, 1)), one.tally.sum((0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +260,7 @@ def test_a_lost_row_takes_its_share_anew(tokens: Tokens) -> None:
     for _ in range(25):
         for request in (0, 1):
             outputs[request].append(server.step((request, 1))[request])
-            assert isinstance(server.decoding, Refresh)
-            assert server.decoding.budget.tolist() == [config.resolve_budget(server.ends[request])]
+            room = server.sorter._room
+            assert room is not None
+            assert room.tolist() == [config.resolve_budget(server.ends[request]), 0]
     compare(outputs, alone(config, tokens, [25, 25, 0], full=True)[:2])

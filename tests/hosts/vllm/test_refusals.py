@@ -72,3 +72,10 @@ def test_what_a_layer_is_refused_for(layer: dict[str, Any], says: str) -> None:
     with pytest.raises(refusals.Refused) as error:
         refusals.check_layer(**layer)
     assert says in str(error.value)
+
+
+def test_more_queries_of_a_kv_head_than_the_kernels_take() -> None:
+    refusals.check_group(16, 16)
+    refusals.check_group(64, None)
+    with pytest.raises(refusals.Refused, match=r"17 query heads .* --tensor-parallel-size"):
+        refusals.check_group(17, 16)

@@ -20,6 +20,10 @@ def numbers(where: Where) -> list[int]:
     return torch.arange(1000)[where].tolist()
 
 
+def sorter_of(config: RefreshConfig, planner: Planner | None = None, page: int = 64) -> Sorter:
+    return Sorter(page, config, planner, rows=8, device=CPU)
+
+
 def rows_of(rows: Rows | None) -> Rows:
     assert rows is not None
     return rows
@@ -27,7 +31,7 @@ def rows_of(rows: Rows | None) -> Rows:
 
 def test_a_ragged_batch() -> None:
     """Decode rows stand anywhere; a prompt of one token is none of them, nor the last token of a prompt in chunks."""
-    step = Sorter(64, MIXED, None).sort(
+    step = sorter_of(MIXED).sort(
         describe(
             [
                 Row(5, 5, [3], prefilling=True),
@@ -50,12 +54,12 @@ def test_a_ragged_batch() -> None:
         0,
     ]  # the newest token is exact, and the block that it completes
     assert step.prompt_rows.tolist() == [0, 2, 4, 5]
-    assert decodes.total == 194 and prompts.total == 166
+    assert step.count == 2 and step.entries == 194 and step.begins
     assert decodes.budget.tolist() == [8, 8] and decodes.states is None
 
 
 def test_a_step_without_decode_rows_and_one_without_prompts() -> None:
-    sorter = Sorter(64, MIXED, None)
+    sorter = sorter_of(MIXED)
     assert sorter.sort(describe([Row(7, 7, prefilling=True)], 64)).decodes is None
     step = sorter.sort(describe([Row(1, 7), Row(1, 9)], 64))
     assert step.prompts is None and step.prompt_rows.tolist() == []
@@ -66,7 +70,7 @@ def test_a_step_without_decode_rows_and_one_without_prompts() -> None:
 def test_padding_rows_do_nothing(request_: int | None) -> None:
     """vLLM tells neither whether they are prompts nor a request of them."""
     planner = Planner(8, 4, asks=False, stagger=True)
-    sorter = Sorter(64, REFRESH, planner)
+    sorter = sorter_of(REFRESH, planner)
     sorter.sort(describe([Row(7, 7, prefilling=True, request=request_)], 64, padding=2))
     step = sorter.sort(describe([Row(1, 8, request=request_)], 64, padding=3))
     assert len(rows_of(step.decodes)) == 1 and step.prompts is None
@@ -77,7 +81,7 @@ def test_padding_rows_do_nothing(request_: int | None) -> None:
 def test_a_share_of_the_context_is_taken_of_each_row(share: float) -> None:
     config = RefreshConfig(mode="mixed", budget=share)
     rows = [Row(1, end, [1] * 8) for end in range(1, 400)]
-    step = Sorter(64, config, None).sort(describe(rows, 64))
+    step = sorter_of(config).sort(describe(rows, 64))
     expected = [config.resolve_budget(row.end) for row in rows]
     assert rows_of(step.decodes).budget.tolist() == expected
 
@@ -97,7 +101,7 @@ def test_a_share_of_the_context_is_taken_of_each_row(share: float) -> None:
 def test_fresh_blocks(queries: int, end: int, begin: int, finish: int, page: int) -> None:
     """Those that a token of the step lies in, and that are complete after it."""
     rows = [Row(1, 63, [9]), Row(queries, end, [1, 2, 3, 4]), Row(10, 60, [5])]
-    fresh = Sorter(page, MIXED, None).sort(describe(rows, page)).fresh
+    fresh = sorter_of(MIXED, page=page).sort(describe(rows, page)).fresh
     assert fresh is not None
     assert fresh.begin.tolist() == [begin] and fresh.end.tolist() == [finish]
     assert fresh.most == finish - begin
@@ -105,16 +109,14 @@ def test_fresh_blocks(queries: int, end: int, begin: int, finish: int, page: int
 
 
 def test_no_block_is_fresh_where_none_is_complete_or_none_is_rounded() -> None:
-    assert (
-        Sorter(64, MIXED, None).sort(describe([Row(1, 63), Row(1, 66, [1, 2])], 64)).fresh is None
-    )
+    assert sorter_of(MIXED).sort(describe([Row(1, 63), Row(1, 66, [1, 2])], 64)).fresh is None
     full = RefreshConfig(mode="full")
-    assert Sorter(16, full, None).sort(describe([Row(64, 64, [1] * 4)], 16)).fresh is None
+    assert sorter_of(full, page=16).sort(describe([Row(64, 64, [1] * 4)], 16)).fresh is None
 
 
 def test_the_planner_knows_a_row_by_the_place_of_its_last_token() -> None:
     """Across a page, and after a draft of which a token was rejected: that is a doubt, and so a full step."""
-    sorter = Sorter(4, REFRESH, Planner(4, None, asks=False, stagger=True))
+    sorter = sorter_of(REFRESH, Planner(8, None, asks=False, stagger=True), page=4)
     sorter.sort(describe([Row(8, 8, [7, 3], prefilling=True)], 4))
     seen = []
     for row in (

@@ -90,20 +90,24 @@ class Counter:
         self.layers, self.heads, self.entry_bytes = layers, heads, entry_bytes
         self.tally = torch.zeros(rows, heads, len(COUNTS), dtype=torch.int64, device=device)
         self._host, self._collected = Counts(), Counts()
+        self._begun = False
 
     def rows_of(self, count: int) -> Tensor:
         """The tally of so many rows."""
         return self.tally[:count]
 
     def follow(self, step: Step) -> None:
-        """A step begins."""
-        if step.decodes is None:
-            return
+        """A step begins. What vLLM tried before the first prompt, for its graphs and its memory, counts for nothing."""
+        if not self._begun:
+            if not step.begins:
+                return
+            self._begun = True
+            self.tally.zero_()
         host, kinds = self._host, step.kinds
-        host.rows += len(step.decodes)
-        host.available += step.decodes.total * self.heads * self.layers
+        host.rows += step.count
+        host.available += step.entries * self.heads * self.layers
         if kinds is not None:
-            host.full += int((kinds == Kind.FULL).sum())
+            host.full += int(np.isin(kinds, (Kind.FULL, Kind.PROMPT)).sum())
             host.lost += int((kinds == Kind.LOST).sum())
             host.partial += int(np.isin(kinds, (Kind.PARTIAL, Kind.DUE)).sum())
 

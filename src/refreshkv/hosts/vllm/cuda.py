@@ -1,8 +1,8 @@
 """RefreshKV on vLLM's FlashAttention backend, for NVIDIA GPUs. Not run on a GPU yet.
 
 Keys and values are written and prompts attended by FlashAttention in vLLM's own cache; decode rows go to the Triton
-kernels, over the same pages. CUDA graphs hold what lies between the layers' attention, which runs eagerly: which rows
-are full, and how many there are, is decided on the host in each step.
+kernels, over the same pages. A step in which each row has one token is one CUDA graph, attention and all: what its rows
+do is told on the device (`steps`). In the others graphs hold what lies between the layers' attention.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from refreshkv.config import BLOCK
 from refreshkv.hosts.vllm import refusals
-from refreshkv.hosts.vllm.serving import ServedBackend, ServedBuilder, ServedLayer
+from refreshkv.hosts.vllm.serving import ServedBackend, ServedBuilder, ServedLayer, is_full
 
 logger = init_logger("vllm.refreshkv")
 
@@ -32,7 +32,7 @@ _NO_WINDOW = (-1, -1)
 class RefreshKVBackend(ServedBackend, FlashAttentionBackend):
     """The backend `CUSTOM`."""
 
-    widest = 256  # dims of a head that the Triton kernels take
+    widest, most_queries = 256, 16  # what the Triton kernels take
     supports_kv_cache_update_bypass = False  # from 0.33 on: prompts are cut out of keys and values
 
     @staticmethod
@@ -76,7 +76,6 @@ class RefreshKVImpl(ServedLayer, FlashAttentionImpl):
 class RefreshKVBuilder(ServedBuilder, FlashAttentionMetadataBuilder):
     """What the layers of a group share in a step."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False  # what a step completes is known where it is built
 
     def __init__(
@@ -96,6 +95,15 @@ class RefreshKVBuilder(ServedBuilder, FlashAttentionMetadataBuilder):
                 "mode 'refresh' with vLLM's first model runner, which does not number its requests",
                 "set VLLM_USE_V2_MODEL_RUNNER=1, or use mode 'mixed'",
             )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: Any
+    ) -> AttentionCGSupport:
+        """Steps of decode rows, by any mode; FlashAttention's own for layers that stay with it."""
+        if is_full(kv_cache_spec):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         """Up to 0.31 vLLM may attend to a common prefix once for all rows; not here."""

@@ -6,6 +6,7 @@ Letters: B rows, Hq query heads, Hkv KV heads, D head dim, R rows of state, K sl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm.pages import Pages
 from refreshkv.hosts.vllm.planner import Kind
-from refreshkv.hosts.vllm.steps import Fresh, Rows, Step, there
+from refreshkv.hosts.vllm.steps import Fresh, Held, Rows, Step, there
 from refreshkv.kernels.backend import Backend, backend_for
 from refreshkv.kernels.options import AttendOptions, Entries
 from refreshkv.kernels.reference.rings import STATE
@@ -25,6 +26,9 @@ from refreshkv.stats import COUNTS
 
 USED = STATE.index("used")
 Kinds = NDArray[np.int8]
+Told = Kinds | Held | None  # what rows do in the published mode
+# Bytes that kernels may put down of a step. vLLM does not see it in a step: `serving` shows it such a tensor before.
+SCRATCH = 1 << 30
 
 
 class Decoding(ABC):
@@ -43,21 +47,33 @@ class Decoding(ABC):
     def learn(self, pages: Pages, step: Step, query: Tensor) -> None:  # noqa: B027, most modes learn nothing
         """The step's tokens are in the pages, and its prompts attended; `query` `[T, Hq, D]` is that of all tokens."""
 
-    @abstractmethod
     def attend(self, query: Tensor, pages: Pages, step: Step, tally: Tensor) -> Tensor:
         """Attention of the decode rows, `[B, Hq, D]` -> `[B, Hq, D]`.
 
         `tally` `[B, Hkv, 5]` int64 is added to, in the order of `stats.COUNTS`.
         """
+        rows = step.decodes
+        assert rows is not None
+        some = parts(query, rows, pages.size)
+        told = step.kinds if step.held is None else step.held
+        if len(some) == 1:
+            return self._attend(query, pages, rows, told, tally)
+        output = torch.empty_like(query)
+        for at in some:
+            own = None if told is None else told[at]
+            output[at] = self._attend(query[at], pages, rows.some(at), own, tally[at])
+        return output
+
+    @abstractmethod
+    def _attend(self, query: Tensor, pages: Pages, rows: Rows, told: Told, tally: Tensor) -> Tensor:
+        """As `attend`, of so few rows that there is room for what the kernels put down; `told` is what they do."""
 
 
 class Full(Decoding):
     """`mode="full"`: our kernels read everything."""
 
-    def attend(self, query: Tensor, pages: Pages, step: Step, tally: Tensor) -> Tensor:
-        rows = step.decodes
-        assert rows is not None
-        tally[..., COUNTS.index("full")] += 1
+    def _attend(self, query: Tensor, pages: Pages, rows: Rows, told: Told, tally: Tensor) -> Tensor:
+        tally[..., COUNTS.index("full")] += rows.ends.clamp(max=1)[:, None]
         tally[..., COUNTS.index("read")] += rows.ends[:, None]
         options = self.options.over(lengths=rows.ends[:, None])
         return self.backend.attend(query, pages.entries(rows.blocks), options).output
@@ -75,21 +91,19 @@ class Mixed(Decoding):
             self.backend.encode(
                 pages.entries(fresh.blocks),
                 pages.codes_at(fresh.blocks),
-                first=torch.zeros_like(fresh.begin),
+                first=fresh.first,
                 begin=fresh.begin,
                 end=fresh.end,
                 most=fresh.most,
             )
 
-    def attend(self, query: Tensor, pages: Pages, step: Step, tally: Tensor) -> Tensor:
-        rows = step.decodes
-        assert rows is not None
+    def _attend(self, query: Tensor, pages: Pages, rows: Rows, told: Told, tally: Tensor) -> Tensor:
         return self.backend.attend_mixed(
             query,
             pages.entries(rows.blocks),
             pages.codes_at(rows.blocks),
             self.options.over(lengths=rows.ends[:, None]),
-            first=torch.zeros_like(rows.ends),
+            first=rows.first,
             finished=rows.finished,
             budget=rows.budget,
             skip=self.config.skip,
@@ -97,11 +111,27 @@ class Mixed(Decoding):
         ).output
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the trigger finds of some rows.
+
+    Attributes:
+        states: `[B]` int64, their rows of state.
+        before, own: `[B, Hkv, D]`, what is remembered of the query of their last full step, and what to of this one.
+        drifted: `[B, Hkv]` bool, whose query has moved away from that.
+    """
+
+    states: Tensor
+    before: Tensor
+    own: Tensor
+    drifted: Tensor
+
+
 class Refresh(Decoding):
     """`mode="refresh"`: the published method over lists of positions, one for each row of state and KV head.
 
     Args:
-        rows: R.
+        rows: R; there is one more, for padding.
         slots: K, the most that a budget can be.
         heads: Hkv.
         dim: D.
@@ -119,89 +149,112 @@ class Refresh(Decoding):
         dim: int,
     ) -> None:
         super().__init__(config, options, device)
-        self.positions = torch.full((rows, heads, slots), FREE, dtype=torch.int32, device=device)
-        self.state = torch.zeros(len(STATE), rows, heads, dtype=torch.int64, device=device)
-        self.budget = torch.zeros(rows, dtype=torch.int64, device=device)
-        asks = config.threshold is not None and config.stride is not None
+        shape = rows + 1, heads
+        self.positions = torch.full((*shape, slots), FREE, dtype=torch.int32, device=device)
+        self.state = torch.zeros(len(STATE), *shape, dtype=torch.int64, device=device)
+        self.asks = config.threshold is not None and config.stride is not None
         # The query of the last full step of each row and head, averaged as the trigger compares it.
-        self.reference = torch.zeros(rows, heads, dim if asks else 0, device=device)
-        self.asks = asks
+        self.reference = torch.zeros(*shape, dim if self.asks else 0, device=device)
 
     def learn(self, pages: Pages, step: Step, query: Tensor) -> None:
         rows = step.prompts
         if rows is None:
             return
         own = query[rows.tokens]
-        options = self.options.over(lengths=rows.ends[:, None])
-        scores = self.backend.score(own, pages.entries(rows.blocks), options).scores
-        self._allow(rows)
-        self._select(scores, own, pages, rows)
+        for at in parts(own, rows, pages.size):
+            self._learn(own[at], pages, rows.some(at))
 
-    def attend(self, query: Tensor, pages: Pages, step: Step, tally: Tensor) -> Tensor:
-        rows, kinds = step.decodes, step.kinds
-        assert rows is not None and kinds is not None
-        full = (kinds == Kind.FULL) | (kinds == Kind.LOST)
+    def _learn(self, query: Tensor, pages: Pages, rows: Rows) -> None:
+        options = self.options.over(lengths=rows.ends[:, None])
+        scores = self.backend.score(query, pages.entries(rows.blocks), options).scores
+        self._select(scores, query, pages, rows)
+
+    def _attend(self, query: Tensor, pages: Pages, rows: Rows, told: Told, tally: Tensor) -> Tensor:
+        if isinstance(told, Held):
+            return self._held(query, pages, rows, told, tally)
+        assert told is not None
+        full = (told == Kind.FULL) | (told == Kind.LOST)
+        if full.all():
+            return self._full(query, pages, rows, tally)
+        if not full.any():
+            return self._partial(query, pages, rows, told, tally)
         output = torch.empty_like(query)
-        for which, run in ((full, self._refresh), (~full, self._partial)):
-            if which.all():
-                return run(query, pages, rows, kinds, tally)
-            if which.any():
-                at = indices(which, query)
-                given = query[at], pages, rows.some(at), kinds[which]
-                output[at] = run(*given, tally[: len(at)])
+        at = indices(full, query)
+        output[at] = self._full(query[at], pages, rows.some(at), tally[: len(at)])
+        at = indices(~full, query)
+        output[at] = self._partial(query[at], pages, rows.some(at), told[~full], tally[: len(at)])
         return output
 
-    def _refresh(
-        self, query: Tensor, pages: Pages, rows: Rows, kinds: Kinds, tally: Tensor
-    ) -> Tensor:
-        """Full attention, and what it scores highest is selected."""
-        options = self.options.over(lengths=rows.ends[:, None])
-        attended, scored = self.backend.attend_and_score(query, pages.entries(rows.blocks), options)
-        if (kinds == Kind.LOST).any():
-            self._allow(rows.some(indices(kinds == Kind.LOST, query)))
-        self._select(scored.scores, query, pages, rows, tally=tally)
-        return attended.output
+    def _held(self, query: Tensor, pages: Pages, rows: Rows, told: Held, tally: Tensor) -> Tensor:
+        """Partial attention of all rows, and over it the full one of those heads that want it."""
+        heads, asked = told.full[:, None].expand(-1, self.positions.shape[1]), None
+        if self.asks:
+            asked = self._ask(query, rows)
+            heads = heads | (told.due[:, None] & asked.drifted)
+        heads = heads.contiguous()
+        output = self._listed(query, pages, rows, tally, heads)
+        return self._full(query, pages, rows, tally, heads, output, asked)
 
     def _partial(
         self, query: Tensor, pages: Pages, rows: Rows, kinds: Kinds, tally: Tensor
     ) -> Tensor:
         """Attention over the lists; rows that are due ask their query, head by head, whether that will do."""
-        assert rows.states is not None
-        entries = pages.entries(rows.blocks, rows=rows.states)
-        due, heads = indices(kinds == Kind.DUE, query), None
-        if len(due):
-            heads = query.new_zeros(len(rows), self.positions.shape[1], dtype=torch.bool)
-            heads[due], _ = self._drift(query[due], rows.states[due].long())
-        self.backend.push(entries, rows.ends, back=1, **self._ring(), full=heads, tally=tally)
-        listed = Entries(entries.keys, entries.values, rows.blocks, self.positions, rows.states)
-        used = self.state[USED].index_select(0, rows.states)
-        output = self.backend.attend(query, listed, self.options.over(lengths=used)).output
-        if heads is None or not bool(heads.any()):
-            return output
-        again, wanted, own = rows.some(due), heads[due], query[due]
-        options = self.options.over(lengths=again.ends[:, None], heads=wanted)
-        attended, scored = self.backend.attend_and_score(
-            own, pages.entries(again.blocks), options, into=output[due]
-        )
-        output[due] = attended.output
-        self._select(scored.scores, own, pages, again, heads=wanted, tally=tally[: len(due)])
+        due = indices(kinds == Kind.DUE, query)
+        if not len(due):
+            return self._listed(query, pages, rows, tally, None)
+        own, again = query[due], rows.some(due)
+        asked = self._ask(own, again)
+        heads = query.new_zeros(len(rows), self.positions.shape[1], dtype=torch.bool)
+        heads[due] = asked.drifted
+        output = self._listed(query, pages, rows, tally, heads)
+        if bool(asked.drifted.any()):
+            given = own, pages, again, tally[: len(due)]
+            output[due] = self._full(*given, asked.drifted, output[due], asked)
         return output
 
-    def _drift(self, query: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Whose query has moved away from that of the last full step, `[B, Hkv]` bool; what to remember of it."""
-        return self.backend.drift(
+    def _listed(
+        self, query: Tensor, pages: Pages, rows: Rows, tally: Tensor, full: Tensor | None
+    ) -> Tensor:
+        """The new token enters the lists, and attention over these; heads that are `full` `[B, Hkv]` count no reads."""
+        assert rows.states is not None
+        entries = pages.entries(rows.blocks, rows=rows.states)
+        self.backend.push(entries, rows.ends, back=1, **self._ring(rows), full=full, tally=tally)
+        listed = Entries(entries.keys, entries.values, rows.blocks, self.positions, rows.states)
+        used = self.state[USED].index_select(0, rows.states)
+        return self.backend.attend(query, listed, self.options.over(lengths=used)).output
+
+    def _full(
+        self,
+        query: Tensor,
+        pages: Pages,
+        rows: Rows,
+        tally: Tensor,
+        heads: Tensor | None = None,
+        output: Tensor | None = None,
+        asked: Asked | None = None,
+    ) -> Tensor:
+        """Full attention of the `heads` `[B, Hkv]`, in the place of their `output` (`None`: all, anew); it selects."""
+        options = self.options.over(lengths=rows.ends[:, None], heads=heads)
+        attended, scored = self.backend.attend_and_score(
+            query, pages.entries(rows.blocks), options, into=output
+        )
+        self._select(scored.scores, query, pages, rows, heads, tally, asked)
+        return attended.output
+
+    def _ask(self, query: Tensor, rows: Rows) -> Asked:
+        """What the queries of these rows say."""
+        assert rows.states is not None
+        states = rows.states.long()
+        before = self.reference[states]
+        drifted, own = self.backend.drift(
             query,
-            self.reference[states],
+            before,
             self.state[:, states].contiguous(),
             stride=1,  # the planner counts steps, so here every step is the due one
             threshold=self.config.threshold,
             per_head=self.config.decide == "head",
         )
-
-    def _allow(self, rows: Rows) -> None:
-        """K of these rows, from here on."""
-        assert rows.states is not None
-        self.budget[rows.states.long()] = rows.budget.clamp(max=self.positions.shape[2])
+        return Asked(states, before, own, drifted)
 
     def _select(
         self,
@@ -211,13 +264,13 @@ class Refresh(Decoding):
         rows: Rows,
         heads: Tensor | None = None,
         tally: Tensor | None = None,
+        asked: Asked | None = None,
     ) -> None:
         """New lists for the `heads` `[B, Hkv]` (`None`: all) from `scores` `[B, Hkv, n]`; the query is remembered."""
         assert rows.states is not None
-        states = rows.states.long()
         selected = self.backend.select(
             scores,
-            self.budget[states],
+            rows.budget,
             pool_kernel=self.config.pool_kernel,
             heads=heads,
             ends=rows.ends,
@@ -227,26 +280,39 @@ class Refresh(Decoding):
             pages.entries(rows.blocks, rows=rows.states),
             selected.positions,
             selected.filled,
-            **self._ring(),
+            **self._ring(rows),
             heads=heads,
             ends=rows.ends,
-            hidden=torch.zeros_like(rows.ends),
+            hidden=rows.first,
             tally=tally,
         )
         if self.asks:
-            _, new = self._drift(query, states)
+            asked = asked or self._ask(query, rows)
+            new = asked.own
             if heads is not None:
-                new = torch.where(heads[..., None], new, self.reference[states])
-            self.reference[states] = new
+                new = torch.where(heads[..., None], new, asked.before)
+            self.reference[asked.states] = new
 
-    def _ring(self) -> dict[str, Tensor | None]:
+    def _ring(self, rows: Rows) -> dict[str, Tensor | None]:
         return {
             "ring_keys": None,
             "ring_values": None,
             "ring_positions": self.positions,
             "state": self.state,
-            "budget": self.budget,
+            "budget": rows.room,
         }
+
+
+def parts(query: Tensor, rows: Rows, page: int) -> list[slice]:
+    """The rows in as many parts as keep what the kernels put down of them within `SCRATCH`."""
+    each = scratch(1, query.shape[1], rows.blocks.shape[1] * page)
+    most = max(1, SCRATCH // max(1, each))
+    return [slice(first, first + most) for first in range(0, len(rows), most)]
+
+
+def scratch(rows: int, heads: int, length: int) -> int:
+    """Bytes that the kernels put down of so many rows: a float32 of each query head and position."""
+    return 4 * rows * heads * length
 
 
 def indices(which: NDArray[np.bool_], like: Tensor) -> Tensor:

@@ -126,6 +126,11 @@ class Pages:
         keys, values = cache.split(shape.dims, dim=-1)
         return cls(keys, values, None if shape.rounding is None else shape.codes(cache))
 
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.keys.shape[2]
+
     def entries(
         self, blocks: Tensor, positions: Tensor | None = None, rows: Tensor | None = None
     ) -> Entries:

@@ -60,10 +60,14 @@ class Plan:
     Attributes:
         kinds: of `Kind`.
         states: the row of state of each, `NOWHERE` for an idle one.
+        lengths: tokens that each had when its state was made; K is a share of them.
+        news: state was made in this step.
     """
 
     kinds: NDArray[np.int8]
     states: Numbers
+    lengths: Numbers
+    news: bool
 
 
 class Planner:
@@ -74,12 +78,16 @@ class Planner:
         stride: S, every S-th step may be full; `None`: none after the first selection.
         asks: a due row is full only if its query says so.
         stagger: see `settings.HostSettings`.
+
+    Attributes:
+        lengths: `[R]`, tokens that the row of each had when it was made.
     """
 
     def __init__(self, rows: int, stride: int | None, *, asks: bool, stagger: bool) -> None:
         self.stride, self.asks, self.stagger = stride, asks, stagger
         self._last = np.full(rows, NOWHERE, dtype=np.int64)  # where its last token lies
         self._ends = np.zeros(rows, dtype=np.int64)
+        self.lengths = np.zeros(rows, dtype=np.int64)
         self._steps = np.zeros(rows, dtype=np.int64)  # since the end of its prompt
         self._used = np.zeros(rows, dtype=np.int64)  # the step that used it last
         self._step = 0
@@ -106,7 +114,10 @@ class Planner:
         now = states[active]
         self._last[now], self._ends[now] = batch.last[active], batch.ends[active]
         self._steps[now], self._used[now] = steps[active], self._step
-        return Plan(kinds, states)
+        made = (kinds == Kind.PROMPT) | (kinds == Kind.LOST)
+        self.lengths[states[made]] = batch.ends[made]
+        lengths = np.where(active, self.lengths[states], 0)
+        return Plan(kinds, states, lengths, bool(made.any()))
 
     def _due(self, steps: Numbers, ends: Numbers) -> NDArray[np.bool_]:
         if self.stride is None:

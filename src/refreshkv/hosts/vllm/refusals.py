@@ -63,6 +63,19 @@ def check_layer(
         refuse("ALiBi", "serve this model without it")
 
 
+def check_group(queries: int, most: int | None) -> None:
+    """Look at how many query heads a KV head of one layer has.
+
+    Raises:
+        Refused: more than `most`, of which codes are read.
+    """
+    if most is not None and queries > most:
+        refuse(
+            f"{queries} query heads for a KV head in mode 'mixed' (at most {most})",
+            "use mode 'refresh', or spread them over more GPUs by --tensor-parallel-size",
+        )
+
+
 def refuse(what: str, remedy: str) -> NoReturn:
     """Raise."""
     raise Refused(f"RefreshKV does not serve {what}; {remedy}")

@@ -6,7 +6,8 @@ here. Layers that are not full attention (sliding windows, encoders) stay with i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from refreshkv.config import RefreshConfig
 from refreshkv.hosts.vllm import refusals, settings
 from refreshkv.hosts.vllm.counters import Counter, Reporter, reporter_for
-from refreshkv.hosts.vllm.decoding import Decoding, Full, Mixed, Refresh
+from refreshkv.hosts.vllm.decoding import SCRATCH, Decoding, Full, Mixed, Refresh, scratch
 from refreshkv.hosts.vllm.pages import Pages, PageShape
 from refreshkv.hosts.vllm.planner import Numbers, Planner
 from refreshkv.hosts.vllm.steps import Sorter, Step, Where, place, there
@@ -54,11 +55,12 @@ class ServedBackend:
     # Of the codes, as the layers of this process were told: vLLM asks for the pages where its config is not at hand.
     rounding: ClassVar[RefreshConfig | None] = None
     widest: ClassVar[int]
+    most_queries: ClassVar[int | None] = None  # of a KV head, where codes are read
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Pages with room for codes, where the mode has codes."""
-        if not _is_full(spec) or spec.sliding_window is not None:
+        if not is_full(spec) or spec.sliding_window is not None:
             return spec
         refusals.check_layer(spec.head_size, spec.head_size_v, widest=cls.widest)
         if cls.rounding is None:
@@ -91,6 +93,8 @@ class ServedLayer:
         told = settings.read(vllm_config.additional_config)
         refusals.check(vllm_config)
         config = told.config
+        if config.mode == "mixed":
+            refusals.check_group(self.num_heads // self.num_kv_heads, backend.most_queries)
         self.page_rounding = backend.rounding = config if config.rounds else None
         options = AttendOptions(
             scale=self.scale,
@@ -98,34 +102,42 @@ class ServedLayer:
             sinks=self.sinks,
             reduction=config.group_reduction,
         )
+        rows, length = (
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
         self.decoding: Decoding
         if config.mode == "refresh":
             self.decoding = Refresh(
                 config,
                 options,
                 device,
-                rows=vllm_config.scheduler_config.max_num_seqs,
-                slots=config.resolve_budget(vllm_config.model_config.max_model_len),
+                rows=rows,
+                slots=config.resolve_budget(length),
                 heads=self.num_kv_heads,
                 dim=self.head_size,
             )
         else:
             self.decoding = {"mixed": Mixed, "full": Full}[config.mode](config, options, device)
+        self.scratch = min(SCRATCH, scratch(rows, self.num_heads, length))
         # A layer that reads another's cache finds the codes there, but its selections are its own.
         shares = self.kv_sharing_target_layer_name is not None
         self.learns = config.mode == "refresh" or not shares
+        self._forget()
+
+    def _forget(self, *_: Any) -> None:
+        self._cache: weakref.ref[Tensor] | None = None
         self._pages: Pages | None = None
-        self._held: tuple[int, ...] = ()
 
     def pages(self, cache: Tensor) -> Pages:
-        """The cache of this layer, `[N, Hkv, P, 2 D]`, for our kernels."""
-        held = (cache.data_ptr(), *cache.shape)
-        if self._pages is None or held != self._held:
+        """The cache of this layer, `[N, Hkv, P, 2 D]`, for our kernels; it may be dropped and made anew."""
+        if self._pages is None or self._cache is None or self._cache() is not cache:
             dim = cache.shape[3] // 2
             shape = PageShape(
                 cache.shape[1], cache.shape[2], (dim, dim), cache.dtype, self.page_rounding
             )
-            self._pages, self._held = Pages.of(cache, shape), held
+            # vLLM has a small cache at first, to see what its graphs take. What views it must not outlive it.
+            self._cache, self._pages = weakref.ref(cache, self._forget), Pages.of(cache, shape)
         return self._pages
 
     def forward(
@@ -142,7 +154,9 @@ class ServedLayer:
     ) -> Tensor:
         """Attention of the T tokens of a step, `[T, Hq, D]` into `output`; the cache has their keys and values."""
         given = layer, query, key, value, kv_cache, attn_metadata
-        if not self.served or attn_metadata is None:  # of another kind, or a profiling run
+        if self.served and attn_metadata is None:  # vLLM finds out how much memory a step takes
+            torch.empty(self.scratch, dtype=torch.uint8, device=query.device)
+        if not self.served or attn_metadata is None:
             return super().forward(*given, output, output_scale, output_block_scale)  # type: ignore[misc]
         if not isinstance(attn_metadata, ServedMetadata):
             refusals.refuse("layers of which another builder tells", "serve this model without it")
@@ -188,7 +202,7 @@ class ServedBuilder:
         self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, report: Any
     ) -> None:
         """Begin to serve the layers of one group, unless it is of another kind; `report` takes a line of the log."""
-        self.served = _is_full(spec)
+        self.served = is_full(spec)
         if not self.served:
             return
         if spec.sliding_window is not None or spec.attention_chunk_size is not None:
@@ -202,7 +216,7 @@ class ServedBuilder:
         if config.mode == "refresh":
             asks = config.threshold is not None
             planner = Planner(rows, config.stride, asks=asks, stagger=told.host.stagger)
-        self.sorter = Sorter(spec.block_size, config, planner)
+        self.sorter = Sorter(spec.block_size, config, planner, rows=rows, device=device)
         self.counter = Counter(
             layers=len(layer_names),
             heads=spec.num_kv_heads,
@@ -228,14 +242,21 @@ class ServedBuilder:
         if not self.served:
             given = common_prefix_len, common_attn_metadata, fast_build
             return super().build(*given)  # type: ignore[misc]
-        if common_attn_metadata.causal is not True:
+        return self._metadata(common_attn_metadata, self.sorter.sort)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """The metadata of the step that a CUDA graph of the whole model is captured over."""
+        if not self.served:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        return self._metadata(common_attn_metadata, self.sorter.capture)
+
+    def _metadata(self, common: Any, sort: Callable[[Any], Step]) -> ServedMetadata:
+        if common.causal is not True:
             refusals.refuse("attention that is not causal", "serve this model without it")
-        step = self.sorter.sort(common_attn_metadata)
+        step = sort(common)
         self.reporter.follow()
         self.counter.follow(step)
-        prompts = (
-            [] if step.prompts is None else self.prompts(common_attn_metadata, step.prompt_rows)
-        )
+        prompts = [] if step.prompts is None else self.prompts(common, step.prompt_rows)
         return ServedMetadata(step, prompts, self.counter)
 
     def prompts(self, common: Any, rows: Numbers) -> list[Prompts]:
@@ -254,7 +275,7 @@ def tokens_of(common: Any, rows: Numbers) -> Where:
     return place(np.concatenate(spans), common.seq_lens.device)
 
 
-def _is_full(spec: Any) -> bool:
+def is_full(spec: Any) -> bool:
     """Whether a cache is that of full attention; what is derived of that class is of another kind."""
     return type(spec).__name__ == "FullAttentionSpec"
 

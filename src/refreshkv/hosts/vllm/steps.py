@@ -1,7 +1,10 @@
 """The rows of one step, sorted by what they do: which decode, which bring a prompt, which blocks they complete.
 
 Host arrays decide, device tensors go to the kernels, and no loop goes over rows. `Common` is what is read of vLLM's
-`CommonAttentionMetadata`. Letters: B rows, T tokens of a step, M pages of a row.
+`CommonAttentionMetadata`. Letters: B rows, T tokens of a step, M pages of a row, R rows of state.
+
+A CUDA graph is captured over tensors, and replayed without asking anybody. So a step that a graph may serve is *held*:
+it is told in the same tensors each time, for all rows alike, with nothing that depends on what they are.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refreshkv.config import BLOCK, RefreshConfig
-from refreshkv.hosts.vllm.planner import Batch, Numbers, Plan, Planner
+from refreshkv.hosts.vllm.planner import NOWHERE, Batch, Kind, Numbers, Plan, Planner
 
 Where = slice | Tensor  # an index of a first dimension: a view where it can be one
+Flags = NDArray[np.bool_]
 
 
 class Common(Protocol):
@@ -40,31 +44,34 @@ class Rows:
         tokens: the last token of each among the T of the step.
         blocks: `[B, M]` int32, their pages, no more than the longest has.
         ends: `[B]` int64, tokens of each.
-        budget: `[B]` int64, K of each, a share taken of its tokens.
+        first: `[B]` int64, where the first block of each begins: 0.
         finished: `[B]` int64, blocks of 64 tokens before its newest one.
+        budget: `[B]` int64, K of each.
         states: `[B]` int32, their rows of state; `None` where there is none.
-        total: tokens of all of them.
+        room: `[R + 1]` int64, K of each row of state, and of one for padding; `None` likewise.
     """
 
     tokens: Where
     blocks: Tensor
     ends: Tensor
-    budget: Tensor
+    first: Tensor
     finished: Tensor
+    budget: Tensor
     states: Tensor | None
-    total: int
+    room: Tensor | None
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def some(self, at: Tensor) -> Rows:
-        """Those at these places among them, with the pages of all; their `tokens` and `total` stay."""
+    def some(self, at: Where) -> Rows:
+        """Those at these places among them, with the pages of all; their `tokens` stay."""
         return replace(
             self,
             blocks=self.blocks[at],
             ends=self.ends[at],
-            budget=self.budget[at],
+            first=self.first[at],
             finished=self.finished[at],
+            budget=self.budget[at],
             states=None if self.states is None else self.states[at],
         )
 
@@ -74,9 +81,26 @@ class Fresh:
     """Blocks of 64 tokens that a step completes: `begin` to `end` `[B]` int64 of each row, at most `most` of one."""
 
     blocks: Tensor
+    first: Tensor
     begin: Tensor
     end: Tensor
     most: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the rows of a held step do in the published mode, `[B]` bool each.
+
+    Attributes:
+        full: all heads read everything.
+        due: those read everything whose query says so.
+    """
+
+    full: Tensor
+    due: Tensor
+
+    def __getitem__(self, at: slice) -> Held:
+        return Held(self.full[at], self.due[at])
 
 
 @dataclass(frozen=True)
@@ -84,17 +108,53 @@ class Step:
     """What our part of a step does.
 
     Attributes:
-        decodes: rows of one token that is generated; `None`: there are none.
+        decodes: rows of one token that is generated; `None`: there are none. In a held step all rows: also those that
+            bring a prompt's last token by itself, and padding, which has no tokens.
         prompts: the others, by `Rows`, and how many tokens each has in this step; `None` likewise.
         fresh: blocks whose codes are due; `None` likewise.
-        kinds: of the decoding rows, in the published mode.
+        kinds: of the rows in `decodes`, in the published mode.
+        held: the same of a held step; `None` in the others.
+        count, entries: decode rows that are no padding, and tokens of all of them.
+        begins: a prompt is among the rows, so that this is no trial of vLLM's before it serves anybody.
     """
 
     decodes: Rows | None
     prompts: Rows | None
     prompt_rows: Numbers
     fresh: Fresh | None
-    kinds: NDArray[np.int8] | None = None
+    kinds: NDArray[np.int8] | None
+    held: Held | None
+    count: int
+    entries: int
+    begins: bool
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What vLLM says of the B rows on the host.
+
+    Attributes:
+        starts: `[B + 1]`, where the tokens of each begin among those of the step.
+        queries: tokens of each in the step.
+        ends: tokens of each after it.
+        prefilling: rows that had not reached the end of their prompt before.
+    """
+
+    starts: Numbers
+    queries: Numbers
+    ends: Numbers
+    prefilling: Flags
+
+    @classmethod
+    def of(cls, common: Common) -> _Told:
+        starts = common.query_start_loc_cpu.numpy().astype(np.int64)
+        count = len(starts) - 1
+        on_host = common.seq_lens_cpu_upper_bound
+        lengths = common.seq_lens if common.seq_lens.device.type == "cpu" else on_host
+        assert lengths is not None, "vLLM tells the lengths of its rows on the host"
+        ends = _padded(lengths.numpy().astype(np.int64), count)
+        told = np.zeros(0) if common.is_prefilling is None else common.is_prefilling.numpy()
+        return cls(starts, np.diff(starts), ends, _padded(told, count).astype(bool))
 
 
 class Sorter:
@@ -104,93 +164,152 @@ class Sorter:
         page: tokens of a page.
         config: the settings.
         planner: of the published mode; `None` in the others.
+        rows: the most that a step has.
+        device: of the tensors.
     """
 
-    def __init__(self, page: int, config: RefreshConfig, planner: Planner | None) -> None:
-        self.page, self.config, self.planner = page, config, planner
+    def __init__(
+        self,
+        page: int,
+        config: RefreshConfig,
+        planner: Planner | None,
+        *,
+        rows: int,
+        device: torch.device,
+    ) -> None:
+        self.page, self.config, self.planner, self.device = page, config, planner, device
+        self._rows, self._captured = rows, 0
+        self._room = None
+        if planner is not None:
+            self._room = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+
+    def capture(self, common: Common) -> Step:
+        """The step that a CUDA graph is captured over. From here on steps that this graph may serve are held."""
+        told = _Told.of(common)
+        if told.queries.max(initial=0) <= 1:
+            if not self._captured:
+                self._hold()
+            self._captured = max(self._captured, len(told.queries))
+        return self.sort(common)
 
     def sort(self, common: Common) -> Step:
         """The rows of a step by what they do."""
-        starts = common.query_start_loc_cpu.numpy().astype(np.int64)
-        queries = np.diff(starts)
-        on_host = common.seq_lens_cpu_upper_bound
-        lengths = common.seq_lens if common.seq_lens.device.type == "cpu" else on_host
-        assert lengths is not None, "vLLM tells the lengths of its rows on the host"
-        ends = lengths[: len(queries)].numpy().astype(np.int64)
-        told = np.zeros(0) if common.is_prefilling is None else common.is_prefilling.numpy()
-        prefilling = _padded(told, len(queries)).astype(bool)
-        decodes = (queries == 1) & ~prefilling
-        prompts = (queries > 0) & ~decodes
-        plan = self._plan(common, starts, queries, ends, prefilling)
+        told = _Told.of(common)
+        plan = self._plan(common, told)
+        if len(told.queries) <= self._captured and told.queries.max(initial=0) <= 1:
+            return self._held(common, told, plan)
+        decodes = (told.queries == 1) & ~told.prefilling
+        prompts = (told.queries > 0) & ~decodes
         return Step(
-            self._rows(common, decodes, starts, ends, plan),
-            self._rows(common, prompts, starts, ends, plan),
+            self._some(common, decodes, told, plan),
+            self._some(common, prompts, told, plan),
             np.flatnonzero(prompts),
-            self._fresh(common, queries, ends) if self.config.rounds else None,
+            self._fresh(common, told) if self.config.rounds else None,
             None if plan is None else plan.kinds[decodes],
+            None,
+            int(decodes.sum()),
+            int(told.ends[decodes].sum()),
+            bool(told.prefilling.any()),
         )
 
-    def _rows(
-        self,
-        common: Common,
-        which: NDArray[np.bool_],
-        starts: Numbers,
-        ends: Numbers,
-        plan: Plan | None,
-    ) -> Rows | None:
+    def _some(self, common: Common, which: Flags, told: _Told, plan: Plan | None) -> Rows | None:
         if not which.any():
             return None
-        device = common.seq_lens.device
-        at = place(np.flatnonzero(which), device)
-        pages = -(-int(ends[which].max()) // self.page)
-        states = None
+        at = place(np.flatnonzero(which), self.device)
+        pages = -(-int(told.ends[which].max()) // self.page)
+        states, lengths = None, told.ends
         if plan is not None:
-            states = there(torch.from_numpy(plan.states[which].astype(np.int32)), device)
-        lengths = common.seq_lens[at].long()
+            states, lengths = self._there(plan.states[which].astype(np.int32)), plan.lengths
+        ends = common.seq_lens[at].long()
         return Rows(
-            place(starts[1:][which] - 1, device),
+            place(told.starts[1:][which] - 1, self.device),
             common.block_table_tensor[at][:, :pages].contiguous(),
-            lengths,
-            there(torch.from_numpy(self._budgets(ends[which])), device),
-            (lengths - 1) // BLOCK,
+            ends,
+            torch.zeros_like(ends),
+            (ends - 1) // BLOCK,
+            self._there(self._budgets(lengths[which])),
             states,
-            int(ends[which].sum()),
+            self._room,
         )
 
-    def _budgets(self, ends: Numbers) -> Numbers:
-        """K of rows with so many tokens: `RefreshConfig.resolve_budget` of many."""
-        share = self.config.budget
-        if isinstance(share, int):
-            return np.full_like(ends, share)
-        return np.maximum(1, np.ceil(np.round(share * ends, 9))).astype(np.int64)
-
-    def _fresh(self, common: Common, queries: Numbers, ends: Numbers) -> Fresh | None:
-        begin, end = (ends - queries) // BLOCK, ends // BLOCK
-        which = (queries > 0) & (end > begin)
+    def _fresh(self, common: Common, told: _Told) -> Fresh | None:
+        begin, end = (told.ends - told.queries) // BLOCK, told.ends // BLOCK
+        which = (told.queries > 0) & (end > begin)
         if not which.any():
             return None
-        device = common.seq_lens.device
-        at = place(np.flatnonzero(which), device)
-        pages = -(-int(ends[which].max()) // self.page)
-        lengths = common.seq_lens[at].long()
-        new = there(torch.from_numpy(queries[which]), device)
+        at = place(np.flatnonzero(which), self.device)
+        pages = -(-int(told.ends[which].max()) // self.page)
+        ends = common.seq_lens[at].long()
         return Fresh(
             common.block_table_tensor[at][:, :pages].contiguous(),
-            (lengths - new) // BLOCK,
-            lengths // BLOCK,
+            torch.zeros_like(ends),
+            (ends - self._there(told.queries[which])) // BLOCK,
+            ends // BLOCK,
             int((end - begin)[which].max()),
         )
 
-    def _plan(
-        self,
-        common: Common,
-        starts: Numbers,
-        queries: Numbers,
-        ends: Numbers,
-        prefilling: NDArray[np.bool_],
-    ) -> Plan | None:
+    def _hold(self) -> None:
+        """Make the tensors of held steps."""
+        numbers = torch.zeros(5, self._rows, dtype=torch.int64, device=self.device)
+        self._ends, self._first, self._before, self._complete, self._budget = numbers
+        self._states = torch.zeros(self._rows, dtype=torch.int32, device=self.device)
+        self._full, self._due = torch.zeros(2, self._rows, dtype=torch.bool, device=self.device)
+
+    def _held(self, common: Common, told: _Told, plan: Plan | None) -> Step:
+        count = len(told.queries)
+        ends, before, complete = (
+            part[:count] for part in (self._ends, self._before, self._complete)
+        )
+        ends.copy_(common.seq_lens[:count])
+        torch.div(ends, BLOCK, rounding_mode="floor", out=complete)
+        torch.div((ends - 1).clamp(min=0), BLOCK, rounding_mode="floor", out=before)
+        # A prompt's last token by itself reads all there is, as other prompts do.
+        lengths, states, held = np.where(told.prefilling, told.ends, 0), None, None
+        budgets = np.maximum(lengths, self._budgets(told.ends))
+        if plan is not None:
+            budgets = self._budgets(plan.lengths)
+            idle = plan.states == NOWHERE
+            states = self._states[:count]
+            states.copy_(self._there(np.where(idle, self._rows, plan.states).astype(np.int32)))
+            held = Held(self._full[:count], self._due[:count])
+            held.full.copy_(self._there(np.isin(plan.kinds, (Kind.PROMPT, Kind.FULL, Kind.LOST))))
+            held.due.copy_(self._there(plan.kinds == Kind.DUE))
+        self._budget[:count].copy_(self._there(budgets))
+        first, blocks = self._first[:count], common.block_table_tensor[:count]
+        rows = Rows(
+            slice(0, count),
+            blocks,
+            ends,
+            first,
+            before,
+            self._budget[:count],
+            states,
+            self._room,
+        )
+        real = told.queries > 0
+        return Step(
+            rows,
+            None,
+            np.zeros(0, np.int64),
+            Fresh(blocks, first, before, complete, 1) if self.config.rounds else None,
+            None if plan is None else plan.kinds,
+            held,
+            int(real.sum()),
+            int(told.ends[real].sum()),
+            bool(told.prefilling.any()),
+        )
+
+    def _budgets(self, lengths: Numbers) -> Numbers:
+        """K of rows with so many tokens: `RefreshConfig.resolve_budget` of many."""
+        share = self.config.budget
+        if isinstance(share, int):
+            return np.full_like(lengths, share)
+        return np.maximum(1, np.ceil(np.round(share * lengths, 9))).astype(np.int64)
+
+    def _plan(self, common: Common, told: _Told) -> Plan | None:
         if self.planner is None:
             return None
+        starts, queries, ends = told.starts, told.queries, told.ends
         requests = None
         if common.req_idx is not None:
             requests = _padded(np.asarray(common.req_idx, dtype=np.int64), len(ends))
@@ -204,9 +323,16 @@ class Sorter:
         else:  # the place is on the device, and the number of the request says as much
             assert requests is not None, "vLLM numbers the requests of a step"
             last = previous = requests
-        return self.planner.plan(
-            Batch(queries, ends, last, previous, prefilling, requests, written)
+        plan = self.planner.plan(
+            Batch(queries, ends, last, previous, told.prefilling, requests, written)
         )
+        if plan.news:
+            assert self._room is not None
+            self._room[:-1].copy_(self._there(self._budgets(self.planner.lengths)))
+        return plan
+
+    def _there(self, numbers: NDArray[Any]) -> Tensor:
+        return there(torch.from_numpy(numbers), self.device)
 
 
 def place(numbers: Numbers, device: torch.device) -> Where:

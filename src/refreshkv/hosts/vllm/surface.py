@@ -39,7 +39,8 @@ IMPORTED: dict[str, Parts] = {
             "build",
             "reorder_batch_threshold",
             "supports_update_block_table",
-            "_cudagraph_support",
+            "build_for_cudagraph_capture",
+            "get_cudagraph_support",
         ),
         "CommonAttentionMetadata": (
             "query_start_loc",
@@ -60,7 +61,7 @@ IMPORTED: dict[str, Parts] = {
             "_num_computed_tokens_cache",
             "_token_to_req_indices_cache",
         ),
-        "AttentionCGSupport": ("NEVER",),
+        "AttentionCGSupport": ("UNIFORM_SINGLE_TOKEN_DECODE",),
         "AttentionType": ("DECODER",),
         "MultipleOf": ("base",),
     },
