@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from refreshkv.demo import MODEL_PATH, load
 from refreshkv.demo.prompts import TASKS, make_prompt
+from tests.hosts.vllm.fakes import Row, describe
 
 Prompt = list[int]
 T = TypeVar("T")
@@ -123,10 +124,22 @@ class Engine:
         """Our counters since the last call, those of the first worker."""
         return self.llm.collective_rpc(_collect)[0]
 
+    def hold(self, rows: int = 8) -> None:
+        """From here on steps of decode rows are told as to a CUDA graph, which was captured for so many rows."""
+        self.llm.collective_rpc(_capture, args=(rows,))
+
+
+def _builder(worker: Any) -> Any:
+    ((group,),) = getattr(worker, "worker", worker).model_runner.attn_groups
+    return group.get_metadata_builder()
+
 
 def _collect(worker: Any) -> Any:
-    ((group,),) = getattr(worker, "worker", worker).model_runner.attn_groups
-    return group.get_metadata_builder().counter.collect()
+    return _builder(worker).counter.collect()
+
+
+def _capture(worker: Any, rows: int) -> None:
+    _builder(worker).build_for_cudagraph_capture(describe([Row(1, 1)] * rows, BLOCK))
 
 
 def greedy(new: int) -> Any:

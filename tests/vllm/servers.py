@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.vllm.engines import ENVIRONMENT
@@ -74,6 +75,9 @@ class Server:
                 return answer.status == 200
         except OSError:
             return False
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0)
 
     def metrics(self) -> dict[str, float]:
         """Sums over the labels, by name."""

@@ -36,6 +36,31 @@ def test_whoever_reads_everything_is_stock(settings: dict[str, Any], stock: Stoc
     assert counts.read == counts.available > 0
 
 
+@pytest.mark.parametrize(
+    "settings", [{"mode": "mixed", "budget": 2048}, FIXED | {"stride": 1}], ids=str
+)
+def test_steps_for_a_graph_are_stock(settings: dict[str, Any], stock: Stock) -> None:
+    """Told in the same tensors each time; here run without one."""
+    prompts = ragged()
+    with Engine(settings) as engine:
+        engine.hold()
+        assert_same(engine.generate(prompts, NEW), stock.generate(prompts, NEW))
+        assert engine.counts().rows == len(prompts) * (NEW - 1)
+
+
+@pytest.mark.parametrize("settings", [MIXED, REFRESH], ids=str)
+def test_steps_for_a_graph_are_as_others(settings: dict[str, Any]) -> None:
+    prompts, answers = ragged(), []
+    for held in (False, True):
+        with Engine(settings, enable_prefix_caching=False) as engine:
+            if held:
+                engine.hold()
+            answers.append(engine.generate(prompts, NEW))
+            counts = engine.counts()
+            assert counts.lost == 0 and 0 < counts.read < counts.available
+    assert_same(*answers)
+
+
 @pytest.mark.parametrize("settings", [MIXED, REFRESH, FIXED | {"stagger": False}], ids=str)
 def test_a_batch_is_its_requests_alone(settings: dict[str, Any], stock: Stock) -> None:
     prompts = ragged()

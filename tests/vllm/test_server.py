@@ -58,10 +58,6 @@ def mixed(servers: tuple[Server, Server]) -> Server:
     return servers[0]
 
 
-def client_of(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
-
-
 def complete(client: OpenAI, prompt: Prompt | str, **options: Any) -> Any:
     given: dict[str, Any] = {
         "max_tokens": NEW,
@@ -75,7 +71,7 @@ def test_completions_are_those_of_an_engine(mixed: Server) -> None:
     prompts = ragged()
     with Engine(MIXED) as engine:
         expected = engine.generate(prompts, NEW)
-    client = client_of(mixed)
+    client = mixed.client()
     for prompt, answer in zip(prompts, expected, strict=True):
         found = complete(client, prompt, logprobs=0).choices[0]
         assert found.logprobs.token_logprobs == pytest.approx(answer.logprobs, abs=1e-3)
@@ -86,7 +82,7 @@ def test_an_answer_is_right_in_every_form(servers: tuple[Server, Server]) -> Non
     assert example.answer
     asked = {"max_tokens": example.max_new_tokens, "temperature": 0}
     for server in servers:
-        client = client_of(server)
+        client = server.client()
         whole = (
             client.completions.create(model="demo", prompt=example.prompt, **asked).choices[0].text
         )
@@ -100,7 +96,7 @@ def test_an_answer_is_right_in_every_form(servers: tuple[Server, Server]) -> Non
 
 
 def test_parallel_requests_and_disconnects(mixed: Server) -> None:
-    client, choose = client_of(mixed), random.Random(5)
+    client, choose = mixed.client(), random.Random(5)
     prompts = ragged([choose.randrange(20, 700) for _ in range(32)])
     alone = [complete(client, prompt).choices[0].text for prompt in prompts]
     leaving = set(choose.sample(range(32), 10))
@@ -142,7 +138,7 @@ def test_the_counters_of_two_servers(servers: tuple[Server, Server]) -> None:
         server.until(lambda one=server: "" if idle(one) else "counters at rest")
         before, lines = counters(server), len(server.lines())
         for prompt in prompts:
-            complete(client_of(server), prompt)
+            complete(server.client(), prompt)
         server.until(
             lambda one=server, old=before: (
                 "" if counters(one)["rows"] >= old["rows"] + rows else "rows"

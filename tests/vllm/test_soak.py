@@ -20,7 +20,7 @@ from tests.vllm.engines import (
     prompt,
 )
 
-REQUESTS, SECONDS = 2000, 60.0  # of each engine
+REQUESTS, LEAST, SECONDS = 2000, 200, 60.0  # of each engine; on a slow machine not all
 NEW, AT_ONCE = 12, 16
 
 
@@ -50,7 +50,7 @@ def soak(settings: dict[str, Any] | None) -> Soak:
         free, end = engine.free_blocks, time.monotonic() + SECONDS
         more = True
         while running or more:
-            more = found.begun < REQUESTS and time.monotonic() < end
+            more = found.begun < (REQUESTS if time.monotonic() < end else LEAST)
             while more and len(running) < 2 * AT_ONCE:
                 # One of some texts, cut anywhere: prefix hits, and blocks that are freed and filled anew.
                 text = choose.choice(texts)
@@ -85,7 +85,7 @@ def test_soak(stock: Stock) -> None:
             found = elsewhere.run(soak, settings)
         print(f"{found.begun} requests, {found.aborted} aborted, {len(found.kept)} compared")
         print(f"{found.growth:.0f} bytes a request, stock {usual.growth:.0f}")
-        assert found.begun >= 200 and found.aborted > 10 and found.rows > 1000
+        assert found.begun >= LEAST and found.aborted > 10 and found.rows > 1000
         assert found.growth < 1.5 * usual.growth + 16384
         texts, answers = zip(*found.kept, strict=True)
         assert_same(answers, stock.generate(texts, NEW))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import refreshkv
 from refreshkv.demo import load
 from tests.vllm.engines import Answer, Engine, Prompt, assert_same, ragged
+from tests.vllm.servers import Server
 
 NEW = 48
 TEXT = Path(__file__).parents[2] / "LICENSE"
@@ -70,11 +71,33 @@ def real_prompts(folder: Path) -> list[Prompt]:
     return [ids[begin : begin + length] for begin, length in ((0, 300), (200, 576), (400, 801))]
 
 
+def of_a_server(model: Path, prompts: Sequence[Prompt], budget: int, folder: Path) -> list[Answer]:
+    """What `refreshkv serve` with this budget answers to all of them at once."""
+    server = Server(folder, ["refreshkv.cli", "serve", str(model), "--budget", str(budget), "--"])
+    asked: dict[str, Any] = {"max_tokens": NEW, "temperature": 0, "logprobs": 0}
+    more = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    try:
+        server.wait()
+        client = server.client()
+        (name,) = [served.id for served in client.models.list()]
+        found = client.completions.create(model=name, prompt=prompts, extra_body=more, **asked)
+    finally:
+        server.close()
+    answers = []
+    for choice in found.choices:
+        tokens = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+        answers.append(Answer(tuple(tokens), tuple(choice.logprobs.token_logprobs), 0))
+    return answers
+
+
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
-def test_a_real_model(settings: dict[str, Any], smollm2: Path) -> None:
+def test_a_real_model(settings: dict[str, Any], smollm2: Path, tmp_path: Path) -> None:
     prompts = real_prompts(smollm2)
-    with Engine(hosted(settings), smollm2) as engine:
-        found = engine.generate(prompts, NEW)
+    if settings["mode"] == "mixed":
+        found = of_a_server(smollm2, prompts, settings["budget"], tmp_path)
+    else:
+        with Engine(hosted(settings), smollm2) as engine:
+            found = engine.generate(prompts, NEW)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     # What a budget just leaves out, one sum more or less decides; full attention is 0.5 to 2.6 away.
     assert_same(found, generated(model, prompts, settings), within=0.1)
