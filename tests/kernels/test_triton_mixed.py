@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -164,16 +165,29 @@ def test_what_it_does_not_take_goes_to_the_reference() -> None:
 
 def check_long_splits(module: Any) -> None:
     """Several blocks in one split."""
-    common = importlib.import_module("refreshkv.kernels.triton.common")  # it may be the mutant
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "FILL", 1)
+    with few_programs():
         check(replace(HEAD, length=300, budget=30), module)
 
 
-def check_budgets(module: Any) -> None:
+def check_few_programs(module: Any) -> None:
+    """Several pieces of a row for one program that counts."""
+    with few_programs():
+        check_budgets(module, [30, 120, 300], length=2200)
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    common = importlib.import_module("refreshkv.kernels.triton.common")  # it may be the mutant
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "FILL", 1)
+        yield
+
+
+def check_budgets(module: Any, budgets: Sequence[int] = (0, 90), length: int = 333) -> None:
     """Rows that read nothing exactly, and much."""
-    (query, entries, codes, options), given = MixedCase().mixed()
-    given["budget"] = torch.tensor([0, 90])
+    case = replace(MixedCase(), rows=len(budgets), length=length)
+    (query, entries, codes, options), given = case.mixed()
+    given["budget"] = torch.tensor(budgets)
     _, exact = counted(written_there(module.attend_mixed))(query, entries, codes, options, **given)
     _, expected = counted(reference.attend_mixed)(query, entries, codes, options, **given)
     assert torch.equal(exact, expected)
@@ -194,6 +208,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "long": of(replace(HEAD, length=2000, budget=100)),
     "budgets": check_budgets,
     "long splits": check_long_splits,
+    "few programs": check_few_programs,
     "lengths": check_lengths,
     "heads": check_heads,
 }
@@ -214,11 +229,13 @@ MUTANTS = [
     ("plain", Mutant(ROUGH, "wide * middle[None, :]", "0 * wide * middle[None, :]")),
     ("plain", Mutant(ROUGH, "tl.where(seen[:, None], logits", "tl.where(seen[:, None] | True, logits")),
     ("plain", Mutant(ROUGH, "tl.maximum(depth, 0.0), BUCKETS - 1)", "tl.maximum(depth, 0.0), 20.0)")),
-    ("plain", Mutant(ROUGH, "(page >= 0) & (index < tl.cdiv", "(index < tl.cdiv")),
+    ("plain", Mutant(ROUGH, "(page >= 0) & (index < stop", "(index < stop")),
     ("plain", Mutant(ROUGH, "tl.store(counts_ptr + own * BUCKETS", "tl.store(counts_ptr + 0 * BUCKETS")),
     ("everything", Mutant(ROUGH, "head * GROUP + member, mask=real, other=0.0)", "member, mask=real, other=0.0)")),
     ("everything", Mutant(ROUGH, "total = add_exponentials(", "add_exponentials(")),
-    ("long", Mutant(ROUGH, "index = part * AT_ONCE + ", "index = ")),
+    ("few programs", Mutant(ROUGH, "tl.range(part * AT_ONCE, stop", "tl.range(0, stop")),
+    ("few programs", Mutant(ROUGH, "count += tl.histogram", "count = tl.histogram")),
+    ("few programs", Mutant(ROUGH, "stop, parts * AT_ONCE)", "part * AT_ONCE + 1, parts * AT_ONCE)")),
     ("long splits", Mutant(ROUGH, "mass * tl.exp(top - origin) +", "")),
     ("plain", Mutant(MIXED, "depth_of(logits, total) < fit", "depth_of(logits, total) <= fit")),
     ("budgets", Mutant(MIXED, "<= tl.load(budget_ptr + row)", "<= tl.load(budget_ptr)")),

@@ -73,8 +73,8 @@ class Full(Decoding):
     """`mode="full"`: our kernels read everything."""
 
     def _attend(self, query: Tensor, pages: Pages, rows: Rows, told: Told, tally: Tensor) -> Tensor:
-        tally[..., COUNTS.index("full")] += rows.ends.clamp(max=1)[:, None]
-        tally[..., COUNTS.index("read")] += rows.ends[:, None]
+        tally[..., COUNTS.index("full")].add_(rows.ends.clamp(max=1)[:, None])
+        tally[..., COUNTS.index("read")].add_(rows.ends[:, None])
         options = self.options.over(lengths=rows.ends[:, None])
         return self.backend.attend(query, pages.entries(rows.blocks), options).output
 

@@ -67,7 +67,7 @@ MOST_QUERIES = 16  # of a KV head: columns of a matrix product
 LEAST_QUERIES = 8  # columns of one, and of one in `score` by the larger padded head dim
 LEAST_SCORED = {64: 16, 128: 16, 256: 8}
 _LIFT = 2.0**12  # of weights in float16, which has no number between 0 and 2^-24
-COUNTED = 1024  # entries whose weights one program counts
+COUNTED = 1024  # entries whose weights one program counts at once
 WARPS = {2: 4, 4: 8}  # by the bytes of an element
 # Registers of a thread in `attend`, by the larger padded head dim: in 16 bits three programs fit an SM of Hopper, or
 # two. In `score` as many as there are: left to itself, the assembler spills a few bytes for the sake of a further one.
@@ -132,7 +132,7 @@ def attend_mixed(
         num_warps=warps,
         num_stages=1,
     )
-    count_kernel[(triton.cdiv(width, COUNTED), kv_heads, rows)](
+    count_kernel[(split_count(rows * kv_heads, width, COUNTED), kv_heads, rows)](
         *where,
         logits,
         lse,

@@ -181,14 +181,21 @@ def count_kernel(
     MOST: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """The log-sum-exp of each head and its sink, and in which buckets the entries are; grid (n' / N, Hkv, B)."""
-    part, head, kv_heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    """The log-sum-exp of each head and its sink, and in which buckets the entries are; grid (P, Hkv, B).
+
+    Program p takes every P-th piece of N entries, so that a short row of a wide store is no more work than it is long.
+    """
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     row = tl.program_id(2).to(tl.int64)
     if not asked_for(how.heads_ptr, row, head, kv_heads):
         return
     own = row * kv_heads + head
     kept = kept_row(store.rows_ptr, row, kept)
     _first, before, _ahead, finished, end = cut(copy, how, row, head, room, kept, entries)
+    stop = tl.cdiv(end, BLOCK) * BLOCK
+    if (part > 0) & (part * AT_ONCE >= stop):
+        return
     member, every = tl.arange(0, TILE), tl.arange(0, MOST)
     real = member < GROUP
     queries = own * GROUP + member
@@ -204,19 +211,22 @@ def count_kernel(
     if how.sinks_ptr is not None:
         sinks = tl.load(how.sinks_ptr + head * GROUP + member, mask=real, other=0.0)
         total = add_exponentials(alone, sinks.to(tl.float32))
-    tl.store(alone_ptr + queries, alone, mask=real & (part == 0))
-    tl.store(total_ptr + queries, total, mask=real & (part == 0))
+    if part == 0:
+        tl.store(alone_ptr + queries, alone, mask=real)
+        tl.store(total_ptr + queries, total, mask=real)
 
-    index = part * AT_ONCE + tl.arange(0, AT_ONCE)
-    page, _place = place_of(copy, coded, row, before + index // BLOCK, finished, EACH)
-    covered = (page >= 0) & (index < tl.cdiv(end, BLOCK) * BLOCK)
-    logits = tl.load(
-        logits_ptr + queries[None, :] * columns + index[:, None],
-        mask=real[None, :] & covered[:, None],
-        other=float("-inf"),
-    )
-    depth = depth_of(logits, tl.where(real, total, 0.0))
-    count = tl.histogram(depth, BUCKETS, mask=depth < BUCKETS)
+    count = tl.zeros([BUCKETS], tl.int32)
+    for start in tl.range(part * AT_ONCE, stop, parts * AT_ONCE):
+        index = start + tl.arange(0, AT_ONCE)
+        page, _place = place_of(copy, coded, row, before + index // BLOCK, finished, EACH)
+        covered = (page >= 0) & (index < stop)
+        logits = tl.load(
+            logits_ptr + queries[None, :] * columns + index[:, None],
+            mask=real[None, :] & covered[:, None],
+            other=float("-inf"),
+        )
+        depth = depth_of(logits, tl.where(real, total, 0.0))
+        count += tl.histogram(depth, BUCKETS, mask=depth < BUCKETS)
     tl.atomic_add(counts_ptr + own * BUCKETS + tl.arange(0, BUCKETS), count, mask=count > 0)
 
 
