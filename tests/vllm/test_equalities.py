@@ -50,14 +50,17 @@ def test_steps_for_a_graph_are_stock(settings: dict[str, Any], stock: Stock) -> 
 
 @pytest.mark.parametrize("settings", [MIXED, REFRESH], ids=str)
 def test_steps_for_a_graph_are_as_others(settings: dict[str, Any]) -> None:
+    """Of requests that come and go; while more run than it is for they are told as without a graph."""
     prompts, answers = ragged(), []
+    new = [NEW + 5 * number for number in range(len(prompts))]
     for held in (False, True):
         with Engine(settings, enable_prefix_caching=False) as engine:
             if held:
-                engine.hold()
-            answers.append(engine.generate(prompts, NEW))
+                engine.hold(6)
+            answers.append(engine.come_and_go(prompts, new))
             counts = engine.counts()
-            assert counts.lost == 0 and 0 < counts.read < counts.available
+            assert counts.rows == sum(new) - len(new) and counts.lost == 0
+            assert 0 < counts.read < counts.available
     assert_same(*answers)
 
 

@@ -61,6 +61,22 @@ def test_a_batch_is_its_requests_alone(settings: dict[str, Any]) -> None:
     assert 0 < counts.read < counts.available and counts.lost == 0
 
 
+@pytest.mark.parametrize(
+    "settings", [MIXED, {"mode": "refresh", "budget": 64, "stride": 5}], ids=str
+)
+def test_graphs_of_whole_steps(settings: dict[str, Any]) -> None:
+    """vLLM captures them, and requests that come and go get what they get without."""
+    prompts, answers = ragged(), []
+    new = [NEW + 5 * number for number in range(len(prompts))]
+    for eager in (True, False):
+        with Engine(settings, **OURS | {"enforce_eager": eager}) as engine:
+            answers.append(engine.come_and_go(prompts, new))
+            assert engine.counts().rows == sum(new) - len(new)
+            mode = engine.core.vllm_config.compilation_config.cudagraph_mode
+            assert mode.has_full_cudagraphs() is not eager
+    assert alike(*answers) > 0.9
+
+
 def test_codes_of_chunks_and_prefix_hits() -> None:
     shared = prompt(10 * BLOCK, 1)
     prompts = [shared + prompt(length, length)[1:] for length in (20, 65, 129)]

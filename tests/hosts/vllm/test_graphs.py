@@ -1,4 +1,4 @@
-"""What one layer launches in a step that a CUDA graph replays; all of them are in the graph, whatever the rows do."""
+"""Steps that a CUDA graph replays, by the Triton kernels: what a layer launches in them, and what comes out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,72 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
 from refreshkv.config import RefreshConfig
 from refreshkv.kernels.backend import triton_backend
-from tests.helpers import random_tokens
+from tests.helpers import Tokens, random_tokens
 from tests.hosts.vllm.fakes import Row, Server, describe
 from tests.kernels.launches import counting
 
-pytestmark = pytest.mark.skipif(
-    device().type == "cuda", reason="counted in the interpreter, over tensors of the CPU"
+pytestmark = [
+    pytest.mark.skipif(
+        device().type == "cuda", reason="counted in the interpreter, over tensors of the CPU"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # the interpreter, at log(0)
+]
+
+
+PROMPTS = [130, 70, 5]
+# Of graphs for 2 and 4 rows: with and without padding, and between them a step with a prompt.
+SCHEDULE = [
+    [(0, 130), (1, 69)],
+    [(0, 1), (1, 1)],  # of the second this is the last token of its prompt
+    [(1, 1)],
+    [(0, 1), (2, 5)],
+    *[[(2, 1), (0, 1), (1, 1)], [(1, 1), (2, 1)]] * 4,
+]
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    """Tokens that complete a block on the way."""
+    return random_tokens(rows=3, length=140, dim=16)
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators run the Triton kernels."""
+    for module in ("operators", "schema"):
+        name = f"refreshkv.kernels.{module}.backend_for"
+        monkeypatch.setattr(name, lambda device: triton_backend())
+
+
+REFRESH = {"mode": "refresh", "budget": 12, "stride": 3}
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "full"},
+        {"mode": "mixed", "budget": 6},
+        REFRESH | {"threshold": None},
+        REFRESH | {"threshold": 0.9, "decide": "head"},
+    ],
+    ids=str,
 )
+def test_a_graph_of_triton_kernels(tokens: Tokens, settings: dict[str, Any]) -> None:
+    config = RefreshConfig(**settings)
+    plain = Server(config, tokens, PROMPTS, numbered=True)
+    graph = Server(config, tokens, PROMPTS, numbered=True, graphs=(2, 4), slots=4)
+    for scheduled in SCHEDULE:
+        expected, found = plain.step(*scheduled), graph.step(*scheduled)
+        assert expected.keys() == found.keys()
+        for request, output in expected.items():
+            torch.testing.assert_close(found[request], output, rtol=1e-4, atol=1e-5)
+    assert graph.replayed == sum(all(n == 1 for _, n in step) for step in SCHEDULE)
 
 
 def launched(**settings: Any) -> Counter[str]:
