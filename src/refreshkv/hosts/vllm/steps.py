@@ -201,15 +201,15 @@ class Sorter:
         decodes = (told.queries == 1) & ~told.prefilling
         prompts = (told.queries > 0) & ~decodes
         return Step(
-            self._some(common, decodes, told, plan),
-            self._some(common, prompts, told, plan),
-            np.flatnonzero(prompts),
-            self._fresh(common, told) if self.config.rounds else None,
-            None if plan is None else plan.kinds[decodes],
-            None,
-            int(decodes.sum()),
-            int(told.ends[decodes].sum()),
-            bool(told.prefilling.any()),
+            decodes=self._some(common, decodes, told, plan),
+            prompts=self._some(common, prompts, told, plan),
+            prompt_rows=np.flatnonzero(prompts),
+            fresh=self._fresh(common, told) if self.config.rounds else None,
+            kinds=None if plan is None else plan.kinds[decodes],
+            held=None,
+            count=int(decodes.sum()),
+            entries=int(told.ends[decodes].sum()),
+            begins=bool(told.prefilling.any()),
         )
 
     def _some(self, common: Common, which: Flags, told: _Told, plan: Plan | None) -> Rows | None:
@@ -222,14 +222,14 @@ class Sorter:
             states, lengths = self._there(plan.states[which].astype(np.int32)), plan.lengths
         ends = common.seq_lens[at].long()
         return Rows(
-            place(told.starts[1:][which] - 1, self.device),
-            common.block_table_tensor[at][:, :pages].contiguous(),
-            ends,
-            torch.zeros_like(ends),
-            (ends - 1) // BLOCK,
-            self._there(self._budgets(lengths[which])),
-            states,
-            self._room,
+            tokens=place(told.starts[1:][which] - 1, self.device),
+            blocks=common.block_table_tensor[at][:, :pages].contiguous(),
+            ends=ends,
+            first=torch.zeros_like(ends),
+            finished=(ends - 1) // BLOCK,
+            budget=self._there(self._budgets(lengths[which])),
+            states=states,
+            room=self._room,
         )
 
     def _fresh(self, common: Common, told: _Told) -> Fresh | None:
@@ -241,62 +241,61 @@ class Sorter:
         pages = -(-int(told.ends[which].max()) // self.page)
         ends = common.seq_lens[at].long()
         return Fresh(
-            common.block_table_tensor[at][:, :pages].contiguous(),
-            torch.zeros_like(ends),
-            (ends - self._there(told.queries[which])) // BLOCK,
-            ends // BLOCK,
-            int((end - begin)[which].max()),
+            blocks=common.block_table_tensor[at][:, :pages].contiguous(),
+            first=torch.zeros_like(ends),
+            begin=(ends - self._there(told.queries[which])) // BLOCK,
+            end=ends // BLOCK,
+            most=int((end - begin)[which].max()),
         )
 
     def _hold(self) -> None:
         """Make the tensors of held steps."""
         numbers = torch.zeros(5, self._rows, dtype=torch.int64, device=self.device)
-        self._ends, self._first, self._before, self._complete, self._budget = numbers
+        self._ends, self._first, self._finished, self._complete, self._budget = numbers
         self._states = torch.zeros(self._rows, dtype=torch.int32, device=self.device)
         self._full, self._due = torch.zeros(2, self._rows, dtype=torch.bool, device=self.device)
 
     def _held(self, common: Common, told: _Told, plan: Plan | None) -> Step:
-        count = len(told.queries)
-        ends, before, complete = (
-            part[:count] for part in (self._ends, self._before, self._complete)
+        """As `sort`, where every row has one token or none: all of it in the tensors of before."""
+        count, real = len(told.queries), told.queries > 0
+        ends, finished, complete = (
+            part[:count] for part in (self._ends, self._finished, self._complete)
         )
         ends.copy_(common.seq_lens[:count])
+        torch.div((ends - 1).clamp(min=0), BLOCK, rounding_mode="floor", out=finished)
         torch.div(ends, BLOCK, rounding_mode="floor", out=complete)
-        torch.div((ends - 1).clamp(min=0), BLOCK, rounding_mode="floor", out=before)
-        # A prompt's last token by itself reads all there is, as other prompts do.
-        lengths, states, held = np.where(told.prefilling, told.ends, 0), None, None
-        budgets = np.maximum(lengths, self._budgets(told.ends))
-        if plan is not None:
+        states = held = None
+        if plan is None:  # a prompt's last token by itself reads all there is, as other prompts do
+            budgets = np.where(told.prefilling, told.ends, self._budgets(told.ends))
+        else:
             budgets = self._budgets(plan.lengths)
-            idle = plan.states == NOWHERE
-            states = self._states[:count]
-            states.copy_(self._there(np.where(idle, self._rows, plan.states).astype(np.int32)))
-            held = Held(self._full[:count], self._due[:count])
+            states, held = self._states[:count], Held(self._full[:count], self._due[:count])
+            own = np.where(plan.states == NOWHERE, self._rows, plan.states)
+            states.copy_(self._there(own.astype(np.int32)))
             held.full.copy_(self._there(np.isin(plan.kinds, (Kind.PROMPT, Kind.FULL, Kind.LOST))))
             held.due.copy_(self._there(plan.kinds == Kind.DUE))
         self._budget[:count].copy_(self._there(budgets))
-        first, blocks = self._first[:count], common.block_table_tensor[:count]
         rows = Rows(
-            slice(0, count),
-            blocks,
-            ends,
-            first,
-            before,
-            self._budget[:count],
-            states,
-            self._room,
+            tokens=slice(0, count),
+            blocks=common.block_table_tensor[:count],
+            ends=ends,
+            first=self._first[:count],
+            finished=finished,
+            budget=self._budget[:count],
+            states=states,
+            room=self._room,
         )
-        real = told.queries > 0
+        fresh = Fresh(rows.blocks, rows.first, begin=finished, end=complete, most=1)
         return Step(
-            rows,
-            None,
-            np.zeros(0, np.int64),
-            Fresh(blocks, first, before, complete, 1) if self.config.rounds else None,
-            None if plan is None else plan.kinds,
-            held,
-            int(real.sum()),
-            int(told.ends[real].sum()),
-            bool(told.prefilling.any()),
+            decodes=rows,
+            prompts=None,
+            prompt_rows=np.zeros(0, np.int64),
+            fresh=fresh if self.config.rounds else None,
+            kinds=None if plan is None else plan.kinds,
+            held=held,
+            count=int(real.sum()),
+            entries=int(told.ends[real].sum()),
+            begins=bool(told.prefilling.any()),
         )
 
     def _budgets(self, lengths: Numbers) -> Numbers:
