@@ -347,6 +347,18 @@ def padded(common: Common, rows: int) -> Common:
     )
 
 
+def test_the_log_says_what_lists_take(
+    fake: Fake, tokens: Tokens, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Running(fake.told(mode="refresh", budget=0.5), tokens)
+    fake.config.model_config.max_model_len = 2**20
+    fake.config = Config(**vars(fake.config))
+    fake.builder()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("; lists of up to 256 positions for 4 requests take 0 MiB")
+    assert said[1].endswith("; lists of up to 524,288 positions for 4 requests take 16 MiB")
+
+
 def test_a_small_budget_reads_little(fake: Fake, tokens: Tokens) -> None:
     running = Running(fake.told(budget=4, skip=0.0), tokens)
     running.step((0, 140, True))

@@ -233,7 +233,12 @@ class ServedBuilder:
             dims = spec.head_size, spec.head_size_v
             rounding = config if config.rounds else None
             page = PageShape(spec.num_kv_heads, spec.block_size, dims, spec.dtype, rounding)
-            report(f"RefreshKV is on: {told.words}; a layer's {page.words}")
+            lists = ""
+            if config.mode == "refresh":
+                slots = config.resolve_budget(vllm_config.model_config.max_model_len)
+                size = 4 * rows * spec.num_kv_heads * slots * len(layer_names)
+                lists = f"; lists of up to {slots:,} positions for {rows} requests take {size / 2**20:,.0f} MiB"
+            report(f"RefreshKV is on: {told.words}; a layer's {page.words}{lists}")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
