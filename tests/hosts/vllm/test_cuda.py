@@ -70,6 +70,12 @@ class FlashAttentionBackend:
     sizes: ClassVar[list[Any]] = []
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    supports_device_cpu_query_lens_mismatch = supports_batch_invariance
+
+    @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         return cls.sizes
 
@@ -423,6 +429,8 @@ def test_what_vllm_asks_of_the_backend(fake: Fake, monkeypatch: pytest.MonkeyPat
     assert backend.get_builder_cls() is builder
     assert builder.get_cudagraph_support(fake.config, FullAttentionSpec()) == "decode"
     assert builder.get_cudagraph_support(fake.config, SlidingWindowSpec()) == "ALWAYS"
+    assert not backend.supports_batch_invariance()
+    assert not backend.supports_device_cpu_query_lens_mismatch()
     assert not builder.supports_update_block_table and builder.reorder_batch_threshold == 1
     assert fake.builder().use_cascade_attention(1, num_sms=2) is False
     assert backend.supported_kv_cache_layouts() == (Layout.LBNHC, Layout.LBHNC, Layout.BLHNC)

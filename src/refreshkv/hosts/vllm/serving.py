@@ -58,6 +58,16 @@ class ServedBackend:
     most_queries: ClassVar[int | None] = None  # of a KV head, where codes are read
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Rows share a GPU's programs among them, so sums are made in another order in another batch."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Rows are sorted by the lengths that the host knows."""
+        return False
+
+    @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Pages with room for codes, where the mode has codes."""
         if not is_full(spec) or spec.sliding_window is not None:

@@ -29,6 +29,8 @@ IMPORTED: dict[str, Parts] = {
     "vllm.v1.attention.backend": {
         "AttentionBackend": (
             "customize_spec",
+            "supports_batch_invariance",
+            "supports_device_cpu_query_lens_mismatch",
             "get_supported_kernel_block_sizes",
             "supported_kv_cache_layouts",
             "get_impl_cls",
