@@ -67,13 +67,21 @@ def engine(asked: Connection, variant: str, folder: str, options: argparse.Names
         for i in range(options.requests)
     ]
     asked.send("ready")
-    while new := asked.recv():
+    while new := told(asked):
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
         begin = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
         asked.send(time.perf_counter() - begin)
     llm.llm_engine.engine_core.shutdown()
     os._exit(0)  # joining vLLM's threads may take for ever
+
+
+def told(asked: Connection) -> int:
+    """New tokens of the next batch; 0 to end, also where whoever asked is gone."""
+    try:
+        return int(asked.recv())
+    except EOFError:
+        return 0
 
 
 def device() -> str:
@@ -129,7 +137,14 @@ def take_turns(
     for name in variants:
         mine, its = context.Pipe()
         context.Process(target=engine, args=(its, name, folder, options)).start()
-        assert mine.recv() == "ready"
+        its.close()  # so that its end is seen
+        try:
+            mine.recv()
+        except EOFError:
+            raise SystemExit(
+                f"The engine of {name!r} did not start, the reason is above. If it is memory: fewer --layers or"
+                " --variants, or VLLM_CPU_KVCACHE_SPACE=2 (GiB of each engine)."
+            ) from None
         engines[name] = mine
         begin = time.perf_counter()
         ask(mine, 1)
@@ -143,8 +158,8 @@ def take_turns(
                 f"turn {turn + 1}, {name}: {found[name][-1] / options.new * 1e3:.1f} ms a step",
                 flush=True,
             )
-    for its in engines.values():
-        its.send(0)
+    for mine in engines.values():
+        mine.send(0)
     return found
 
 
