@@ -22,15 +22,10 @@ ENTRY = 256  # bytes
 READ, ROUNDED = COUNTS.index("read"), COUNTS.index("rounded")
 
 
-class Decodes(SimpleNamespace):
-    def __len__(self) -> int:
-        return int(self.count)
-
-
-def step(rows: int, tokens: int, kinds: list[Kind] | None = None) -> Any:
-    """Of so many decode rows of together so many tokens; 0 rows: of prompts alone."""
+def step(rows: int, tokens: int, kinds: list[Kind] | None = None, *, begins: bool = True) -> Any:
+    """Of so many decode rows of together so many tokens, beside a prompt that `begins`."""
     told = None if kinds is None else np.array(kinds, dtype=np.int8)
-    return SimpleNamespace(decodes=Decodes(count=rows, total=tokens) if rows else None, kinds=told)
+    return SimpleNamespace(count=rows, entries=tokens, kinds=told, begins=begins)
 
 
 def counter(layers: int = 2, heads: int = 3) -> Counter:
@@ -63,10 +58,22 @@ def test_a_counter_counts() -> None:
     assert found.read_bytes == found.read * ENTRY + 2 * 100 * 6
     assert found.full_bytes == 300 * 6 * ENTRY
     assert one.collect() == Counts() and one.total() == found
-    kinds = [Kind.FULL, Kind.PARTIAL, Kind.DUE, Kind.LOST]
-    one.follow(step(4, 40, kinds))
+    kinds = [Kind.FULL, Kind.PARTIAL, Kind.DUE, Kind.LOST, Kind.PROMPT, Kind.IDLE]
+    one.follow(step(5, 50, kinds))
     found = one.collect()
-    assert (found.full, found.partial, found.lost) == (1, 2, 1)
+    assert (found.rows, found.full, found.partial, found.lost) == (5, 2, 2, 1)
+
+
+def test_what_vllm_tries_before_the_first_prompt_counts_for_nothing() -> None:
+    """For its graphs and its memory; afterwards steps without a prompt count."""
+    one = counter()
+    one.follow(step(4, 4, begins=False))
+    one.rows_of(4)[...] += 7
+    assert one.rows == 0
+    serve(one, rows=2, tokens=300, read=10)
+    one.follow(step(2, 302, begins=False))
+    found = one.collect()
+    assert (found.rows, found.available, found.read) == (4, 602 * 6, 2 * 10 * 6)
 
 
 def test_rows_are_those_of_the_first_group_and_bytes_of_all(exported: list[Counts]) -> None:
