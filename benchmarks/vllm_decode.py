@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,16 @@ _BLOCK = 64  # tokens, whole blocks of prompts are cached
 
 
 def engine(asked: Connection, variant: str, folder: str, options: argparse.Namespace) -> None:
-    """One engine, which answers with the seconds of a batch of so many new tokens until it is told 0."""
+    """The process of one engine."""
+    try:
+        answer(asked, variant, folder, options)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)  # joining vLLM's threads may take for ever
+
+
+def answer(asked: Connection, variant: str, folder: str, options: argparse.Namespace) -> None:
+    """Answer with the seconds of a batch of so many new tokens, until told 0."""
     told = VARIANTS[variant]
     more: dict[str, Any] = {}
     if told is not None:
@@ -67,16 +77,15 @@ def engine(asked: Connection, variant: str, folder: str, options: argparse.Names
         for i in range(options.requests)
     ]
     asked.send("ready")
-    while new := told(asked):
+    while new := wanted(asked):
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
         begin = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
         asked.send(time.perf_counter() - begin)
     llm.llm_engine.engine_core.shutdown()
-    os._exit(0)  # joining vLLM's threads may take for ever
 
 
-def told(asked: Connection) -> int:
+def wanted(asked: Connection) -> int:
     """New tokens of the next batch; 0 to end, also where whoever asked is gone."""
     try:
         return int(asked.recv())
