@@ -11,11 +11,10 @@ import torch
 from tests.kernels.interpreted import device  # isort: skip  # before any kernel
 from refreshkv.config import RefreshConfig
 from refreshkv.exact import Cycle, ExactLayer, ExactMixedLayer
-from refreshkv.kernels.backend import triton_backend
 from refreshkv.kernels.options import AttendOptions
 from refreshkv.step import decode_step
 from tests.helpers import random_tokens
-from tests.kernels.launches import counting
+from tests.kernels.launches import counting, run_triton
 from tests.test_static import StaticDecoder
 from tests.test_step import CONFIGS, FIXED, NEVER
 
@@ -35,9 +34,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators run the Triton kernels."""
-    for module in ("operators", "schema"):
-        name = f"refreshkv.kernels.{module}.backend_for"
-        monkeypatch.setattr(name, lambda device: triton_backend())
+    run_triton(monkeypatch)
 
 
 def launched(config: RefreshConfig, step: int, *, known: bool = True) -> list[str]:

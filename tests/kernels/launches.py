@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from refreshkv.kernels.backend import triton_backend
 
 # Besides views: what gives memory and leaves it as it is.
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -42,6 +45,13 @@ class _Operators(TorchDispatchMode):
                 key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
                 return function.redispatch(key, *args, **(kwargs or {}))
             return function(*args, **(kwargs or {}))
+
+
+def run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators run the Triton kernels, over tensors of whatever device."""
+    for module in ("operators", "schema"):
+        name = f"refreshkv.kernels.{module}.backend_for"
+        monkeypatch.setattr(name, lambda device: triton_backend())
 
 
 @contextmanager

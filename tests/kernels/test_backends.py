@@ -33,6 +33,7 @@ from tests.helpers import Decoder, held, needs_compiler, random_tokens
 from tests.kernels import rings
 from tests.kernels.cases import SPARE_ROWS, Case, laid_out
 from tests.kernels.interpreted import each_tensor, there
+from tests.kernels.launches import run_triton
 from tests.test_static import StaticDecoder
 from tests.test_step import CONFIGS, OPTIONS
 
@@ -250,9 +251,7 @@ def test_decoding_over_the_triton_kernels_without_a_look(monkeypatch: pytest.Mon
     tokens = random_tokens(length=33, rows=2, group=2, pads=(0, 5))
     config = replace(OPTIONS["every option"], stride=3)
     expected = Decoder(tokens, config, 24).run(7)
-    for module in ("operators", "schema"):
-        name = f"refreshkv.kernels.{module}.backend_for"
-        monkeypatch.setattr(name, lambda device: triton_backend())
+    run_triton(monkeypatch)
     static = StaticDecoder(tokens, config, 24)
     for theirs in expected:
         torch.testing.assert_close(static.next(), theirs.output, atol=2e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ NEW = 40
 PLAIN: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.2}
 OURS = PLAIN | {"attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}}}
 MIXED = {"mode": "mixed", "budget": 64}
+REFRESH = {"mode": "refresh", "budget": 64, "stride": 5}
 
 
 def alike(found: Sequence[Answer], expected: Sequence[Answer]) -> float:
@@ -50,9 +51,7 @@ def test_whoever_reads_everything_is_stock(
     assert counts.read == counts.available > 0
 
 
-@pytest.mark.parametrize(
-    "settings", [MIXED, {"mode": "refresh", "budget": 64, "stride": 5}], ids=str
-)
+@pytest.mark.parametrize("settings", [MIXED, REFRESH], ids=str)
 def test_a_batch_is_its_requests_alone(settings: dict[str, Any]) -> None:
     prompts = ragged()
     with Engine(settings, **OURS, enable_prefix_caching=False) as engine:
@@ -61,9 +60,7 @@ def test_a_batch_is_its_requests_alone(settings: dict[str, Any]) -> None:
     assert 0 < counts.read < counts.available and counts.lost == 0
 
 
-@pytest.mark.parametrize(
-    "settings", [MIXED, {"mode": "refresh", "budget": 64, "stride": 5}], ids=str
-)
+@pytest.mark.parametrize("settings", [MIXED, REFRESH], ids=str)
 def test_graphs_of_whole_steps(settings: dict[str, Any]) -> None:
     """vLLM captures them, and requests that come and go get what they get without."""
     prompts, answers = ragged(), []

@@ -95,6 +95,15 @@ def describe(rows: list[Row], page: int, *, padding: int = 0) -> Common:
     )
 
 
+def into_place(common: Common, ends: Tensor, blocks: Tensor) -> Common:
+    """As vLLM does it: what a graph reads lies in the same place in all steps."""
+    count, pages = common.block_table_tensor.shape
+    ends[:count] = common.seq_lens
+    blocks[:count, :pages] = common.block_table_tensor  # behind them is what was there
+    common.seq_lens, common.block_table_tensor = ends[:count], blocks[:count]
+    return common
+
+
 def cache_of(
     shape: PageShape, pages: int, layout: str = "LBNHC", layer: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +212,7 @@ class Server:
     def _recorded(self, count: int) -> Any:
         """What replays a step of so many rows, over `inputs`; it is recorded with rows of one token in page 0."""
         rows = [Row(1, 1, [0], request=row if self.numbered else None) for row in range(count)]
-        step = self.sorter.capture(self._into_place(describe(rows, self.page)))
+        step = self.sorter.capture(into_place(describe(rows, self.page), *self.inputs[1:]))
         query, tally = self.inputs[0][:count], self.tally[:count]
         assert step.decodes is not None and step.prompts is None
 
@@ -216,18 +225,9 @@ class Server:
     def _replay(self, rows: list[Row], query: Tensor, count: int) -> Tensor:
         common = describe(rows, self.page, padding=count - len(rows))
         self.inputs[0][: len(rows)] = query
-        self.sorter.sort(self._into_place(common))
+        self.sorter.sort(into_place(common, *self.inputs[1:]))
         self.replayed += 1
         return self.graphs[count]().clone()
-
-    def _into_place(self, common: Common) -> Common:
-        """As vLLM does it: what a graph reads lies in the same place in all steps."""
-        _, ends, blocks = self.inputs
-        count, pages = common.block_table_tensor.shape
-        ends[:count] = common.seq_lens
-        blocks[:count, :pages] = common.block_table_tensor  # behind them is what was there
-        common.seq_lens, common.block_table_tensor = ends[:count], blocks[:count]
-        return common
 
     def _write(self, request: int, begin: int, end: int) -> None:
         for position in range(begin, end):

@@ -211,8 +211,10 @@ class Running:
     def blocks(self, request: int) -> list[int]:
         return [1 + request * 4 + n for n in (2, 0, 3, 1)]
 
-    def common(self, *scheduled: tuple[int, int, bool]) -> tuple[Common, Tensor, Tensor, Tensor]:
-        """Of `(request, tokens, of a prompt)`; the tokens are in the cache."""
+    def common(
+        self, *scheduled: tuple[int, int, bool], padding: int = 0
+    ) -> tuple[Common, Tensor, Tensor, Tensor]:
+        """Of `(request, tokens, of a prompt)` and rows that have no tokens; the tokens are in the cache."""
         rows, parts = [], []
         for request, count, prompt in scheduled:
             begin, self.ends[request] = self.ends[request], self.ends[request] + count
@@ -224,7 +226,7 @@ class Running:
                 at = self.blocks(request)[position // PAGE], slice(None), position % PAGE
                 self.cache[at] = torch.cat([x[request, :, position] for x in held[1:]], -1)
         query, key, value = (torch.cat(part) for part in zip(*parts, strict=True))
-        return describe(rows, PAGE), query, key, value
+        return describe(rows, PAGE, padding=padding), query, key, value
 
     def step(self, *scheduled: tuple[int, int, bool], padding: int = 3) -> Tensor:
         """The outputs `[T, Hq, D]`; as under a graph there are more tokens than the step has."""

@@ -6,7 +6,6 @@ What this cannot show is what FlashAttention and a GPU make of it. The interface
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,7 @@ from refreshkv.hosts.vllm.pages import PageShape
 from refreshkv.hosts.vllm.serving import ServedMetadata
 from refreshkv.kernels.operators import OPERATORS
 from tests.helpers import Tokens, random_tokens
-from tests.hosts.vllm.fakes import Common, Row, describe
+from tests.hosts.vllm.fakes import Row, describe, into_place
 from tests.hosts.vllm.flash import (
     DIM,
     GROUP,
@@ -91,14 +90,7 @@ def test_a_graph_of_the_whole_model(fake: Fake, tokens: Tokens, settings: dict[s
     query, key = torch.zeros(4, HEADS * GROUP, DIM), torch.zeros(4, HEADS, DIM)
     output, ends = torch.zeros_like(query), torch.zeros(4, dtype=torch.int32)
     table = torch.zeros(4, 4, dtype=torch.int32)
-
-    def in_place(common: Common) -> Common:
-        ends.copy_(common.seq_lens)
-        table[:, : common.block_table_tensor.shape[1]] = common.block_table_tensor
-        common.seq_lens, common.block_table_tensor = ends, table
-        return common
-
-    metadata = running.builder.build_for_cudagraph_capture(in_place(dummy))
+    metadata = running.builder.build_for_cudagraph_capture(into_place(dummy, ends, table))
     given = None, query, key, key, running.cache, metadata, output
     running.layer.forward(*given)  # vLLM warms up before
     graph = Tape().record(lambda: running.layer.forward(*given))
@@ -111,9 +103,10 @@ def test_a_graph_of_the_whole_model(fake: Fake, tokens: Tokens, settings: dict[s
             running.step((0, 1, False), (2, 20, True))
         requests = (1, 0) if step < 30 else (2, 1, 0)
         began = [running.ends[request] for request in requests]
-        common, own, *_ = running.common(*((request, 1, False) for request in requests))
+        scheduled = [(request, 1, False) for request in requests]
+        common, own, *_ = running.common(*scheduled, padding=4 - len(requests))
         query.fill_(torch.nan)[: len(requests)] = own
-        running.builder.build(0, in_place(padded(common, 4)))
+        running.builder.build(0, into_place(common, ends, table))
         graph()
         for row, (request, begin) in enumerate(zip(requests, began, strict=True)):
             expected = running.expected(request, begin, begin + 1)
@@ -122,19 +115,6 @@ def test_a_graph_of_the_whole_model(fake: Fake, tokens: Tokens, settings: dict[s
     counts = running.builder.counter.collect()
     assert counts.rows == 29 * 2 + 1 + 30 * 3
     assert 0 < counts.read <= counts.available
-
-
-def padded(common: Common, rows: int) -> Common:
-    """With rows that have no tokens behind its own, as far as vLLM tells of them."""
-    more = rows - common.num_reqs
-    begins, blocks = common.query_start_loc_cpu, common.block_table_tensor
-    return replace(
-        common,
-        query_start_loc_cpu=torch.cat([begins, begins[-1:].expand(more)]),
-        seq_lens=torch.cat([common.seq_lens, common.seq_lens.new_zeros(more)]),
-        block_table_tensor=torch.cat([blocks, blocks.new_zeros(more, blocks.shape[1])]),
-        num_reqs=rows,
-    )
 
 
 def test_the_log_says_what_lists_take(

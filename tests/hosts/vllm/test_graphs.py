@@ -13,7 +13,7 @@ from refreshkv.config import RefreshConfig
 from refreshkv.kernels.backend import triton_backend
 from tests.helpers import Tokens, random_tokens
 from tests.hosts.vllm.fakes import Row, Server, describe
-from tests.kernels.launches import counting
+from tests.kernels.launches import counting, run_triton
 
 pytestmark = [
     pytest.mark.skipif(
@@ -43,9 +43,7 @@ def tokens() -> Tokens:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators run the Triton kernels."""
-    for module in ("operators", "schema"):
-        name = f"refreshkv.kernels.{module}.backend_for"
-        monkeypatch.setattr(name, lambda device: triton_backend())
+    run_triton(monkeypatch)
 
 
 REFRESH = {"mode": "refresh", "budget": 12, "stride": 3}

@@ -156,6 +156,11 @@ class _Told:
         told = np.zeros(0) if common.is_prefilling is None else common.is_prefilling.numpy()
         return cls(starts, np.diff(starts), ends, _padded(told, count).astype(bool))
 
+    @property
+    def single(self) -> bool:
+        """No row has more than one token: a graph of the whole step may serve it."""
+        return bool((self.queries <= 1).all())
+
 
 class Sorter:
     """Makes a `Step` of what vLLM says.
@@ -186,7 +191,7 @@ class Sorter:
     def capture(self, common: Common) -> Step:
         """The step that a CUDA graph is captured over. From here on steps that this graph may serve are held."""
         told = _Told.of(common)
-        if told.queries.max(initial=0) <= 1:
+        if told.single:
             if not self._captured:
                 self._hold()
             self._captured = max(self._captured, len(told.queries))
@@ -196,7 +201,7 @@ class Sorter:
         """The rows of a step by what they do."""
         told = _Told.of(common)
         plan = self._plan(common, told)
-        if len(told.queries) <= self._captured and told.queries.max(initial=0) <= 1:
+        if len(told.queries) <= self._captured and told.single:
             return self._held(common, told, plan)
         decodes = (told.queries == 1) & ~told.prefilling
         prompts = (told.queries > 0) & ~decodes
